@@ -1,0 +1,53 @@
+# `make demo` and `make test` do all their own set-up; `make help` lists the targets.
+#
+# Needed beforehand: git, make, Python 3.11 with venv, and g++ (or TORCHDYNAMO_DISABLE=1).
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+# Where pip finds no CPU wheel of this build it takes a CUDA one; any torch >= 2.11 will do.
+TORCH  ?= torch==2.13.0
+# The losses that `make demo` trains and compares, in this order.
+LOSSES ?= kl lk_lambda
+# One test process per core, each with one thread: two threads each would contend.
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PATCHES := $(wildcard patches/specforge/*/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## build .venv: torch, SpecForge 0.2.0 with the patches, this plug-in
+
+$(READY): requirements.txt pyproject.toml $(PATCHES)
+	@echo "==> [1/5] virtual environment $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; assert sys.version_info[:2] == (3, 11), sys.version' \
+	  || { echo "$(VENV) is not Python 3.11: remove it, or set PYTHON="; exit 1; }
+	@echo "==> [2/5] $(TORCH)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "==> [3/5] pinned requirements"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "==> [4/5] SpecForge 0.2.0 without its CUDA stack, and this plug-in"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps specforge==0.2.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo "==> [5/5] patches"
+	@$(BIN)/specforge-lk patch apply
+	@touch $@
+	@echo "==> $(VENV) is ready"
+
+demo: $(READY) ## train EAGLE-3 drafts of SmolLM2-135M with each of LOSSES, compare acceptance
+	@$(BIN)/python -m demo --losses "$(LOSSES)"
+
+test: $(READY) ## run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean: ## remove .venv and runs/
+	rm -rf $(VENV) runs

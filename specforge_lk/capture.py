@@ -1,0 +1,293 @@
+"""Write SpecForge's offline feature files from a Hugging Face target.
+
+SpecForge trains offline from one file per sample: token ids, loss mask and the target's hidden
+states under the names that the algorithm's reader expects. Its own preparation script needs
+SGLang and CUDA; this module needs transformers and works on any device. Which layers are wanted
+and what the features are called comes from ``resolve_offline_capture``, so that every algorithm
+that registers a layout is covered.
+
+Auxiliary layer k is the state after decoder layer k, HF ``hidden_states[k + 1]``. The last hidden
+state is the one after the final norm, from which the head makes the target's logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specforge_lk.conversations import Tokens, read_rows, tokenise
+
+if TYPE_CHECKING:
+    import torch
+
+#: Beside the feature files: what they were made from and how.
+MANIFEST = "capture.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row to capture: where its features go, and its tokens."""
+
+    path: Path
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a response file.
+
+    Attributes:
+        kept: Rows to capture, in file order.
+        truncated: How many rows were cut to the longest length.
+        skipped: How many rows had too few supervised tokens for the algorithm.
+    """
+
+    kept: list[Sample]
+    truncated: int
+    skipped: int
+
+    def token_counts(self) -> Counter[int]:
+        """How often each token occurs as a supervised token."""
+        counts: Counter[int] = Counter()
+        for sample in self.kept:
+            tokens = zip(sample.tokens.input_ids, sample.tokens.loss_mask, strict=True)
+            counts.update(token for token, supervised in tokens if supervised)
+        return counts
+
+
+def read_samples(
+    responses: Path,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    vocab_size: int,
+    max_length: int,
+    limit: int | None = None,
+    loss_mask_filter: Callable[[object], bool] | None = None,
+) -> Samples:
+    """Tokenise a response file.
+
+    Args:
+        responses: Conversation JSONL, see :mod:`specforge_lk.conversations`.
+        tokenizer: The target's tokenizer.
+        directory: Where feature files go; their names are the rows' numbers.
+        vocab_size: Size of the target vocabulary.
+        max_length: Longest sample in tokens; longer ones are cut.
+        limit: Only the first rows.
+        loss_mask_filter: The algorithm's own test of whether a loss mask is usable.
+
+    Raises:
+        ValueError: a row is malformed, or holds a token id outside the target vocabulary.
+    """
+    kept, truncated, skipped = [], 0, 0
+    for index, row in enumerate(read_rows(responses)):
+        if limit is not None and index >= limit:
+            break
+        tokens = tokenise(row, tokenizer)
+        if not all(0 <= token < vocab_size for token in tokens.input_ids):
+            raise ValueError(
+                f"{responses}: row {row.get('id', index)!r} has token id {max(tokens.input_ids)}, "
+                f"outside the target's vocabulary of {vocab_size}; were the responses sampled "
+                "from another target?"
+            )
+        if len(tokens.input_ids) > max_length:
+            truncated += 1
+            tokens = Tokens(tokens.input_ids[:max_length], tokens.loss_mask[:max_length])
+        # SpecForge masks a sample's last position: it has no next token to be checked against.
+        if not any(tokens.loss_mask[:-1]) or (
+            loss_mask_filter is not None and not loss_mask_filter(tokens.loss_mask)
+        ):
+            skipped += 1
+            continue
+        kept.append(Sample(directory / f"sample_{index:08d}.ckpt", tokens))
+    return Samples(kept, truncated, skipped)
+
+
+def open_directory(directory: Path, settings: dict[str, Any]) -> None:
+    """Begin or continue a directory of features, keeping ``settings`` in its manifest.
+
+    Raises:
+        ValueError: the directory holds features made with other settings.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = directory / MANIFEST
+    if manifest.exists():
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{directory} holds features made with {name}={before.get(name)!r}, not "
+                    f"{value!r}; remove it, or write to another directory"
+                )
+    temporary = directory / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(manifest)
+
+
+def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
+    """Whether the sample's feature file is there, whole, and of the same tokens."""
+    import torch
+
+    if not sample.path.exists():
+        return False
+    try:
+        record = torch.load(sample.path, weights_only=True, mmap=True)
+        return (
+            set(record) == set(names)
+            and record["input_ids"].tolist() == sample.tokens.input_ids
+            and record["loss_mask"].tolist() == sample.tokens.loss_mask
+        )
+    except (RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError):
+        return False
+
+
+def batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
+    """Group samples of similar length, each batch at most ``batch_tokens`` padded tokens."""
+    batch: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: len(sample.tokens.input_ids)):
+        if batch and (len(batch) + 1) * len(sample.tokens.input_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def capture(
+    model: Any,
+    batch: list[Sample],
+    *,
+    layers: tuple[int, ...],
+    layout: Any,
+    dtype: torch.dtype,
+) -> None:
+    """Run the target on a batch and write a feature file for each of its samples.
+
+    Args:
+        model: A Hugging Face model without its head (its output ends with the final norm).
+        batch: Samples, padded to the longest on the right.
+        layers: Auxiliary layers k, concatenated in this order.
+        layout: SpecForge's ``OfflineCaptureLayout``.
+        dtype: Floating-point type of the stored states.
+
+    Raises:
+        FloatingPointError: the target's states are not finite.
+    """
+    import torch
+
+    lengths = [len(sample.tokens.input_ids) for sample in batch]
+    longest = max(lengths)
+    rows = [
+        sample.tokens.input_ids + [0] * (longest - len(sample.tokens.input_ids)) for sample in batch
+    ]
+    mask = [[1] * length + [0] * (longest - length) for length in lengths]
+    with torch.inference_mode():
+        output = model(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        states = output.hidden_states
+        auxiliary = torch.cat([states[layer + 1] for layer in layers], dim=-1).to("cpu", dtype)
+        last = output.last_hidden_state.to("cpu", dtype)
+    for row, (sample, length) in enumerate(zip(batch, lengths, strict=True)):
+        # Clones: a slice would take the whole batch's storage with it into the file.
+        record = layout.materialize(
+            {
+                "input_ids": torch.tensor(sample.tokens.input_ids),
+                "loss_mask": torch.tensor(sample.tokens.loss_mask),
+                "aux_hidden_states": auxiliary[row : row + 1, :length].clone(),
+                "last_hidden_states": last[row : row + 1, :length].clone(),
+            }
+        )
+        for name, tensor in record.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{sample.path.name}: feature {name} is not finite in {dtype}; "
+                    "use --dtype float32 and model.torch_dtype=bfloat16 or float32"
+                )
+        _save(record, sample.path)
+
+
+def vocabulary_mapping(
+    counts: Counter[int], draft_vocab_size: int, vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """Truncate the vocabulary to the most frequent tokens, in SpecForge's format.
+
+    Ties, and places left when too few tokens occur, go to the lower ids.
+
+    Args:
+        counts: Token id to frequency.
+        draft_vocab_size: V_d, the number of tokens to keep.
+        vocab_size: V, the size of the target vocabulary.
+
+    Returns:
+        ``t2d`` [V], true on tokens of the draft vocabulary; ``d2t`` [V_d], the offset from a
+        draft id to its target id (target_id = draft_id + d2t[draft_id]).
+
+    Raises:
+        ValueError: the draft vocabulary is not smaller than the target's.
+    """
+    import torch
+
+    if not 0 < draft_vocab_size < vocab_size:
+        raise ValueError(
+            f"draft_vocab_size must be between 1 and {vocab_size - 1} (the target has "
+            f"{vocab_size} tokens), got {draft_vocab_size}; without truncation no mapping is needed"
+        )
+    ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
+    kept = torch.tensor(sorted(ranked[:draft_vocab_size]))
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[kept] = True
+    return {"t2d": t2d, "d2t": kept - torch.arange(draft_vocab_size)}
+
+
+def coverage(mapping: dict[str, torch.Tensor], counts: Counter[int]) -> float:
+    """Share of the tokens counted that the draft vocabulary has."""
+    kept = mapping["t2d"].tolist()
+    total = counts.total()
+    return sum(count for token, count in counts.items() if kept[token]) / total if total else 0.0
+
+
+def save_mapping(mapping: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a mapping where ``model.vocab_mapping_path`` can read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(mapping, path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _save(record: dict[str, torch.Tensor], path: Path) -> None:
+    import torch
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(record, temporary)
+    temporary.replace(path)
+
+
+__all__ = [
+    "MANIFEST",
+    "Sample",
+    "Samples",
+    "batches",
+    "capture",
+    "coverage",
+    "file_digest",
+    "is_captured",
+    "open_directory",
+    "read_samples",
+    "save_mapping",
+    "vocabulary_mapping",
+]

@@ -1,0 +1,158 @@
+"""``specforge-lk patch``: apply the patch series to SpecForge, inspect it, take it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specforge_lk import patching
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help=(
+        "Patch SpecForge: the installed one, or with --target a checkout or an unpacked wheel.\n\n"
+        "Exit codes: 0 done or nothing to do; 1 refused, nothing was written (a patch does not "
+        "apply, files hold foreign edits), or a file could not be written; 2 no SpecForge of a "
+        "known version, a bad patch series, or no git."
+    ),
+)
+TargetOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--target",
+        help="Directory that contains specforge/. Default: the installed SpecForge.",
+        show_default=False,
+    ),
+]
+TestsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--tests/--no-tests",
+        help="Also the hunks outside specforge/, which are SpecForge's own tests and documents. "
+        "Default: only in a checkout with a tests/ directory.",
+        show_default=False,
+    ),
+]
+
+
+@app.command("status")
+def show_status(
+    target: TargetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show the version, the state of the target and the patches of the series.
+
+    The state is pristine, applied, partially applied (an apply or revert was interrupted, run it
+    again) or foreign edits. Exit code 0 whatever the state.
+    """
+    with _errors():
+        found = patching.find_target(target)
+        series = patching.load_series(found.version)
+        status = patching.status(found, series)
+    if as_json:
+        report = {
+            "target": str(found.root),
+            "version": found.version,
+            "state": status.state.value,
+            "current": status.current,
+            "problem": status.problem,
+            "patches": [
+                {"name": patch.name, "subject": patch.subject, "sha256": patch.sha256}
+                for patch in series.patches
+            ],
+        }
+        typer.echo(json.dumps(report, indent=2))
+        return
+    older = status.state is patching.State.APPLIED and not status.current
+    _say(f"SpecForge {found.version} in {found.root}")
+    _say(f"state: {status.state}{', but of another series: apply replaces it' if older else ''}")
+    if status.problem:
+        _say(status.problem, "red")
+    table = Table("patch", "subject")
+    for patch in series.patches:
+        table.add_row(Text(patch.name), Text(patch.subject))
+    Console().print(table)
+
+
+@app.command("check")
+def check(target: TargetOption = None, tests: TestsOption = None) -> None:
+    """Try the whole series on a copy and name each patch OK or failed. Writes nothing.
+
+    On a patched target the copy is of the original files. Exit code 1 if the series does not apply.
+    """
+    with _errors():
+        found = patching.find_target(target)
+        series = patching.load_series(found.version)
+        dry = patching.plan(found, series, tests=tests)
+        for name in dry.passed:
+            _say(f"OK      {name}")
+        if isinstance(dry.failure, patching.PatchFailedError):
+            _say(f"failed  {dry.failure.patch}", "red")
+        if dry.failure:
+            raise dry.failure
+
+
+@app.command("apply")
+def apply(target: TargetOption = None, tests: TestsOption = None) -> None:
+    """Apply the whole series, or nothing.
+
+    Applying again does nothing. An older series in the target is reverted first, and so is what
+    an interrupted apply left.
+    """
+    with _errors():
+        found = patching.find_target(target)
+        series = patching.load_series(found.version)
+        done = patching.apply(found, series, tests=tests)
+    if done.unchanged:
+        _say(f"already applied: {len(series.patches)} patches, nothing to do")
+        return
+    if done.replaced:
+        _say(f"reverted {done.replaced} first")
+    _say(
+        f"applied {len(series.patches)} patches to SpecForge {found.version} in {found.root}: "
+        f"{len(done.files)} files changed"
+    )
+
+
+@app.command("revert")
+def revert(
+    target: TargetOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Discard edits made to patched files after apply.")
+    ] = False,
+) -> None:
+    """Restore every file byte for byte and remove the files that the series added."""
+    with _errors():
+        found = patching.find_target(target)
+        files = patching.revert(found, force=force)
+    if files:
+        _say(f"reverted {len(files)} files in {found.root}")
+    else:
+        _say(f"nothing is applied in {found.root}, nothing to do")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Print an expected error as one line and exit with its code."""
+    try:
+        yield
+    except (patching.PatchError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            message += "; the target must be writable. If files were half written: apply again"
+        Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
+        refused = isinstance(error, (patching.RefusedError, OSError))
+        raise typer.Exit(1 if refused else 2) from error
+
+
+def _say(line: str, style: str = "") -> None:
+    # Soft wrap keeps paths whole when the output is a pipe or a narrow terminal.
+    Console().print(Text(line, style), soft_wrap=True)

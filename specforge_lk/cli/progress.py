@@ -1,0 +1,71 @@
+"""A progress bar with a rate and the time left; lines of text where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+#: Seconds between two lines where output is not a terminal.
+LINE_INTERVAL = 20.0
+
+
+class ProgressBar:
+    """Context manager that counts two things: work towards a total, and items for the rate.
+
+    Args:
+        what: What is being done, such as ``sampling``.
+        total: Amount of work.
+        unit: Unit of the rate, such as ``tok/s``.
+    """
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        console = Console(stderr=True)
+        self._what, self._total, self._unit = what, total, unit
+        self._items = self._done = 0
+        self._start = self._last_line = time.monotonic()
+        self._plain = None if console.is_terminal else console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=self._plain is not None,
+        )
+        self._task = self._progress.add_task(what, total=total, rate="")
+
+    def advance(self, items: int, work: int) -> None:
+        """Count ``items`` for the rate and ``work`` towards the total."""
+        self._items += items
+        self._done += work
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rate = f"{self._items / elapsed:.0f} {self._unit}"
+        self._progress.update(self._task, advance=work, rate=rate)
+        if self._plain and time.monotonic() - self._last_line > LINE_INTERVAL:
+            self._last_line = time.monotonic()
+            left = elapsed * (self._total - self._done) / max(self._done, 1)
+            share = self._done / max(self._total, 1)
+            self._plain.print(
+                f"{self._what} {share:.0%}, {rate}, {elapsed:.0f} s, about {left:.0f} s left",
+                highlight=False,
+            )
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+
+__all__ = ["ProgressBar"]

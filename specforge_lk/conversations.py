@@ -1,0 +1,128 @@
+"""Conversation JSONL: SpecForge's ``conversations`` rows, read and tokenised with a loss mask.
+
+A row is ``{"id", "conversations": [{"role", "content"}, ...]}``. Rows written by ``specforge-lk
+generate`` also have ``response_ids``, the sampled tokens of the last message, and ``finished``,
+whether they end with the end-of-turn token. The ids are kept because text does not give them
+back: at temperature 1 a model often samples a token sequence that is not the one its tokenizer
+makes of the same text, and training on the latter would not be on-policy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: One chat message, ``{"role": ..., "content": ...}``.
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One conversation as the target reads it.
+
+    Attributes:
+        input_ids: [L] token ids.
+        loss_mask: [L] 1 on assistant tokens, the end-of-turn token included, else 0.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the JSON objects of a .jsonl or .jsonl.gz file, one per line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object; the message has file and line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number} must be a JSON object, got {line.strip()[:40]}")
+            yield row
+
+
+def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of ``messages`` in the chat template, up to where the assistant begins."""
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def tokenise(row: dict[str, Any], tokenizer: Any) -> Tokens:
+    """Tokenise a conversation row and mark what the assistant said.
+
+    Every assistant message is supervised. Where the row has ``response_ids`` they are the last
+    message; otherwise the chat template and the tokenizer decide its tokens.
+
+    Raises:
+        ValueError: the row has no assistant message, or the chat template renders a
+            conversation so that it does not begin with its own first messages.
+    """
+    messages = row.get("conversations")
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise ValueError(f"row {row.get('id')!r}: conversations must be a list of role and content")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"row {row.get('id')!r}: the last message must be the assistant's")
+    input_ids: list[int] = []
+    loss_mask: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = prompt_ids(tokenizer, messages[:index])
+        if prompt[: len(input_ids)] != input_ids:
+            raise ValueError(
+                f"row {row.get('id')!r}: the chat template changes earlier turns; "
+                "keep only the first question and answer of this conversation"
+            )
+        last = index == len(messages) - 1
+        if last and "response_ids" in row:
+            response = list(row["response_ids"])
+        else:
+            finished = row.get("finished", True) or not last
+            response = _response(tokenizer, messages[: index + 1], prompt, finished=finished)
+        loss_mask += [0] * (len(prompt) - len(input_ids)) + [1] * len(response)
+        input_ids = prompt + response
+    return Tokens(input_ids, loss_mask)
+
+
+def _response(
+    tokenizer: Any, messages: list[Message], prompt: list[int], *, finished: bool
+) -> list[int]:
+    """Tokens of the last message: with its end-of-turn token if finished, without the rest."""
+    rendered = _render(tokenizer, messages, add_generation_prompt=False)
+    if rendered[: len(prompt)] != prompt:
+        raise ValueError(
+            "the chat template renders the assistant's turn differently from the prompt that "
+            "asks for it; give the rows response_ids, as specforge-lk generate does"
+        )
+    response = rendered[len(prompt) :]
+    if tokenizer.eos_token_id in response:
+        response = response[: response.index(tokenizer.eos_token_id) + finished]
+    return response
+
+
+def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            "save one with it, or use an instruction-tuned target"
+        )
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, return_dict=False
+    )
+
+
+__all__ = ["Message", "Tokens", "prompt_ids", "read_rows", "tokenise"]

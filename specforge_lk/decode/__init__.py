@@ -1,0 +1,1 @@
+"""Speculative decoding with any draft: proposals, rejection sampling, acceptance bookkeeping."""

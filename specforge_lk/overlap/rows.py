@@ -1,0 +1,68 @@
+"""Walking over the rows of logits in chunks that stay in cache, without copying the whole."""
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+# One chunk's [rows, V_d] temporary in bytes. On a CPU it should fit L2 (and its siblings L3);
+# a GPU has launches to amortise instead, and wants few chunks.
+_CPU_CHUNK_BYTES: Final = 1 << 20
+_DEVICE_CHUNK_BYTES: Final = 1 << 26
+
+Rows = slice | torch.Tensor
+
+
+def row_chunks(
+    live: torch.Tensor, dtype: torch.dtype, *logits: torch.Tensor
+) -> Iterator[tuple[Rows, tuple[torch.Tensor, ...]]]:
+    """Yield the live rows in chunks: where they are, and each logits tensor's part.
+
+    Args:
+        live: [...] bool; rows where it is False are left out.
+        dtype: what the caller computes in; sets the number of rows to a chunk.
+        logits: tensors [..., V] of one shape and any strides.
+
+    Yields:
+        rows: slice or int64 indices into the flattened [N] positions.
+        parts: one [n, V] tensor per logits tensor, a view or a copy: not to be written to.
+    """
+    vocabulary = logits[0].shape[-1]
+    budget = _CPU_CHUNK_BYTES if live.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    size = max(1, budget // max(1, vocabulary * dtype.itemsize))
+    live = live.flatten()
+    everything = bool(live.all())
+    for start, matrices in _matrices(0, *logits):
+        stop = start + len(matrices[0])
+        if everything:
+            for first in range(start, stop, size):
+                rows = slice(first, min(first + size, stop))
+                yield rows, tuple(m[first - start : rows.stop - start] for m in matrices)
+        else:
+            for index in live[start:stop].nonzero().squeeze(1).split(size):
+                yield index + start, tuple(m.index_select(0, index) for m in matrices)
+
+
+def _matrices(start: int, *logits: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """View the tensors as [n, V] matrices: one each, or more where strides forbid (a slice of a
+    padded [B, T, V], as the steps of EAGLE-3's training-time test have it)."""
+    try:
+        yield start, tuple(t.view(-1, t.shape[-1]) for t in logits)
+    except RuntimeError:
+        for parts in zip(*logits, strict=True):
+            yield from _matrices(start, *parts)
+            start += parts[0].shape[:-1].numel()
+
+
+def log_coverage_of(
+    target_logits: torch.Tensor, log_normalizer: torch.Tensor, live: torch.Tensor
+) -> torch.Tensor:
+    """Log of the target's mass on the draft vocabulary, logsumexp(y) - log Z, [...].
+
+    0 where not ``live``. Arguments as in `overlap_terms`; the dtype is ``log_normalizer``'s.
+    """
+    result = torch.zeros_like(log_normalizer, memory_format=torch.contiguous_format)
+    flat, log_z = result.view(-1), log_normalizer.flatten()
+    for rows, (y,) in row_chunks(live, result.dtype, target_logits):
+        flat[rows] = y.to(result.dtype).logsumexp(-1) - log_z[rows]
+    return result

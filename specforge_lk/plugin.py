@@ -1,0 +1,30 @@
+"""SpecForge's entry point to this package (group ``specforge.plugins``)."""
+
+from typing import TYPE_CHECKING
+
+from specforge_lk.losses import LOSSES
+
+if TYPE_CHECKING:
+    from specforge.plugins import Plugin
+
+
+def create_plugin() -> "Plugin":
+    """Return the plug-in with everything this package registers.
+
+    Raises:
+        ImportError: the installed SpecForge has no plug-in support (not patched).
+    """
+    try:
+        from specforge.losses import LossRegistration
+        from specforge.plugins import Plugin
+    except ImportError as error:
+        raise ImportError(
+            "specforge has no plug-in support: install specforge==0.2.0 and run "
+            "'specforge-lk patch apply'"
+        ) from error
+
+    return Plugin(
+        name="specforge-lk",
+        api_version=1,
+        losses=tuple(LossRegistration(loss.name, loss.options, loss.build) for loss in LOSSES),
+    )

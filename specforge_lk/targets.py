@@ -1,0 +1,72 @@
+"""Load a Hugging Face target model with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def load_target(
+    target: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    head: bool = True,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)``, the model in evaluation mode on its device.
+
+    Args:
+        target: Folder or hub id.
+        dtype: Name of a torch floating-point type, such as ``bfloat16``.
+        device: A torch device, or ``auto`` for a GPU where there is one and else the CPU.
+        head: With the language-model head; without it the model stops after its final norm.
+        trust_remote_code: Run model code that comes with the target.
+
+    Raises:
+        ValueError: there is no such target, or the device cannot hold it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _errors(target):
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            target, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    if not head:
+        model = model.base_model
+    try:
+        return model.to(device).eval(), tokenizer
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot hold the target: {error}") from error
+
+
+def load_target_config(target: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the target's Hugging Face config.
+
+    Raises:
+        ValueError: there is no such target.
+    """
+    from transformers import AutoConfig
+
+    with _errors(target):
+        return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _errors(target: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"target {target!r} is no model folder here and could not be had from the hub either; "
+            f"check --target or model.target_model_path ({reason})"
+        ) from error
+
+
+__all__ = ["load_target", "load_target_config"]

@@ -1,0 +1,39 @@
+"""Small fixtures shared by the tests."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+
+class OverlapCase(NamedTuple):
+    """Random inputs of the overlap operation; attribute names as `overlap_terms` has them."""
+
+    draft_logits: torch.Tensor
+    target_logits: torch.Tensor
+    log_normalizer: torch.Tensor
+
+
+@pytest.fixture
+def overlap_case() -> Callable[..., OverlapCase]:
+    """Make a case: ``shape`` [..., V_d], ``outside`` target tokens not in the draft vocabulary."""
+
+    def make(
+        *shape: int,
+        outside: int = 3,
+        scale: float = 2.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> OverlapCase:
+        generator = torch.Generator().manual_seed(seed)
+        full = torch.randn(
+            *shape[:-1], shape[-1] + outside, generator=generator, dtype=torch.float64
+        )
+        draft = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        full, draft = (full * scale).to(dtype), (draft * scale).to(dtype)
+        target = full[..., : shape[-1]].contiguous()
+        log_normalizer = full.to(torch.promote_types(dtype, torch.float32)).logsumexp(-1)
+        return OverlapCase(draft.requires_grad_(), target, log_normalizer)
+
+    return make

@@ -1,0 +1,244 @@
+"""Captured features are those of a plain forward pass, under the names SpecForge reads."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_target import VOCAB_SIZE, draft_config, save_target
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from specforge_lk.capture import coverage, vocabulary_mapping
+from specforge_lk.cli import app
+from specforge_lk.conversations import prompt_ids, tokenise
+
+specforge = pytest.importorskip("specforge")
+
+#: Algorithm -> feature of the auxiliary layers, feature of the last hidden state.
+FEATURES = {
+    "eagle3": ("aux_hidden_state", "hidden_state"),
+    "dflash": ("hidden_states", None),
+    "domino": ("hidden_states", None),
+    "dspark": ("hidden_states", "target_last_hidden_states"),
+}
+DRAFTS = {"dflash": "DFlashDraftModel", "domino": "DominoDraftModel", "dspark": "DSparkDraftModel"}
+LAYERS = [1, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def responses(tmp_path: Path) -> Path:
+    """Rows with sampled ids of different lengths, one that did not finish, one of plain text."""
+
+    def chat(user: str, assistant: str) -> list[dict]:
+        return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+    rows = [
+        {"conversations": chat("a", "bc"), "finished": True, "response_ids": [30, 31, 2]},
+        {"conversations": chat("a" * 40, "b"), "finished": False, "response_ids": [40] * 20},
+        {"conversations": chat("hello", "world") + chat("more", "text")},
+        {"conversations": chat("a" * 9, "cut"), "finished": False},
+    ]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+def run_config(target: Path, directory: Path, algorithm: str = "eagle3") -> Path:
+    if algorithm == "eagle3":
+        draft = draft_config(96, eagle_config={"eagle_aux_hidden_state_layer_ids": LAYERS})
+    else:
+        draft = draft_config(0, architectures=[DRAFTS[algorithm]], model_type="qwen3")
+        del draft["draft_vocab_size"]
+        draft |= {"block_size": 4, "num_target_layers": 6}
+        draft["dflash_config"] = {"target_layer_ids": LAYERS, "mask_token_id": 0}
+    (directory / "draft.json").write_text(json.dumps(draft))
+    config = {
+        "model": {
+            "target_model_path": str(target),
+            "draft_model_config": str(directory / "draft.json"),
+            "torch_dtype": "float32",
+        },
+        "data": {"hidden_states_path": str(directory / "features"), "max_length": 256},
+        "training": {"strategy": algorithm, "attention_backend": "sdpa"},
+    }
+    (directory / "run.json").write_text(json.dumps(config))
+    return directory / "run.json"
+
+
+def invoke(config: Path, responses: Path, *more: str):
+    paths = ["--config", str(config), "--responses", str(responses), "--device", "cpu"]
+    return CliRunner().invoke(app, ["capture", *paths, *more])
+
+
+def run(*args):
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def records(directory: Path) -> list[dict]:
+    files = sorted((directory / "features").glob("*.ckpt"))
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.mark.parametrize("algorithm", FEATURES)
+def test_features_equal_a_plain_forward(
+    algorithm: str, target: Path, responses: Path, tmp_path: Path
+):
+    run(run_config(target, tmp_path, algorithm), responses)
+    model = AutoModelForCausalLM.from_pretrained(target).eval()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    aux_name, last_name = FEATURES[algorithm]
+    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    for row, record in zip(rows, records(tmp_path), strict=True):
+        tokens = tokenise(row, tokenizer)
+        assert record["input_ids"].tolist() == tokens.input_ids
+        assert record["loss_mask"].tolist() == tokens.loss_mask
+        with torch.inference_mode():
+            states = model(record["input_ids"][None], output_hidden_states=True)
+        expected = torch.cat([states.hidden_states[k + 1] for k in LAYERS], dim=-1)
+        torch.testing.assert_close(record.pop(aux_name), expected)
+        if last_name:
+            logits = model.lm_head(record.pop(last_name))
+            torch.testing.assert_close(logits, states.logits)
+        assert set(record) == {"input_ids", "loss_mask"}
+
+
+def test_specforge_reads_the_features(target: Path, responses: Path, tmp_path: Path):
+    from specforge.algorithms.eagle3.data import build_offline_normalizer, build_offline_reader
+    from specforge.runtime.data_plane.feature_store import load_feature_file
+
+    run(run_config(target, tmp_path), responses, "model.torch_dtype=bfloat16")
+    directory = tmp_path / "features"
+    refs = list(build_offline_reader(str(directory), run_id="r", ttt_length=2, max_len=256))
+    assert len(refs) == 4
+    for ref in refs:
+        raw = load_feature_file(ref.feature_store_uri.removeprefix("file://"))
+        sample = build_offline_normalizer(256)(raw)
+        length = sample["input_ids"].shape[1]
+        assert sample["hidden_state"].shape == (1, length, 3 * 32)
+        assert sample["target"].shape == (1, length, 32)
+        assert sample["target"].dtype is torch.bfloat16
+    # A batch's storage saved with every slice of it would multiply the files' size.
+    sizes = [file.stat().st_size for file in directory.glob("*.ckpt")]
+    assert min(sizes) < max(sizes) < 60_000
+
+
+def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses: Path):
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    end = tokenizer.eos_token_id
+    supervised = []
+    for row in map(json.loads, responses.read_text().splitlines()):
+        tokens = tokenise(row, tokenizer)
+        pairs = zip(tokens.input_ids, tokens.loss_mask, strict=True)
+        supervised.append([token for token, mask in pairs if mask])
+    text = tokenizer.encode
+    assert supervised[0] == [30, 31, end]
+    assert supervised[1] == [40] * 20
+    assert supervised[2] == [*text("world"), end, *text("text"), end]
+    assert supervised[3] == text("cut")
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
+    first = tokenise(json.loads(responses.read_text().splitlines()[0]), tokenizer)
+    assert first.input_ids == [*prompt, 30, 31, end]
+
+
+def test_interrupted_capture_continues(target: Path, responses: Path, tmp_path: Path):
+    config = run_config(target, tmp_path)
+    assert "2 samples (2 new" in run(config, responses, "--limit", "2")
+    files = [tmp_path / "features" / f"sample_{i:08d}.ckpt" for i in range(4)]
+    kept = files[0].stat().st_mtime_ns
+    files[1].write_bytes(files[1].read_bytes()[:500])
+    assert "4 samples (3 new" in run(config, responses)
+    assert files[0].stat().st_mtime_ns == kept
+    assert all(file.exists() for file in files)
+    assert "4 samples (0 new" in run(config, responses)
+    result = invoke(config, responses, "model.aux_hidden_state_layer_ids=[0,1,2]")
+    assert result.exit_code == 1
+    assert "layers=[1, 2, 4], not [0, 1, 2]" in result.output
+
+
+def test_long_rows_are_cut_and_unsupervised_ones_skipped(
+    target: Path, responses: Path, tmp_path: Path
+):
+    # Only row 0 has two supervised tokens within 22, the first of which has a successor.
+    output = run(run_config(target, tmp_path), responses, "data.max_length=22")
+    assert "1 samples (1 new, 4 cut to 22 tokens, 3 skipped), 2 supervised tokens" in output
+    (record,) = records(tmp_path)
+    assert len(record["input_ids"]) == record["aux_hidden_state"].shape[1] == 22
+    result = invoke(run_config(target, tmp_path), responses, "data.max_length=21")
+    assert result.exit_code == 1 and "no response with supervised tokens" in result.output
+
+
+def test_mapping_is_written_and_specforge_can_load_it(
+    target: Path, responses: Path, tmp_path: Path
+):
+    path = tmp_path / "maps" / "vocabulary.pt"
+    output = run(run_config(target, tmp_path), responses, "--vocab-mapping", str(path))
+    assert "draft vocabulary of 96 covers 100.0%" in output
+    mapping = torch.load(path, weights_only=True)
+    assert mapping["t2d"].shape == (VOCAB_SIZE,) and mapping["t2d"].dtype is torch.bool
+    ids = torch.arange(96) + mapping["d2t"]
+    assert mapping["t2d"].nonzero().flatten().tolist() == ids.tolist()
+    result = invoke(
+        run_config(target, tmp_path, "dflash"),
+        responses,
+        "--vocab-mapping",
+        str(path),
+        "--out",
+        str(tmp_path / "other"),
+    )
+    assert result.exit_code == 1 and "leave out --vocab-mapping" in result.output
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.integers(0, 49), st.integers(1, 9), max_size=50), st.integers(1, 49))
+def test_mapping_keeps_the_most_frequent_tokens(frequencies: dict[int, int], size: int):
+    counts = Counter(frequencies)
+    mapping = vocabulary_mapping(counts, size, 50)
+    kept = (torch.arange(size) + mapping["d2t"]).tolist()
+    assert kept == mapping["t2d"].nonzero().flatten().tolist()
+    assert len(set(kept)) == size
+    left_out = set(range(50)) - set(kept)
+    assert min(counts[token] for token in kept) >= max(counts[token] for token in left_out)
+    best = sum(sorted(counts.values(), reverse=True)[:size])
+    assert coverage(mapping, counts) == (best / counts.total() if counts else 0.0)
+
+
+def test_mapping_equals_that_of_specforge():
+    from specforge.data.preprocessing import process_token_dict_to_mappings
+
+    counts = Counter({token: 100 - token for token in range(0, 60, 3)})
+    mapping = vocabulary_mapping(counts, 12, 64)
+    d2t, t2d = process_token_dict_to_mappings(Counter(counts), 12, 64)
+    assert torch.equal(mapping["d2t"], d2t) and torch.equal(mapping["t2d"], t2d)
+
+
+def test_bad_input(target: Path, responses: Path, tmp_path: Path):
+    config = run_config(target, tmp_path)
+    row = {
+        "conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+    }
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({**row, "id": "x", "response_ids": [5, VOCAB_SIZE]}))
+    for arguments, message in [
+        ((config, tmp_path / "none.jsonl"), "none.jsonl does not exist"),
+        ((tmp_path / "none.yaml", responses), "none.yaml does not exist"),
+        ((config, other), f"token id {VOCAB_SIZE}, outside the target's vocabulary"),
+        ((config, responses, "data.hidden_states_path="), "data.hidden_states_path (offline"),
+        ((config, responses, f"model.target_model_path={tmp_path}/gone"), "is no model folder"),
+        ((config, responses, "training.strategy=peagle"), "offline"),
+        ((config, responses, "model.nonsense=1"), "model.nonsense"),
+    ]:
+        result = invoke(*arguments)
+        assert result.exit_code == 1 and message in result.output, result.output
+        assert "Traceback" not in result.output
+    assert not (tmp_path / "features").exists()

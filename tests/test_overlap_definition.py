@@ -1,0 +1,122 @@
+"""Values of the overlap terms: definition, invariants, the paper's golden figures."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specforge_lk.overlap import IMPLEMENTATIONS, overlap_terms
+
+cases = given(
+    vocabulary=st.integers(1, 40),
+    outside=st.sampled_from([0, 1, 30]),
+    scale=st.sampled_from([0.0, 0.1, 2.0, 8.0]),
+    seed=st.integers(0, 1000),
+)
+quick = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def terms_in_probabilities(case):
+    """The definitions once more, in probabilities, sharing nothing with the package."""
+    q = torch.softmax(case.draft_logits.detach().double(), -1)
+    p = (case.target_logits.double() - case.log_normalizer.double()[..., None]).exp()
+    coverage = p.sum(-1)
+    renormalized = p / coverage[..., None]
+    return {
+        "kl": torch.special.xlogy(renormalized, renormalized / q).sum(-1),
+        "alpha": torch.minimum(p, q).sum(-1),
+        "log_alpha": torch.minimum(p, q).sum(-1).log(),
+        "log_coverage": coverage.log(),
+        "reverse_kl": torch.special.xlogy(q, q / p).sum(-1),
+    }
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"])
+@cases
+@quick
+def test_values_are_the_definition(overlap_case, impl, vocabulary, outside, scale, seed):
+    case = overlap_case(4, vocabulary, outside=outside, scale=scale, seed=seed)
+    terms = overlap_terms(*case, impl=impl, reverse_kl=True)
+    for name, expected in terms_in_probabilities(case).items():
+        torch.testing.assert_close(
+            getattr(terms, name).detach(), expected, rtol=1e-9, atol=1e-12, msg=name
+        )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@cases
+@quick
+def test_invariants(overlap_case, impl, vocabulary, outside, scale, seed):
+    case = overlap_case(4, vocabulary, outside=outside, scale=scale, seed=seed)
+    terms = overlap_terms(*case, impl=impl)
+    assert (terms.alpha <= terms.log_coverage.exp() * (1 + 1e-12)).all()
+    assert (terms.kl > -1e-12).all()
+
+    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))
+    permuted = overlap_terms(
+        case.draft_logits[:, order], case.target_logits[:, order], case.log_normalizer, impl=impl
+    )
+    torch.testing.assert_close(permuted.kl, terms.kl)
+    torch.testing.assert_close(permuted.alpha, terms.alpha)
+
+    if outside == 0:
+        p, q = torch.softmax(case.target_logits, -1), torch.softmax(case.draft_logits, -1)
+        torch.testing.assert_close(1 - terms.alpha, 0.5 * (p - q).abs().sum(-1), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gradient_norms_of_the_paper(impl):
+    """Appendix A: q uniform on V = 128000, p uniform on k = 100 tokens."""
+    vocabulary, k = 128_000, 100
+    z = torch.zeros(1, vocabulary, requires_grad=True)
+    y = torch.full((1, vocabulary), -torch.inf)
+    y[:, :k] = 0.0
+    terms = overlap_terms(z, y, torch.tensor([math.log(k)]), impl=impl)
+
+    def norm(term):
+        return torch.autograd.grad(term.sum(), z, retain_graph=True)[0].double().norm().item()
+
+    assert norm(terms.kl) == pytest.approx(0.09996, abs=1e-5)
+    assert norm(1 - terms.alpha) == pytest.approx(7.81e-5, abs=1e-7)
+    assert norm(-terms.log_alpha) == pytest.approx(0.09996, abs=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_point_mass_target_gives_negative_log_likelihood(overlap_case, impl):
+    z = overlap_case(5, 30).draft_logits
+    token = torch.tensor([0, 3, 29, 7, 7])
+    y = torch.full((5, 30), -torch.inf, dtype=z.dtype).scatter(1, token[:, None], 0.0)
+    terms = overlap_terms(z, y, torch.zeros(5, dtype=z.dtype), impl=impl)
+    nll = torch.nn.functional.cross_entropy(z, token, reduction="none")
+    torch.testing.assert_close(-terms.log_alpha, nll)
+    torch.testing.assert_close(terms.kl, nll)
+    torch.testing.assert_close(
+        torch.autograd.grad(-terms.log_alpha.sum(), z)[0], torch.autograd.grad(nll.sum(), z)[0]
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_shift_of_the_logits_changes_nothing(overlap_case, impl):
+    case = overlap_case(3, 20)
+    shifted = (case.draft_logits + 50, case.target_logits - 70, case.log_normalizer - 70)
+    for name in ("kl", "alpha", "log_alpha"):
+        torch.testing.assert_close(
+            getattr(overlap_terms(*shifted, impl=impl), name),
+            getattr(overlap_terms(*case, impl=impl), name),
+        )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_given_log_coverage_is_used_and_returned(overlap_case, impl):
+    case = overlap_case(3, 20)
+    computed = overlap_terms(*case, impl=impl)
+    given = overlap_terms(*case, impl=impl, log_coverage=computed.log_coverage)
+    for name in ("kl", "alpha", "log_alpha", "log_coverage"):
+        torch.testing.assert_close(getattr(given, name), getattr(computed, name), rtol=0, atol=0)

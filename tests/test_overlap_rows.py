@@ -1,0 +1,149 @@
+"""Rows of the overlap operation: skipped ones, degenerate ones, chunks and strides."""
+
+import pytest
+import torch
+
+from specforge_lk.overlap import IMPLEMENTATIONS, overlap_terms, rows
+
+NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
+implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+
+
+def evaluate(z, y, log_z, **options):
+    """Terms [4, ...] and the gradient of their sum."""
+    terms = overlap_terms(z, y, log_z, reverse_kl=True, **options)
+    values = torch.stack([getattr(terms, name) for name in NAMES])
+    (gradient,) = torch.autograd.grad(values.sum(), z)
+    return values.detach(), gradient
+
+
+@implementations
+@pytest.mark.parametrize("weight_dtype", [torch.bool, torch.float32, torch.int64])
+def test_zero_weight_rows_are_skipped_whatever_they_hold(overlap_case, impl, weight_dtype):
+    case = overlap_case(2, 5, 12)
+    expected, expected_gradient = evaluate(*case, impl=impl)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]).bool()
+    broken = [
+        torch.where(mask.view(2, 5, *[1] * (t.dim() - 2)), t.detach(), value)
+        for t, value in zip(case, (torch.nan, torch.inf, torch.nan), strict=True)
+    ]
+    broken[0].requires_grad_()
+    weight = mask.to(weight_dtype)
+    values, gradient = evaluate(*broken, impl=impl, weight=weight)
+    torch.testing.assert_close(values, expected * mask)
+    torch.testing.assert_close(gradient, expected_gradient * mask[..., None])
+    assert (overlap_terms(*broken, impl=impl, weight=weight).log_coverage[~mask] == 0).all()
+
+
+@implementations
+def test_all_masked(overlap_case, impl):
+    case = overlap_case(3, 12)
+    values, gradient = evaluate(*case, impl=impl, weight=torch.zeros(3))
+    assert not values.any() and not gradient.any()
+
+
+@implementations
+def test_no_rows(overlap_case, impl):
+    values, gradient = evaluate(*overlap_case(0, 12), impl=impl)
+    assert values.shape == (4, 0) and gradient.shape == (0, 12)
+
+
+@implementations
+@pytest.mark.parametrize("give_log_coverage", [True, False])
+def test_rows_without_coverage_are_zero(overlap_case, impl, give_log_coverage):
+    z, y, log_z = overlap_case(4, 12)
+    expected, expected_gradient = evaluate(z, y, log_z, impl=impl)
+    y[1], log_z[1] = 0.0, torch.inf  # padding
+    y[2] = -torch.inf  # the target excludes the whole draft vocabulary
+    log_c = y.logsumexp(-1) - log_z if give_log_coverage else None
+    values, gradient = evaluate(z, y, log_z, impl=impl, log_coverage=log_c)
+    coverage = overlap_terms(z, y, log_z, impl=impl, log_coverage=log_c).log_coverage
+    assert (coverage == -torch.inf).tolist() == [False, True, True, False]
+    assert not values[:, 1:3].any() and not gradient[1:3].any()
+    torch.testing.assert_close(values[:, [0, 3]], expected[:, [0, 3]])
+    torch.testing.assert_close(gradient[[0, 3]], expected_gradient[[0, 3]])
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_masked_tokens_do_not_count(overlap_case, impl, dtype):
+    """Logits of -inf in target and draft equal a vocabulary without those tokens."""
+    z, y, log_z = overlap_case(3, 12, dtype=dtype)
+    kept = torch.arange(12) % 3 != 0
+    log_z = y[:, kept].float().logsumexp(-1).to(log_z.dtype) + 0.1
+    z, y = (t.detach().masked_fill(~kept, -torch.inf) for t in (z, y))
+    values, gradient = evaluate(z.requires_grad_(), y, log_z, impl=impl)
+    small = z.detach()[:, kept].requires_grad_()
+    expected, expected_gradient = evaluate(small, y[:, kept], log_z, impl=impl)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(gradient[:, kept], expected_gradient)
+    assert not gradient[:, ~kept].any()
+
+
+@implementations
+def test_tokens_only_the_target_excludes(overlap_case, impl):
+    case = overlap_case(3, 12)
+    case.target_logits[:, 4] = -torch.inf
+    values, gradient = evaluate(*case, impl=impl)
+    assert values.isfinite().all() and gradient.isfinite().all()
+    # Reverse KL is what is not small here: it must drive the draft off the excluded token.
+    assert (values[3] > 1e20).all() and (gradient[:, 4] > 1e20).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@implementations
+def test_non_finite_draft_logits_show(overlap_case, impl, value):
+    z, y, log_z = overlap_case(3, 12)
+    z = z.detach().clone()
+    z[1, 5] = value
+    terms = overlap_terms(z, y, log_z, impl=impl)
+    for term in (terms.kl, terms.alpha, terms.log_alpha):
+        assert term.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 8 * 12 * 2, 1 << 20])
+@pytest.mark.parametrize("masked", [True, False])
+def test_chunks_change_nothing(overlap_case, monkeypatch, chunk_bytes, masked):
+    case = overlap_case(3, 5, 12)
+    weight = torch.arange(15).view(3, 5) % 4 if masked else None
+    expected = evaluate(*case, impl="reference", weight=weight)
+    monkeypatch.setattr(rows, "_CPU_CHUNK_BYTES", chunk_bytes)
+    torch.testing.assert_close(evaluate(*case, impl="closed_form", weight=weight), expected)
+
+
+@implementations
+@pytest.mark.parametrize("masked", [True, False])
+def test_any_strides(overlap_case, impl, masked):
+    """A window of a padded [B, T, V] (EAGLE-3's TTT steps), and a vocabulary that is not last."""
+    z, y, log_z = overlap_case(3, 5, 12)
+    weight = torch.arange(15).view(3, 5) % 4 if masked else None
+    expected, expected_gradient = evaluate(z, y, log_z, impl=impl, weight=weight)
+    padded = torch.nn.functional.pad(y, (0, 0, 1, 2))[:, 1:6]
+    with pytest.raises(RuntimeError):
+        padded.view(-1, 12)  # or the test tests nothing
+    transposed = z.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
+    values, gradient = evaluate(
+        transposed, padded, log_z.t().contiguous().t(), impl=impl, weight=weight
+    )
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@implementations
+def test_inputs_are_not_written_to(overlap_case, impl):
+    case = overlap_case(3, 12)
+    before = [t.detach().clone() for t in case]
+    evaluate(*case, impl=impl, weight=torch.tensor([1, 0, 1]))
+    evaluate(*case, impl=impl)
+    for t, copy in zip(case, before, strict=True):
+        torch.testing.assert_close(t.detach(), copy, rtol=0, atol=0)
+
+
+def test_terms_may_be_written_to(overlap_case):
+    case = overlap_case(3, 12)
+    _, expected = evaluate(*case, impl="closed_form")
+    terms = overlap_terms(*case, impl="closed_form", reverse_kl=True)
+    total = sum(getattr(terms, name).clone() for name in NAMES).sum()
+    for name in NAMES:
+        getattr(terms, name).detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(total, case.draft_logits)[0], expected)

@@ -1,0 +1,294 @@
+"""Patch handling on a tiny SpecForge: all or nothing, idempotent, reverted byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from patch_helpers import FILES, tree_hashes, write_checkout, write_series, write_tree, write_wheel
+from typer.testing import CliRunner
+
+from specforge_lk import patching
+from specforge_lk.cli import app
+
+LOSS = FILES["specforge/loss.py"]
+STEPS = [
+    (
+        "Fix the loss",
+        {
+            "specforge/loss.py": LOSS.replace("line6 = 6", "line6 = 66"),
+            "specforge/losses/api.py": "api = 1\n",
+            "tests/test_loss.py": "assert True\n",
+        },
+    ),
+    (
+        "Add plug-ins and drop the old module",
+        {
+            "specforge/losses/api.py": "api = 2\n",
+            "specforge/plugins.py": "plugins = ()\n",
+            "specforge/old.py": None,
+        },
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def series_root(tmp_path, monkeypatch):
+    root = tmp_path / "patches"
+    write_series(root / "0.2.0", tmp_path / "authoring", STEPS)
+    monkeypatch.setattr(patching, "series_root", lambda: root)
+    return root
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    return write_wheel(tmp_path / "site-packages")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return write_checkout(tmp_path / "checkout")
+
+
+def patch(command: str, target: Path, *options: str):
+    """Run the real command; everything it says is in ``output``."""
+    return CliRunner().invoke(app, ["patch", command, "--target", str(target), *options])
+
+
+def state(target: Path) -> dict:
+    return json.loads(patch("status", target, "--json").stdout)
+
+
+def test_apply_writes_the_series_and_revert_restores_every_byte(wheel):
+    # A directory that pip's own tests may leave beside the package is nobody's checkout.
+    write_tree(wheel, {"tests/stray.py": "", "specforge/__pycache__/loss.cpython-311.pyc": "pip's"})
+    (wheel / "specforge/loss.py").chmod(0o640)
+    os.utime(wheel / "specforge/loss.py", ns=(10**18, 10**18))
+    before, stat = tree_hashes(wheel), (wheel / "specforge/loss.py").stat()
+
+    assert state(wheel)["state"] == "pristine"
+    assert patch("check", wheel).exit_code == 0
+    assert tree_hashes(wheel) == before
+
+    assert patch("apply", wheel).exit_code == 0
+    after = tree_hashes(wheel)
+    assert (wheel / "specforge/loss.py").read_text() == STEPS[0][1]["specforge/loss.py"]
+    assert (wheel / "specforge/losses/api.py").read_text() == "api = 2\n"
+    assert not (wheel / "specforge/old.py").exists()
+    assert not (wheel / "tests/test_loss.py").exists()
+    assert (wheel / "specforge/loss.py").stat().st_mode == stat.st_mode
+    report = state(wheel)
+    assert (report["state"], report["current"]) == ("applied", True)
+    assert [entry["subject"] for entry in report["patches"]] == [subject for subject, _ in STEPS]
+
+    again = patch("apply", wheel)
+    assert again.exit_code == 0
+    assert "already applied" in again.output
+    assert patch("check", wheel).exit_code == 0
+    assert tree_hashes(wheel) == after
+
+    write_tree(wheel, {"specforge/losses/__pycache__/api.cpython-311.pyc": "compiled"})
+    assert patch("revert", wheel).exit_code == 0
+    assert tree_hashes(wheel) == before
+    assert not (wheel / "specforge/losses").exists()
+    restored = (wheel / "specforge/loss.py").stat()
+    assert (restored.st_mode, restored.st_mtime_ns) == (stat.st_mode, stat.st_mtime_ns)
+    assert "nothing to do" in patch("revert", wheel).output
+
+
+@pytest.mark.parametrize("path", ["specforge/loss.py", "specforge/plugins.py"])
+def test_edits_of_an_installed_wheel_are_refused_by_name(wheel, path):
+    """Even an edit far from every hunk, which git accepts; and a file that the series would add."""
+    edited = FILES.get(path, "line11 = 11\n").replace("line11 = 11", "line11 = 'mine'")
+    write_tree(wheel, {path: edited})
+    before = tree_hashes(wheel)
+    for command in ("apply", "check"):
+        result = patch(command, wheel)
+        assert result.exit_code == 1
+        assert f"foreign edits in {path}: " in result.output
+    assert tree_hashes(wheel) == before
+    report = state(wheel)
+    assert report["state"] == "foreign edits"
+    assert path in report["problem"]
+
+
+def test_no_fuzz_in_a_checkout(checkout):
+    """A changed context line three lines from the change refuses the whole series."""
+    loss = checkout / "specforge/loss.py"
+    loss.write_text(loss.read_text().replace("line3 = 3", "line3 = 30"))
+    before = tree_hashes(checkout)
+    result = patch("apply", checkout)
+    assert result.exit_code == 1
+    assert "0001-Fix-the-loss.patch" in result.output
+    assert "specforge/loss.py" in result.output
+    assert tree_hashes(checkout) == before
+
+
+def test_check_names_each_patch(checkout):
+    (checkout / "specforge/plugins.py").write_text("mine = 1\n")
+    result = patch("check", checkout)
+    assert result.exit_code == 1
+    assert "OK      0001-Fix-the-loss.patch" in result.output
+    assert "failed  0002-" in result.output
+    assert "specforge/plugins.py: already exists" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [((), True), (("--tests",), True), (("--no-tests",), False)]
+)
+def test_tests_hunks_of_a_checkout(checkout, options, expected):
+    before = tree_hashes(checkout)
+    assert patch("apply", checkout, *options).exit_code == 0
+    assert (checkout / "tests/test_loss.py").exists() is expected
+    assert patch("revert", checkout).exit_code == 0
+    assert tree_hashes(checkout) == before
+
+
+def test_tests_hunks_of_an_unpacked_wheel_on_request(wheel):
+    before = tree_hashes(wheel)
+    assert patch("apply", wheel, "--tests").exit_code == 0
+    assert (wheel / "tests/test_loss.py").exists()
+    assert "already applied" in patch("apply", wheel).output
+    assert "reverted an earlier series" in patch("apply", wheel, "--no-tests").output
+    assert not (wheel / "tests").exists()
+    assert patch("revert", wheel).exit_code == 0
+    assert tree_hashes(wheel) == before
+
+
+def test_a_checkout_deep_inside_another_repository(tmp_path, monkeypatch):
+    """There ``git apply`` skips every path and reports success, unless it is isolated."""
+    subprocess.run(["git", "init", "-q", str(tmp_path / "outer")], check=True)
+    (tmp_path / "outer/tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "outer/tmp"))
+    checkout = write_checkout(tmp_path / "outer/vendor/specforge-src")
+    assert patch("apply", checkout).exit_code == 0
+    assert "line6 = 66" in (checkout / "specforge/loss.py").read_text()
+    untracked = ["git", "status", "--porcelain", "-uall"]
+    listed = subprocess.run(untracked, cwd=checkout, check=True, capture_output=True, text=True)
+    assert ".specforge-lk" not in listed.stdout
+
+
+@pytest.mark.parametrize("survivors", range(4))
+@pytest.mark.parametrize("way_out", ["apply", "revert"])
+def test_a_crash_at_any_rename_is_recovered(wheel, monkeypatch, survivors, way_out):
+    """Rename 0 publishes the manifest: before it nothing is touched, after it all is undone."""
+    before = tree_hashes(wheel)
+    real, calls = os.replace, []
+
+    def crash(source, destination):
+        calls.append(destination)
+        if len(calls) > survivors:
+            raise KeyboardInterrupt
+        real(source, destination)
+
+    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
+        crashing.setattr(os, "replace", crash)
+        patching.apply(patching.find_target(wheel), patching.load_series("0.2.0"))
+
+    touched = survivors >= 2
+    assert state(wheel)["state"] == ("partially applied" if touched else "pristine")
+    if way_out == "apply":
+        result = patch("apply", wheel)
+        assert ("reverted an interrupted apply" in result.output) is touched
+        assert state(wheel)["state"] == "applied"
+    assert patch("revert", wheel).exit_code == 0
+    assert tree_hashes(wheel) == before
+
+
+def test_a_crash_in_revert_is_recovered(wheel, monkeypatch):
+    before = tree_hashes(wheel)
+    patch("apply", wheel)
+    with monkeypatch.context() as crashing:
+        crashing.setattr(os, "replace", Mock(side_effect=OSError("disk")))
+        failed = patch("revert", wheel)
+    assert failed.exit_code == 1
+    assert "disk" in failed.output
+    assert patch("revert", wheel).exit_code == 0
+    assert tree_hashes(wheel) == before
+
+
+def test_revert_refuses_later_edits_unless_forced(wheel):
+    before = tree_hashes(wheel)
+    patch("apply", wheel)
+    (wheel / "specforge/plugins.py").write_text("edited = 1\n")
+    edited = tree_hashes(wheel)
+    for command in ("revert", "apply"):
+        result = patch(command, wheel)
+        assert result.exit_code == 1
+        assert "specforge/plugins.py" in result.output
+        assert "specforge/loss.py" not in result.output
+    assert tree_hashes(wheel) == edited
+    assert state(wheel)["state"] == "foreign edits"
+    assert patch("revert", wheel, "--force").exit_code == 0
+    assert tree_hashes(wheel) == before
+
+
+def test_a_newer_series_replaces_the_applied_one(wheel, series_root, tmp_path):
+    before = tree_hashes(wheel)
+    patch("apply", wheel)
+    newer = [("Another fix", {"specforge/loss.py": LOSS.replace("line9 = 9", "line9 = 99")})]
+    write_series(series_root / "0.2.0", tmp_path / "authoring2", newer)
+    assert state(wheel)["current"] is False
+    assert "reverted an earlier series first" in patch("apply", wheel).output
+    assert (wheel / "specforge/loss.py").read_text() == newer[0][1]["specforge/loss.py"]
+    assert not (wheel / "specforge/plugins.py").exists()
+    assert patch("revert", wheel).exit_code == 0
+    assert tree_hashes(wheel) == before
+
+
+def test_a_newer_series_that_fails_leaves_the_applied_one(wheel, series_root):
+    patch("apply", wheel)
+    before = tree_hashes(wheel)
+    first = next((series_root / "0.2.0").glob("0001*"))
+    first.write_text(first.read_text().replace("-line6 = 6", "-line6 = 7"))
+    assert patch("apply", wheel).exit_code == 1
+    assert tree_hashes(wheel) == before
+
+
+def test_a_reinstall_over_an_applied_series_can_be_patched_again(wheel):
+    """``pip install --force-reinstall`` rewrites its own files and leaves the added ones."""
+    patch("apply", wheel)
+    write_wheel(wheel)
+    assert state(wheel)["state"] == "partially applied"
+    assert patch("apply", wheel).exit_code == 0
+    assert state(wheel)["state"] == "applied"
+
+
+def test_unknown_version_and_missing_package_are_named(checkout, tmp_path):
+    (checkout / "version.txt").write_text("0.3.0\n")
+    result = patch("apply", checkout)
+    assert result.exit_code == 2
+    assert "0.3.0" in result.output
+    assert "known versions: 0.2.0" in result.output
+    empty = patch("status", tmp_path)
+    assert empty.exit_code == 2
+    assert "specforge/" in empty.output
+
+
+def test_missing_git_is_named(wheel, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = patch("apply", wheel)
+    assert result.exit_code == 2
+    assert "install git" in result.output
+
+
+def test_the_default_target_is_found_without_importing_it(wheel, monkeypatch):
+    write_tree(wheel, {"specforge/__init__.py": "raise RuntimeError('imported')\n"})
+    monkeypatch.syspath_prepend(str(wheel))
+    monkeypatch.setattr("sys.prefix", str(wheel.parent))
+    assert patching.find_target().root == wheel.resolve()
+
+
+def test_another_environment_is_never_the_default_target(wheel, monkeypatch, tmp_path):
+    """A .pth file or --system-site-packages shows a SpecForge that is not this environment's."""
+    monkeypatch.syspath_prepend(str(wheel))
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "venv"))
+    before = tree_hashes(wheel)
+    result = CliRunner().invoke(app, ["patch", "apply"])
+    assert result.exit_code == 2
+    assert f"--target {wheel}" in result.output
+    assert tree_hashes(wheel) == before

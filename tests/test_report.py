@@ -1,0 +1,74 @@
+"""The report's schema and renderers."""
+
+import json
+
+import pytest
+
+from specforge_lk.report import Paired, Report, Result, read_report, write_all
+
+KL = Result(
+    algorithm="eagle3",
+    loss="kl",
+    seed=0,
+    temperature=1.0,
+    benchmark="mt_bench",
+    draft_sampling="probabilistic",
+    heads=2,
+    tau=1.5,
+    tau_ci=[1.4, 1.6],
+    alpha_per_head=[0.3, None],
+    coverage=0.8,
+    fingerprint="a",
+)
+
+
+def test_round_trip_and_rendering(tmp_path):
+    held_out = KL.model_copy(
+        update={
+            "benchmark": "held_out",
+            "tau": None,
+            "tau_ci": None,
+            "tau_expected": 1.61,
+            "tau_expected_ci": [1.5, 1.7],
+            "alpha_per_head": [0.4, 0.3],
+        }
+    )
+    paired = Paired(
+        benchmark="held_out",
+        algorithm="eagle3",
+        seed=0,
+        temperature=1.0,
+        draft_sampling="probabilistic",
+        loss="lk_lambda",
+        baseline="kl",
+        difference=0.012,
+        ci=[0.01, 0.014],
+        chain_starts=100,
+        conversations=5,
+    )
+    report = Report(results=[KL, held_out], paired=[paired], command=["specforge-lk", "eval"])
+    written = write_all(report, tmp_path / "new" / "report.json")
+    assert [path.name for path in written] == ["report.json", "report.md", "acceptance.png"]
+    assert read_report(written[0]) == report
+    markdown = written[1].read_text()
+    assert "| 1.500 [1.400, 1.600] | 0.300 / – | 0.800 |" in markdown
+    assert "| held-out, expected | 1 | eagle3 kl | 0 | probabilistic | 1.610" in markdown
+    assert "+0.0120 [+0.0100, +0.0140]" in markdown
+    assert written[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_holds_one_result_per_measurement():
+    report = Report()
+    report.put(KL)
+    report.put(KL.model_copy(update={"loss": "tv"}))
+    report.put(KL.model_copy(update={"tau": 1.7, "fingerprint": "b"}))
+    assert [(r.loss, r.tau) for r in report.results] == [("tv", 1.5), ("kl", 1.7)]
+    assert report.find(KL.key, "a") is None
+    assert report.find(KL.key, "b").tau == 1.7
+
+
+def test_another_file_is_not_taken_for_a_report(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"results": [{"algorithm": "eagle3"}]}))
+    with pytest.raises(ValueError, match=r"report.json is not a report of this version.*Field"):
+        read_report(path)

@@ -1,0 +1,126 @@
+"""A tiny random Llama target with a byte tokenizer, and a tiny random EAGLE-3 draft for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+VOCAB_SIZE = 264
+HIDDEN_SIZE = 32
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer():
+    """One token per byte, ChatML markers, `<|im_end|>` as end of sequence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(layers: int = 6, seed: int = 0):
+    """A random Llama whose next-token distributions are far from uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=2,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save_target(path: Path, layers: int = 6, seed: int = 0) -> Path:
+    """Write target and tokenizer to ``path`` as one safetensors file."""
+    build_model(layers, seed).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def draft_config(draft_vocab_size: int, **changes) -> dict:
+    """config.json of a tiny EAGLE-3 draft, as `specforge export` writes it."""
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": VOCAB_SIZE,
+        "draft_vocab_size": draft_vocab_size,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]},
+        **changes,
+    }
+
+
+def save_draft(
+    path: Path, draft_vocab_size: int = 96, seed: int = 0, with_embedding: bool = False
+) -> Path:
+    """Write a random EAGLE-3 draft to ``path``, in the format of `specforge export --to hf`."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    hidden, inner = HIDDEN_SIZE, 48
+    ids = torch.randperm(VOCAB_SIZE, generator=generator)[:draft_vocab_size].sort().values
+    t2d = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    t2d[ids] = True
+    tensors = {
+        "fc.weight": random(hidden, 3 * hidden),
+        "norm.weight": torch.ones(hidden),
+        "lm_head.weight": 4 * random(draft_vocab_size, hidden),
+        "d2t": ids - torch.arange(draft_vocab_size),
+        "t2d": t2d,
+        "midlayer.self_attn.q_proj.weight": random(hidden, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": random(hidden // 2, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": random(hidden // 2, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": random(hidden, hidden),
+        "midlayer.mlp.gate_proj.weight": random(inner, hidden),
+        "midlayer.mlp.up_proj.weight": random(inner, hidden),
+        "midlayer.mlp.down_proj.weight": random(hidden, inner),
+        "midlayer.hidden_norm.weight": torch.ones(hidden),
+        "midlayer.input_layernorm.weight": torch.ones(hidden),
+        "midlayer.post_attention_layernorm.weight": torch.ones(hidden),
+    }
+    if with_embedding:
+        tensors["embed_tokens.weight"] = random(VOCAB_SIZE, hidden)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(draft_config(draft_vocab_size)))
+    return path
