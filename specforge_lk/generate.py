@@ -79,6 +79,8 @@ def open_responses(path: Path, settings: dict[str, Any]) -> Iterator[ResponseFil
     Raises:
         ValueError: the file was begun with other settings, or another process writes to it.
     """
+    if path.suffix == ".gz":
+        raise ValueError(f"{path}: a compressed file cannot be continued; name it .jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as stream:
         try:
@@ -272,7 +274,12 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
-    if not new and path.exists():
+    if not new:
+        if not path.exists():
+            raise ValueError(
+                f"{path} is missing, so the settings of the responses beside it are unknown; "
+                "write to a new file"
+            )
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted(settings.keys() | before.keys()):
             if settings.get(name) != before.get(name):

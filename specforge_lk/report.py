@@ -30,8 +30,9 @@ class Result(_Strict):
     A sampled benchmark has ``tau`` (pooled, K · accepted / drafted + 1); held-out responses have
     ``tau_expected`` (1 + mean over chain starts of Σ_k Π_{i≤k} α_i). Intervals are 95 % bootstrap
     intervals over prompts or conversations. ``alpha_per_head`` is exact (Σ min(p, q)), averaged
-    where the head was reached; ``alpha_per_head_empirical`` counts acceptances there. A head that
-    was never reached has null.
+    over all chain starts of held-out responses, and over the chains in which the head was reached
+    on benchmarks; ``alpha_per_head_empirical`` counts acceptances there. A head that was never
+    reached has null.
     """
 
     algorithm: str
@@ -161,7 +162,10 @@ def _table_order(result: Result) -> tuple:
 
 
 def result_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the result table, for markdown and for the terminal."""
+    """Header and rows of the result table, for markdown and for the terminal.
+
+    Training seed and drafting are columns only where they vary.
+    """
     header = ["benchmark", "T", "draft", "seed", "drafting", "τ [95 %]", "α per head", "coverage"]
     rows = []
     for r in sorted(report.results, key=_table_order):
@@ -169,7 +173,7 @@ def result_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         tau, ci = (r.tau_expected, r.tau_expected_ci) if held_out else (r.tau, r.tau_ci)
         rows.append(
             [
-                "held-out, expected" if held_out else r.benchmark,
+                "held-out (exact)" if held_out else r.benchmark,
                 f"{r.temperature:g}",
                 f"{r.algorithm} {r.loss}",
                 str(r.seed),
@@ -179,7 +183,17 @@ def result_rows(report: Report) -> tuple[list[str], list[list[str]]]:
                 _number(r.coverage),
             ]
         )
-    return header, rows
+    return _without_constant(header, rows)
+
+
+def _without_constant(
+    header: list[str], rows: list[list[str]], names: tuple[str, ...] = ("seed", "drafting")
+) -> tuple[list[str], list[list[str]]]:
+    """Drop the named columns that hold a single value."""
+    kept = [
+        i for i, name in enumerate(header) if name not in names or len({row[i] for row in rows}) > 1
+    ]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def paired_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -197,7 +211,7 @@ def paired_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         ]
         for p in report.paired
     ]
-    return header, rows
+    return _without_constant(header, rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -212,7 +226,8 @@ def render_markdown(report: Report) -> str:
         "τ is pooled over drafted tokens (K · accepted / drafted + 1) on sampled benchmarks, and "
         "the exact expectation 1 + mean Σ_k Π_{i≤k} α_i over chain starts, teacher-forced, on "
         "held-out responses. α per head is Σ min(p, q), the target distribution p not "
-        "renormalised, averaged where the head was reached; coverage is the target's probability "
+        "renormalised, averaged where the head was reached (benchmarks) or over all chain starts "
+        "(held-out); coverage is the target's probability "
         "mass on the draft vocabulary. Intervals are bootstrap intervals over prompts "
         "(conversations).",
         _table(*result_rows(report)),
@@ -280,8 +295,7 @@ def render_chart(report: Report, path: Path) -> None:
         right.bar(x, result.tau, width, color=colors[label], yerr=error, capsize=2)
     right.set_xticks(range(len(groups)), [f"{name}\nT = {t:g}" for name, t in groups])
     right.set(title="Speculative decoding, 95 % intervals", ylabel="τ (tokens per target step)")
-    if sampled:
-        right.set_ylim(bottom=max(0, 0.9 * min(r.tau_ci[0] for r in sampled)))
+    right.set_ylim(bottom=1)  # τ = 1 is decoding without a draft
     if labels:
         from matplotlib.patches import Patch
 

@@ -161,9 +161,9 @@ def test_interrupted_capture_continues(target: Path, responses: Path, tmp_path: 
     assert files[0].stat().st_mtime_ns == kept
     assert all(file.exists() for file in files)
     assert "4 samples (0 new" in run(config, responses)
-    result = invoke(config, responses, "model.aux_hidden_state_layer_ids=[0,1,2]")
+    result = invoke(config, responses, "data.max_length=200")
     assert result.exit_code == 1
-    assert "layers=[1, 2, 4], not [0, 1, 2]" in result.output
+    assert "max_length=256, not 200" in result.output
 
 
 def test_long_rows_are_cut_and_unsupervised_ones_skipped(

@@ -6,7 +6,7 @@ import torch
 from tiny_target import build_model, build_tokenizer, save_draft
 
 from specforge_lk.decode.drafts import Proposal, load_draft
-from specforge_lk.decode.generate import generate
+from specforge_lk.decode.generate import Prefills, generate
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 
@@ -137,6 +137,31 @@ def test_nothing_counts_behind_the_end_of_sequence(target, block):
     assert result.tokens == continuation[:3]
     assert (result.drafted, result.accepted) == (2, 2)
     assert result.reached.tolist() == [1, 1, 0]
+
+
+def test_neither_blocks_nor_shared_prefills_change_the_record(target):
+    oracle = Oracle([p + greedy_alone(target, p, 60) for p in PROMPTS])
+    prefills = Prefills(target, oracle.capture_layers)
+    first, *others = (
+        generate(
+            target,
+            oracle,
+            PROMPTS,
+            heads=HEADS,
+            temperature=0,
+            greedy_draft=False,
+            max_new_tokens=30,
+            block=block,
+            prefills=shared,
+        )
+        for block, shared in ((HEADS + 1, None), (2, prefills), (1, prefills))
+    )
+    assert prefills.of(PROMPTS) is prefills.of([list(prompt) for prompt in PROMPTS])
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert (a.tokens, a.drafted, a.accepted) == (b.tokens, b.drafted, b.accepted)
+            np.testing.assert_array_equal(a.reached, b.reached)
+            np.testing.assert_array_equal(a.accepted_at, b.accepted_at)
 
 
 class Bigram(Oracle):

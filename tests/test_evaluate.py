@@ -254,7 +254,7 @@ def test_command_writes_a_report_and_continues_it(files, tmp_path):
     tau = {r.loss: r.tau_expected for r in report.results if r.tau_expected and r.temperature == 1}
     assert hot.difference == pytest.approx(tau["lk_lambda"] - tau["kl"])
     assert (tmp_path / "acceptance.png").stat().st_size > 10_000
-    assert "| held-out, expected | 1 | eagle3 kl |" in (tmp_path / "report.md").read_text()
+    assert "| held-out (exact) | 1 | eagle3 kl |" in (tmp_path / "report.md").read_text()
     assert report.settings["heads"] == 3 and report.versions["torch"] == torch.__version__
 
     # Same settings: nothing is measured again. A changed draft: that one is.

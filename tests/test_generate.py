@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.conversations import prompt_ids, tokenise
-from specforge_lk.generate import Sampling, generate
+from specforge_lk.generate import Sampling, generate, open_responses
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +137,16 @@ def test_responses_of_other_settings_or_prompts_are_refused(
     result = CliRunner().invoke(app, arguments(target, prompts, out))
     assert result.exit_code == 1 and "'p0' belongs to another prompt" in result.output
     assert len(rows(out)) == 2
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    result = CliRunner().invoke(app, arguments(target, prompts, out))
+    assert result.exit_code == 1 and "settings.json is missing" in result.output
+
+
+def test_two_processes_cannot_write_one_file(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    with open_responses(path, {}), pytest.raises(ValueError, match="another process"):  # noqa: SIM117
+        with open_responses(path, {}):
+            pass
 
 
 @pytest.mark.parametrize(

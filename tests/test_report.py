@@ -52,7 +52,7 @@ def test_round_trip_and_rendering(tmp_path):
     assert read_report(written[0]) == report
     markdown = written[1].read_text()
     assert "| 1.500 [1.400, 1.600] | 0.300 / – | 0.800 |" in markdown
-    assert "| held-out, expected | 1 | eagle3 kl | 0 | probabilistic | 1.610" in markdown
+    assert "| held-out (exact) | 1 | eagle3 kl | 1.610 [1.500, 1.700] |" in markdown
     assert "+0.0120 [+0.0100, +0.0140]" in markdown
     assert written[2].read_bytes().startswith(b"\x89PNG")
 

@@ -105,6 +105,20 @@ def _run(
     )
     if not samples.kept:
         raise ValueError(f"{responses} has no response with supervised tokens to capture")
+    if vocab_mapping:
+        if not resolved.run.algorithm.spec.capabilities.supports_vocab_mapping:
+            raise ValueError(
+                f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "
+                "leave out --vocab-mapping"
+            )
+        counts = samples.token_counts()
+        size = resolved.draft_config.draft_vocab_size
+        mapping = capture.vocabulary_mapping(counts, size, target_config.vocab_size)
+        capture.save_mapping(mapping, vocab_mapping)
+        share = capture.coverage(mapping, counts)
+        typer.echo(
+            f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
+        )
     capture.open_directory(
         directory,
         {
@@ -118,20 +132,6 @@ def _run(
             "stored_dtype": run.model.torch_dtype,
         },
     )
-    if vocab_mapping:
-        counts = samples.token_counts()
-        size = getattr(resolved.draft_config, "draft_vocab_size", None)
-        if size is None:
-            raise ValueError(
-                f"a draft of training.strategy={run.training.strategy} has no draft_vocab_size: "
-                "it uses the whole vocabulary; leave out --vocab-mapping"
-            )
-        mapping = capture.vocabulary_mapping(counts, size, target_config.vocab_size)
-        capture.save_mapping(mapping, vocab_mapping)
-        share = capture.coverage(mapping, counts)
-        typer.echo(
-            f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
-        )
     names = resolved.layout.output_names
     todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
     total = sum(len(sample.tokens.input_ids) for sample in todo)

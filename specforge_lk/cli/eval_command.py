@@ -200,6 +200,9 @@ def _print(report: object) -> None:
 
     from specforge_lk.report import paired_rows, result_rows
 
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file wraps nothing
     tables = [("Acceptance", result_rows(report))]
     if report.paired:
         tables.append(("Paired differences on held-out responses", paired_rows(report)))
@@ -207,4 +210,4 @@ def _print(report: object) -> None:
         table = Table(*map(_escape, header), title=title)
         for row in rows:
             table.add_row(*map(_escape, row))
-        Console().print(table)
+        console.print(table)

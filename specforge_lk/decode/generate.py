@@ -14,7 +14,7 @@ by the token, short blocks are much faster; on a GPU one step of K + 1 is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,99 @@ class Generation:
     accepted_at: np.ndarray = field(default_factory=lambda: np.zeros(0))
     alpha: np.ndarray = field(default_factory=lambda: np.zeros(0))
     coverage: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The target's states of one batch of prompts, padded on the left to P tokens.
+
+    Attributes:
+        ids: [B, P] prompt tokens.
+        mask: [B, P] bool, where they are.
+        positions: [B, P].
+        logits: [B, V] after the last token of every prompt.
+        features: by captured layer, [B, P, H].
+        states: by decoder layer, keys and values.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    logits: torch.Tensor
+    features: dict[int, torch.Tensor]
+    states: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def cache(self) -> Any:
+        """A transformers cache holding the prompts; extending it leaves these states alone."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.states):
+            cache.update(keys, values, layer)
+        return cache
+
+    def features_of(self, layers: tuple[int, ...]) -> torch.Tensor:
+        """[B, P, len(layers) * H] for a draft that captures these layers."""
+        return torch.cat([self.features[layer] for layer in layers], -1)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        tensors = [self.logits, *self.features.values(), *(t for pair in self.states for t in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Prefills:
+    """Prefills of batches, kept so that several drafts and temperatures share them.
+
+    On a CPU the prompts take longer than the responses of a short benchmark.
+
+    Args:
+        target: the target model.
+        layers: decoder layers to capture, for all drafts that will be asked about.
+        limit: bytes to keep at most; what does not fit is computed anew each time.
+    """
+
+    def __init__(self, target: Target, layers: Iterable[int], limit: int = 1 << 30) -> None:
+        self._target = target
+        self._layers = tuple(sorted(set(layers)))
+        self._left = limit
+        self._kept: dict[tuple[tuple[int, ...], ...], Prefill] = {}
+
+    def of(self, prompts: Sequence[Sequence[int]]) -> Prefill:
+        """The prefill of a batch of prompts."""
+        key = tuple(map(tuple, prompts))
+        if key in self._kept:
+            return self._kept[key]
+        prefill = self._compute(prompts)
+        if prefill.size <= self._left:
+            self._left -= prefill.size
+            self._kept[key] = prefill
+        return prefill
+
+    @torch.inference_mode()
+    def _compute(self, prompts: Sequence[Sequence[int]]) -> Prefill:
+        from transformers import DynamicCache
+
+        target, longest = self._target, max(map(len, prompts))
+        # Padded on the left, so that the last column is the last token of every prompt.
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=target.device)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=target.device)
+            mask[row, longest - len(prompt) :] = True
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        output = target.forward(ids, mask, positions, cache, self._layers)
+        parts = output.features.chunk(len(self._layers), -1)
+        return Prefill(
+            ids,
+            mask,
+            positions,
+            target.logits(output.hidden[:, -1]),
+            dict(zip(self._layers, parts, strict=True)),
+            [(layer.keys, layer.values) for layer in cache.layers],
+        )
 
 
 @dataclass
@@ -104,6 +197,7 @@ def generate(
     greedy_draft: bool,
     max_new_tokens: int,
     block: int | None = None,
+    prefills: Prefills | None = None,
     generator: torch.Generator | None = None,
     advance: Callable[[int, int], None] = lambda tokens, work: None,
 ) -> list[Generation]:
@@ -118,12 +212,11 @@ def generate(
         greedy_draft: draft the argmax of q even above temperature 0.
         max_new_tokens: longest response.
         block: tokens per row and target step, at most K + 1; None chooses by device.
+        prefills: where the target's states of these prompts may already be.
         generator: source of all randomness, on the target's device.
         advance: called with the tokens a step produced, and with them plus those that responses
             it ended will not need: a whole batch adds up to prompts * max_new_tokens.
     """
-    from transformers import DynamicCache
-
     device = target.device
     width = min(block or (2 if device.type == "cpu" else heads + 1), heads + 1)
     eos = torch.tensor(sorted(target.eos_ids), dtype=torch.long, device=device)
@@ -131,19 +224,12 @@ def generate(
         Generation([], 0, 0, *(np.zeros(heads) for _ in range(4))) for _ in range(len(prompts))
     ]
 
-    # Prefill: left-padded, so that the last column is the last token of every prompt.
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = True
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    output = target.forward(ids, mask, positions, cache, draft.capture_layers)
-    last = choose(target.logits(output.hidden[:, -1]), temperature, False, generator)
-    draft.start(len(prompts), longest + max_new_tokens + 2 * heads + 2)
-    draft.observe(torch.cat([ids[:, 1:], last[:, None]], 1), output.features, positions, mask)
+    prefill = (prefills or Prefills(target, draft.capture_layers, limit=0)).of(prompts)
+    cache, mask, features = prefill.cache(), prefill.mask, prefill.features_of(draft.capture_layers)
+    last = choose(prefill.logits, temperature, False, generator)
+    draft.start(len(prompts), mask.shape[1] + max_new_tokens + 2 * heads + 2)
+    following = torch.cat([prefill.ids[:, 1:], last[:, None]], 1)
+    draft.observe(following, features, prefill.positions, mask)
     chains = _Chains.begin(last, draft.propose(heads, temperature, greedy_draft, generator))
 
     rows = torch.arange(len(prompts), device=device)  # prompt of every row of the batch

@@ -106,7 +106,8 @@ class Target:
             mask: [B, cached + n] bool, slots that may be attended.
             positions: [B, n] position of every token.
             cache: a transformers cache to read and extend.
-            layers: decoder layers to capture; layer k is HF ``hidden_states[k + 1]``.
+            layers: decoder layers to capture; layer k is HF ``hidden_states[k + 1]``, so the last
+                one is captured after the final norm, as in SpecForge.
         """
         output = self.decoder(
             input_ids=input_ids,
