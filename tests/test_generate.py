@@ -144,9 +144,9 @@ def test_responses_of_other_settings_or_prompts_are_refused(
 
 def test_two_processes_cannot_write_one_file(tmp_path: Path):
     path = tmp_path / "out.jsonl"
-    with open_responses(path, {}), pytest.raises(ValueError, match="another process"):  # noqa: SIM117
-        with open_responses(path, {}):
-            pass
+    other = pytest.raises(ValueError, match="another process")
+    with open_responses(path, {}), other, open_responses(path, {}):
+        pass
 
 
 @pytest.mark.parametrize(
