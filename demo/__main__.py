@@ -30,7 +30,8 @@ from rich.progress import (
 )
 
 from demo.assets import prepare
-from specforge_lk.report import Report, read_report, write_all
+from specforge_lk.report import Training as TrainingRecord
+from specforge_lk.report import read_report, write_all
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs")
@@ -220,18 +221,21 @@ def _export(run: Training) -> None:
 
 def _record_training(path: Path, trainings: list[Training], seconds: dict[str, float]) -> None:
     """Add to the report how each draft was trained."""
-    report: Report = read_report(path)
-    known = report.settings.get("training", {})
-    report.settings["training"] = {
-        run.loss: {
-            "command": shlex.join(run.command),
-            "steps": run.done_steps(),
-            "seconds": seconds.get(run.loss, known.get(run.loss, {}).get("seconds")),
-            "last_step": run.last_metrics(),
-        }
+    report = read_report(path)
+    known = {(run.loss, run.seed): run.seconds for run in report.training}
+    report.training = [
+        TrainingRecord(
+            algorithm="eagle3",
+            loss=run.loss,
+            seed=run.seed,
+            command=shlex.join(run.command),
+            steps=run.done_steps(),
+            seconds=seconds.get(run.loss, known.get((run.loss, run.seed))),
+            last_step=run.last_metrics(),
+        )
         for run in trainings
-    }
-    report.settings["samples"] = len(list(FEATURES.glob("*.ckpt")))
+    ]
+    report.settings["training_samples"] = len(list(FEATURES.glob("*.ckpt")))
     write_all(report, path)
 
 

@@ -90,11 +90,24 @@ class Paired(_Strict):
     conversations: int
 
 
+class Training(_Strict):
+    """How one draft was trained; ``last_step`` holds what SpecForge logged at the last step."""
+
+    algorithm: str
+    loss: str
+    seed: int
+    command: str
+    steps: int
+    seconds: float | None = None
+    last_step: dict[str, float] = {}
+
+
 class Report(_Strict):
     """Everything one evaluation or study measured."""
 
     results: list[Result] = []
     paired: list[Paired] = []
+    training: list[Training] = []
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     command: list[str] = []
@@ -237,6 +250,24 @@ def render_markdown(report: Report) -> str:
             "## Paired differences on held-out responses",
             "The same chain starts for both drafts; the bootstrap resamples conversations.",
             _table(*paired_rows(report)),
+        ]
+    if report.training:
+        commands = "\n".join(run.command for run in report.training)
+        parts += [
+            "## Training",
+            _table(
+                ["draft", "seed", "steps", "seconds"],
+                [
+                    [
+                        f"{run.algorithm} {run.loss}",
+                        str(run.seed),
+                        str(run.steps),
+                        _number(run.seconds, 0),
+                    ]
+                    for run in report.training
+                ],
+            ),
+            f"```\n{commands}\n```",
         ]
     if report.settings:
         parts += ["## Settings", _table(["setting", "value"], _pairs(report.settings))]

@@ -1,0 +1,229 @@
+"""A tiny target with its features, and `specforge` and `specforge-lk` run on them as a user does.
+
+Every command is a subprocess of the console script beside the running interpreter.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+from tiny_target import build_model, build_tokenizer, draft_config
+
+BIN = Path(sys.executable).parent
+DRAFT_VOCAB_SIZE = 96
+HEADS = 3
+BATCH_SIZE = 2
+SAMPLES = 12
+HELD_OUT = 5
+#: Optimizer steps per pass over the samples; every pass sees the same ones.
+EPOCH = SAMPLES // BATCH_SIZE
+WORDS = "the a draft target token head of accepts rejects samples mass from under over".split()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended, with stdout and stderr as one text."""
+
+    returncode: int
+    output: str
+
+    @property
+    def logged(self) -> list[tuple[int, dict[str, float]]]:
+        """Every line of training metrics with its step; each process prints its own."""
+        return [(step, line) for step, line in _lines(self.output) if "loss" in line]
+
+    @property
+    def steps(self) -> dict[int, dict[str, float]]:
+        """The training metrics by step."""
+        return dict(self.logged)
+
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """The metrics of every evaluation during training, without ``eval/``."""
+        return {
+            step: {name.removeprefix("eval/"): value for name, value in line.items()}
+            for step, line in _lines(self.output)
+            if "eval/avg_loss" in line
+        }
+
+    def epoch_losses(self) -> list[float]:
+        """Mean training loss of every epoch: comparable, since they hold the same samples."""
+        losses = [line["loss"] for _, line in sorted(self.steps.items())]
+        return [
+            sum(losses[start : start + EPOCH]) / EPOCH for start in range(0, len(losses), EPOCH)
+        ]
+
+    def tail(self, lines: int = 8) -> str:
+        """The last lines, where an error has to be."""
+        return "\n".join(self.output.strip().splitlines()[-lines:])
+
+
+def _lines(output: str) -> list[tuple[int, dict[str, float]]]:
+    # Not anchored to lines: two processes may write on one.
+    found = re.findall(r"step (\d+): (\{[^}]*\})", output)
+    return [(int(step), ast.literal_eval(line)) for step, line in found]
+
+
+def run(script: str, *args: object, check: bool = True, **env: str) -> Finished:
+    """Run a console script of this environment to its end, on one thread, without the network."""
+    done = subprocess.run(
+        [str(BIN / script), *map(str, args)],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    finished = Finished(done.returncode, done.stdout)
+    assert not check or not done.returncode, f"{script} {args}\n{finished.tail(40)}"
+    return finished
+
+
+def conversations(count: int) -> list[dict]:
+    """Rows with a short question and a response of 30 to 90 byte tokens."""
+    generator = random.Random(0)
+    rows = []
+    for index in range(count):
+        response = " ".join(generator.choices(WORDS, k=generator.randint(6, 15)))
+        messages = [
+            {"role": "user", "content": generator.choice(WORDS)},
+            {"role": "assistant", "content": response},
+        ]
+        rows.append({"id": str(index), "conversations": messages})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a training run needs, below one directory."""
+
+    root: Path
+
+    @property
+    def target(self) -> Path:
+        return self.root / "target"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def draft_config(self) -> Path:
+        return self.root / "draft.json"
+
+    @property
+    def mapping(self) -> Path:
+        return self.root / "vocab_mapping.pt"
+
+    @property
+    def responses(self) -> Path:
+        return self.root / "train.jsonl"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def held_out(self) -> Path:
+        return self.root / "held_out.jsonl"
+
+    @property
+    def held_out_features(self) -> Path:
+        return self.root / "held_out"
+
+    def output(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def train(self, name: str, *overrides: str, check: bool = True, **env: str) -> Finished:
+        """`specforge train` into ``output(name)``."""
+        into = f"output_dir={self.output(name)}"
+        return run("specforge", "train", "-c", self.config, into, *overrides, check=check, **env)
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        """The directory of a checkpoint of a run."""
+        (path,) = self.output(name).glob(f"*-step{step}")
+        return path
+
+    def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """The draft's weights in a checkpoint of a run."""
+        path = self.checkpoint(name, step) / "training_state.pt"
+        return torch.load(path, weights_only=True)["draft_state_dict"]
+
+
+def prepare(root: Path) -> Setup:
+    """Target, run config and conversations; the features are still to be captured."""
+    setup = Setup(root)
+    model = build_model()
+    # Sharper than random: a head that looks at the wrong position is to show in the figures.
+    model.lm_head.weight.data *= 3
+    # Shards, for the index that unpatched SpecForge asks for.
+    model.save_pretrained(setup.target, max_shard_size="100KB")
+    build_tokenizer().save_pretrained(setup.target)
+    setup.draft_config.write_text(json.dumps(draft_config(DRAFT_VOCAB_SIZE)))
+    rows = conversations(SAMPLES + HELD_OUT)
+    write_rows(setup.responses, rows[:SAMPLES])
+    write_rows(setup.held_out, rows[SAMPLES:])
+    config = {
+        "model": {
+            "target_model_path": str(setup.target),
+            "draft_model_config": str(setup.draft_config),
+            "vocab_mapping_path": str(setup.mapping),
+            "target_head_dtype": "float32",
+            "torch_dtype": "float32",
+        },
+        "data": {
+            "hidden_states_path": str(setup.features),
+            "max_length": 256,
+            "dataloader_num_workers": 0,
+        },
+        "training": {
+            "strategy": "eagle3",
+            "attention_backend": "sdpa",
+            "fsdp_sharding": "NO_SHARD",
+            "ttt_length": HEADS,
+            "num_epochs": 3,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": 2e-2,
+            "warmup_ratio": 0.05,
+            "log_interval": 1,
+            "save_interval": EPOCH,
+            "seed": 0,
+        },
+        "run_id": "tiny",
+        "output_dir": str(setup.output("unnamed")),
+    }
+    setup.config.write_text(json.dumps(config))
+    return setup
+
+
+def capture_arguments(setup: Setup) -> list[str]:
+    """Arguments of `specforge-lk` that capture the training features and the draft vocabulary."""
+    responses = ["--responses", str(setup.responses), "--out", str(setup.features)]
+    mapping = ["--vocab-mapping", str(setup.mapping)]
+    return ["capture", "--config", str(setup.config), "--device", "cpu", *responses, *mapping]
+
+
+def prepare_with_features(root: Path, *overrides: str) -> Setup:
+    """As `prepare`, and the training features captured within this process."""
+    from specforge_lk.cli import app
+
+    setup = prepare(root)
+    done = CliRunner().invoke(app, [*capture_arguments(setup), *overrides])
+    assert not done.exit_code, done.output
+    return setup
