@@ -21,14 +21,12 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from specforge_lk.conversations import Tokens, prompt_ids, tokenise
 from specforge_lk.decode.drafts import Draft, DraftError
 from specforge_lk.decode.generate import Generation, Prefills, generate
 from specforge_lk.decode.prompts import (
     HUB_PREFIX,
-    Conversation,
     DataError,
-    encode_chat,
-    encode_conversation,
     read_rows,
     user_turns,
 )
@@ -152,7 +150,7 @@ def measure_benchmark(
         for index, turns in enumerate(prompts):
             if turn < len(turns) and len(per_prompt[index]) == turn:
                 chats[index].append({"role": "user", "content": turns[turn]})
-                encoded[index] = encode_chat(target.tokenizer, chats[index])
+                encoded[index] = prompt_ids(target.tokenizer, chats[index])
         longest = target.max_positions - settings.max_new_tokens - settings.heads - 1
         usable = {
             i: ids for i, ids in encoded.items() if len(ids) <= min(longest, settings.max_length)
@@ -303,7 +301,7 @@ def chain_starts(response: torch.Tensor, heads: int) -> torch.Tensor:
 def measure_held_out(
     target: Target,
     wanted: Sequence[tuple[Draft, Sequence[float]]],
-    conversations: Sequence[Conversation],
+    conversations: Sequence[Tokens],
     settings: Settings,
     advance: Advance = _silent,
 ) -> list[dict[float, ChainStarts]]:
@@ -322,7 +320,7 @@ def measure_held_out(
         For every entry of ``wanted``, the measurement at each of its temperatures.
     """
     parts: list[dict[float, list[ChainStarts]]] = [{t: [] for t in ts} for _, ts in wanted]
-    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].tokens))
+    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].input_ids))
     for batch in _even_batches(order, settings):
         tokens, response, mask = _pad([conversations[i] for i in batch], target.device)
         starts = chain_starts(response, settings.heads)
@@ -352,13 +350,17 @@ def measure_held_out(
 
 
 def _pad(
-    conversations: list[Conversation], device: torch.device
+    conversations: list[Tokens], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right-padded tokens, response mask and attention mask, each [B, L]."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    tokens = pad([c.tokens for c in conversations], batch_first=True)
-    response = pad([c.response for c in conversations], batch_first=True)
-    mask = pad([torch.ones_like(c.response) for c in conversations], batch_first=True)
+
+    def pad(rows: Iterable[list[int]], dtype: torch.dtype) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    tokens = pad((c.input_ids for c in conversations), torch.long)
+    response = pad((c.loss_mask for c in conversations), torch.bool)
+    mask = pad(([1] * len(c.input_ids) for c in conversations), torch.bool)
     return tokens.to(device), response.to(device), mask.to(device)
 
 
@@ -575,14 +577,11 @@ def run(
         ]
         wanted = [(i, ts) for i, ts in wanted if ts]
         if wanted:
-            encoded = [
-                encode_conversation(target.tokenizer, row, target.eos_ids, held_out)
-                for row in rows[HELD_OUT]
-            ]
+            encoded = [tokenise(row, target.tokenizer) for row in rows[HELD_OUT]]
             longest = min(settings.max_length, target.max_positions - settings.heads)
-            fitting = [c for c in encoded if len(c.tokens) <= longest]
+            fitting = [c for c in encoded if len(c.input_ids) <= longest]
             began = time.monotonic()
-            with track("held-out responses", sum(len(c.tokens) for c in fitting)) as progress:
+            with track("held-out responses", sum(len(c.input_ids) for c in fitting)) as progress:
                 measured = measure_held_out(
                     target,
                     [(drafts[i].model, ts) for i, ts in wanted],

@@ -10,12 +10,10 @@ from tiny_target import build_model, build_tokenizer, save_draft, save_target
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
+from specforge_lk.conversations import Tokens
 from specforge_lk.decode.drafts import load_draft
 from specforge_lk.decode.prompts import (
-    Conversation,
     DataError,
-    encode_chat,
-    encode_conversation,
     read_rows,
     user_turns,
 )
@@ -113,10 +111,8 @@ def test_expected_tau_is_the_definition(target, tmp_path):
     generator = torch.Generator().manual_seed(5)
     conversations = []
     for length in (11, 19):
-        response = torch.arange(length) > 4
-        conversations.append(
-            Conversation(torch.randint(264, (length,), generator=generator), response)
-        )
+        tokens = torch.randint(264, (length,), generator=generator)
+        conversations.append(Tokens(tokens.tolist(), [int(i > 4) for i in range(length)]))
     for sampling in ("probabilistic", "greedy"):
         settings = Settings(heads=HEADS, draft_sampling=sampling, batch_size=2)
         wanted = [(draft, [0.0, 0.7]) for draft in drafts]
@@ -126,11 +122,10 @@ def test_expected_tau_is_the_definition(target, tmp_path):
             for temperature, starts in measured.items():
                 index = 0
                 for number, conversation in enumerate(conversations):
-                    for t in range(4, len(conversation.tokens) - HEADS - 1):
+                    tokens = torch.tensor(conversation.input_ids)
+                    for t in range(4, len(conversation.input_ids) - HEADS - 1):
                         assert (starts.conversation[index], starts.position[index]) == (number, t)
-                        alpha, coverage = by_hand(
-                            target, draft, conversation.tokens, t, temperature, sampling
-                        )
+                        alpha, coverage = by_hand(target, draft, tokens, t, temperature, sampling)
                         np.testing.assert_allclose(starts.alpha[index], alpha, atol=1e-5)
                         np.testing.assert_allclose(starts.coverage[index], coverage, atol=1e-5)
                         index += 1
@@ -179,26 +174,8 @@ def test_prompts_come_from_the_usual_fields(tmp_path):
     with pytest.raises(DataError, match=r"\['text'\] has none of turns, prompt, question"):
         user_turns({"text": "x"}, "f")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\nnot json\n')
-    with pytest.raises(DataError, match=r"bad.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:2 is not JSON"):
         read_rows(str(tmp_path / "bad.jsonl"))
-
-
-def test_response_tokens_are_what_the_target_generated():
-    tokenizer = build_tokenizer()
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "hello"},
-        {"role": "user", "content": "more"},
-        {"role": "assistant", "content": "no"},
-    ]
-    eos = frozenset([tokenizer.eos_token_id])
-    encoded = encode_conversation(tokenizer, {"conversations": messages}, eos, "f")
-    text = tokenizer.decode(encoded.tokens[encoded.response])
-    assert text == "hello<|im_end|>no<|im_end|>"
-    prompt = encode_chat(tokenizer, messages[:3])
-    assert encoded.tokens[: len(prompt)].tolist() == prompt
-    with pytest.raises(DataError, match="row 'x' has no `conversations`"):
-        encode_conversation(tokenizer, {"id": "x", "text": "y"}, eos, "f")
 
 
 # The command
@@ -282,7 +259,7 @@ def test_command_drafts_greedily_when_asked(files, tmp_path):
         (["--draft", "nodir"], 2, "is not of the form LOSS=DIR"),
         (["--draft", "kl=elsewhere"], 2, "the same name"),
         (["--draft", "x=elsewhere"], 1, "draft elsewhere: no config.json"),
-        (["--benchmark", "b=missing.jsonl"], 1, "missing.jsonl: no such file"),
+        (["--benchmark", "b=missing.jsonl"], 1, "missing.jsonl does not exist"),
         (["--target", "no/such/dir"], 1, "target 'no/such/dir' does not exist"),
         (["--aux-layers", "1,2"], 1, "captured layers [1, 2] do not fit"),
         (["--heads", "200"], 1, "lower --heads"),
