@@ -69,7 +69,8 @@ class Settings:
         draft_sampling: ``probabilistic`` samples the draft from q; ``greedy`` drafts argmax q at
             any temperature, as engines do by default (the article's Appendix D).
         max_new_tokens: longest benchmark response.
-        limit: rows of each file to use, from its start; None for all.
+        limit: rows of each benchmark to use, from its start; None for all.
+        held_out_limit: the same for held-out responses.
         batch_size: prompts (conversations) per batch.
         max_length: longest prompt or conversation, in tokens; longer ones are left out.
         turns: benchmark turns to answer (MT-bench has two).
@@ -80,6 +81,7 @@ class Settings:
     draft_sampling: Literal["probabilistic", "greedy"] = "probabilistic"
     max_new_tokens: int = 256
     limit: int | None = None
+    held_out_limit: int | None = None
     batch_size: int = 32
     max_length: int = 2048
     turns: int = 1
@@ -556,7 +558,8 @@ def run(
 
     # Read all data first: a bad row should not surface after an hour of measuring.
     paths = {**benchmarks, **({HELD_OUT: held_out} if held_out else {})}
-    rows = {name: read_rows(path)[: settings.limit] for name, path in paths.items()}
+    limits = {**dict.fromkeys(benchmarks, settings.limit), HELD_OUT: settings.held_out_limit}
+    rows = {name: read_rows(path)[: limits[name]] for name, path in paths.items()}
     sources = {
         name: _digest(path) if not path.startswith(HUB_PREFIX) else path
         for name, path in paths.items()

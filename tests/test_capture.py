@@ -16,8 +16,6 @@ from specforge_lk.capture import coverage, vocabulary_mapping
 from specforge_lk.cli import app
 from specforge_lk.conversations import prompt_ids, tokenise
 
-specforge = pytest.importorskip("specforge")
-
 #: Algorithm -> feature of the auxiliary layers, feature of the last hidden state.
 FEATURES = {
     "eagle3": ("aux_hidden_state", "hidden_state"),

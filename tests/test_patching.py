@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -276,16 +277,21 @@ def test_missing_git_is_named(wheel, monkeypatch, tmp_path):
     assert "install git" in result.output
 
 
+def only_specforge_is(directory, monkeypatch):
+    monkeypatch.delitem(sys.modules, "specforge", raising=False)  # another test may import it
+    monkeypatch.syspath_prepend(str(directory))
+
+
 def test_the_default_target_is_found_without_importing_it(wheel, monkeypatch):
     write_tree(wheel, {"specforge/__init__.py": "raise RuntimeError('imported')\n"})
-    monkeypatch.syspath_prepend(str(wheel))
+    only_specforge_is(wheel, monkeypatch)
     monkeypatch.setattr("sys.prefix", str(wheel.parent))
     assert patching.find_target().root == wheel.resolve()
 
 
 def test_another_environment_is_never_the_default_target(wheel, monkeypatch, tmp_path):
     """A .pth file or --system-site-packages shows a SpecForge that is not this environment's."""
-    monkeypatch.syspath_prepend(str(wheel))
+    only_specforge_is(wheel, monkeypatch)
     monkeypatch.setattr("sys.prefix", str(tmp_path / "venv"))
     before = tree_hashes(wheel)
     result = CliRunner().invoke(app, ["patch", "apply"])

@@ -9,7 +9,6 @@ from specforge_lk.cli import app
 
 
 def test_toy_reproduces_the_article(tmp_path):
-    pytest.importorskip("matplotlib")
     out = tmp_path / "figure.png"
     result = CliRunner().invoke(app, ["toy", "--json", "--out", str(out)])
     assert result.exit_code == 0, result.output

@@ -22,7 +22,6 @@ from training_run import (
 from specforge_lk.evaluate import ChainStarts
 from specforge_lk.report import Result, read_report
 
-pytest.importorskip("specforge.losses", reason="needs SpecForge with the patches")
 # One group: the runs are shared.
 pytestmark = pytest.mark.xdist_group("training_cli")
 
@@ -129,9 +128,7 @@ def test_losses_are_their_definitions(kl_run: Finished, lambda_run: Finished) ->
 
 
 def test_micro_batches_make_one_step(setup: Setup, accumulated_run: Finished) -> None:
-    state = torch.load(
-        setup.checkpoint("lk_alpha", STEPS) / "training_state.pt", weights_only=True
-    )
+    state = torch.load(setup.checkpoint("lk_alpha", STEPS) / "training_state.pt", weights_only=True)
     assert (state["global_step"], state["accumulation_steps"]) == (STEPS, 2)
 
 
@@ -213,13 +210,11 @@ def test_training_and_evaluation_measure_the_same(
         for head in range(HEADS):
             wanted[head] += [(index, t) for t in range(first - head, last - head + 1)]
     chains = set(wanted[0]).intersection(*wanted)
-    row = {
-        key: i for i, key in enumerate(zip(starts.conversation, starts.position, strict=True))
-    }
+    row = {key: i for i, key in enumerate(zip(starts.conversation, starts.position, strict=True))}
     for head in range(HEADS):
         rows = [row[key] for key in wanted[head]]
-        assert metrics[f"alpha_{head}"] == pytest.approx(starts.alpha[rows, head].mean(), abs=1e-5)
+        assert metrics[f"alpha_{head}"] == pytest.approx(starts.alpha[rows, head].mean(), abs=5e-6)
         coverage = starts.coverage[rows, head].mean()
-        assert metrics[f"coverage_{head}"] == pytest.approx(coverage, abs=1e-5)
+        assert metrics[f"coverage_{head}"] == pytest.approx(coverage, abs=5e-6)
     tau = starts.tau[[row[key] for key in chains]].mean()
-    assert metrics["tau_expected"] == pytest.approx(tau, abs=1e-5)
+    assert metrics["tau_expected"] == pytest.approx(tau, abs=5e-6)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from typer.testing import CliRunner
 from tiny_target import build_model, build_tokenizer, draft_config
+from typer.testing import CliRunner
 
 BIN = Path(sys.executable).parent
 DRAFT_VOCAB_SIZE = 96
@@ -27,7 +27,22 @@ SAMPLES = 12
 HELD_OUT = 5
 #: Optimizer steps per pass over the samples; every pass sees the same ones.
 EPOCH = SAMPLES // BATCH_SIZE
-WORDS = "the a draft target token head of accepts rejects samples mass from under over".split()
+WORDS = [
+    "the",
+    "a",
+    "draft",
+    "target",
+    "token",
+    "head",
+    "of",
+    "accepts",
+    "rejects",
+    "samples",
+    "mass",
+    "from",
+    "under",
+    "over",
+]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ def run(
         int, typer.Option(min=2, help="Longest response to a benchmark prompt.")
     ] = 256,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first rows of every file only.")
+        int | None, typer.Option(min=1, help="Use the first rows of every benchmark only.")
+    ] = None,
+    held_out_limit: Annotated[
+        int | None, typer.Option(min=1, help="Use the first held-out responses only.")
     ] = None,
     turns: Annotated[
         int, typer.Option(min=1, help="Benchmark turns to answer (MT-bench has 2).")
@@ -140,6 +143,7 @@ def run(
         draft_sampling=draft_sampling.value,
         max_new_tokens=max_new_tokens,
         limit=limit,
+        held_out_limit=held_out_limit,
         batch_size=batch_size,
         max_length=max_length,
         turns=turns,

@@ -1,0 +1,103 @@
+"""With training.loss unset, the patched SpecForge trains bit for bit as the unpatched one.
+
+Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_patch_series import (
+    SERIES,
+    apply_until,
+    wheel,  # noqa: F401 (a fixture)
+)
+from training_run import EPOCH, Finished, Setup, prepare_with_features
+
+pytestmark = pytest.mark.xdist_group("stock_identity")
+
+STEPS = 3 * EPOCH
+#: What is a function of the loss and its gradients; acceptance metrics were wrong before.
+COMPARED = ("loss", "grad_norm", "ploss_", "acc_", "lr")
+
+
+@pytest.fixture(scope="module")
+def unpatched(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """SpecForge 0.2.0 with the first patch."""
+    tree = tmp_path_factory.mktemp("unpatched")
+    zipfile.ZipFile(wheel).extractall(tree)
+    first = SERIES.patches[0]
+    assert "Triton" in first.name
+    apply_until(tree, first)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """In bfloat16, like the unpatched target head, and without settings that only patches add."""
+    setup = prepare_with_features(tmp_path_factory.mktemp("stock"), "model.torch_dtype=bfloat16")
+    config = json.loads(setup.config.read_text())
+    del config["model"]["target_head_dtype"]
+    config["model"]["torch_dtype"] = "bfloat16"
+    setup.config.write_text(json.dumps(config))
+    return setup
+
+
+@pytest.fixture(scope="module")
+def before(setup: Setup, unpatched: Path) -> Finished:
+    # Proof of which SpecForge runs.
+    newer = setup.train("newer", "training.loss=kl", check=False, PYTHONPATH=str(unpatched))
+    assert newer.returncode and "'training.loss' does not exist" in newer.tail()
+    return setup.train("before", PYTHONPATH=str(unpatched))
+
+
+@pytest.fixture(scope="module")
+def after(setup: Setup) -> Finished:
+    return setup.train("after")
+
+
+def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by its place in it."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {}
+    return {k: v for key, item in items for k, v in tensors(item, f"{name}/{key}").items()}
+
+
+def test_every_step_logs_the_same(before: Finished, after: Finished) -> None:
+    assert sorted(before.steps) == sorted(after.steps) == list(range(1, STEPS + 1))
+    for step, metrics in before.steps.items():
+        compared = {name for name in metrics if name.startswith(COMPARED)}
+        assert {"loss", "grad_norm", "ploss_0", "ploss_2"} <= compared
+        for name in compared:
+            assert after.steps[step][name] == metrics[name], (step, name)
+
+
+def test_weights_and_optimizer_states_are_the_same(
+    setup: Setup, before: Finished, after: Finished
+) -> None:
+    for file in ("training_state.pt", "training_state_rank0.pt"):
+        old, new = (
+            tensors(torch.load(setup.checkpoint(run, STEPS) / file, weights_only=True))
+            for run in ("before", "after")
+        )
+        assert old and old.keys() == new.keys()
+        for name in old:
+            assert torch.equal(old[name], new[name]), f"{file}: {name}"
+
+
+def test_stock_checkpoint_does_not_resume_with_a_loss(setup: Setup, before: Finished) -> None:
+    resume = f"training.resume_from={setup.checkpoint('before', EPOCH)}"
+    refused = setup.train("refused", "training.loss=lk_lambda", resume, check=False)
+    assert refused.returncode and not refused.steps
+    assert "training_loss=None" in refused.tail() and "training_loss=lk_lambda" in refused.tail()
