@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all their own set-up; `make help` lists the targets.
 #
-# Needed beforehand: git, make, Python 3.11 with venv, and g++ (or TORCHDYNAMO_DISABLE=1).
+# Needed beforehand: git, make and Python 3.11 with venv.
 
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -13,17 +13,23 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PATCHES := $(wildcard patches/specforge/*/*)
+PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
+# Remembers the chosen torch, so that choosing another one rebuilds the environment.
+CHOICE := $(VENV)/.torch-choice
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv: torch, SpecForge 0.2.0 with the patches, this plug-in
 
-$(READY): requirements.txt pyproject.toml $(PATCHES)
+$(CHOICE): force
+	@mkdir -p $(VENV)
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" > $@
+
+$(READY): requirements.txt pyproject.toml $(PATCHES) $(CHOICE)
 	@echo "==> [1/5] virtual environment $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; assert sys.version_info[:2] == (3, 11), sys.version' \
@@ -44,7 +50,7 @@ demo: $(READY) ## train EAGLE-3 drafts of SmolLM2-135M with each of LOSSES, comp
 	@$(BIN)/python -m demo --losses "$(LOSSES)"
 
 test: $(READY) ## run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

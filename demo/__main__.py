@@ -6,6 +6,7 @@ them in order. All results are kept under ``runs/``: an interrupted demo continu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from specforge.losses import installed_loss_registry
 
 from demo.assets import prepare
 from specforge_lk.report import Training as TrainingRecord
@@ -98,14 +100,17 @@ class Training:
             f"output_dir={self.directory}",
         ]
 
-    def prepare(self) -> list[str]:
-        """Make the directory and return the command, resuming a run of the same command."""
-        record = self.directory / "command.json"
-        if record.exists() and json.loads(record.read_text()) != self.command:
-            shutil.rmtree(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(self.command, indent=1))
-        # The finished draft is exported to a temporary name; a half-written one does not count.
+    def discard_if_outdated(self) -> None:
+        """Remove what another command, other features or other code has left behind."""
+        record = self.directory / "made-from.json"
+        current = {"command": self.command, "inputs": _digest_of_inputs()}
+        if not record.exists() or json.loads(record.read_text()) != current:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            record.write_text(json.dumps(current, indent=1))
+
+    def resumable_command(self) -> list[str]:
+        """The command, continuing from the last checkpoint if there is one."""
         if (self.directory / f"{self.loss}-latest").exists():
             return [*self.command, f"training.resume_from={self.directory}"]
         return self.command
@@ -132,8 +137,7 @@ def main(
     started = time.monotonic()
     cores = len(os.sched_getaffinity(0))
     trainings = [Training(loss, seed) for loss in losses.split()]
-    if not trainings:
-        raise typer.BadParameter("name at least one loss", param_hint="--losses")
+    _check([run.loss for run in trainings])
     console.print(
         f"[bold]SpecForge-LK demo[/]: EAGLE-3 drafts of SmolLM2-135M-Instruct, losses {losses}, "
         f"{cores} cores. About 15 minutes on 2 cores; it continues if interrupted."
@@ -170,8 +174,20 @@ def main(
         console.print(f"  {report.parent / name}")
 
 
+def _check(losses: list[str]) -> None:
+    known = [STOCK, *installed_loss_registry().names]
+    unknown = [loss for loss in losses if loss not in known]
+    if not losses or unknown or len(set(losses)) < len(losses):
+        raise typer.BadParameter(
+            f"{' '.join(losses)!r}: name losses once each, of {', '.join(known)}",
+            param_hint="LOSSES",
+        )
+
+
 def _train(trainings: list[Training], cores: int) -> dict[str, float]:
     """Train every run that has no draft yet, as many at once as there are cores."""
+    for run in trainings:
+        run.discard_if_outdated()
     waiting = [run for run in trainings if not run.draft.exists()]
     parallel = max(1, min(cores, len(waiting)))
     seconds = {}
@@ -191,7 +207,9 @@ def _train(trainings: list[Training], cores: int) -> dict[str, float]:
         while waiting or running:
             while waiting and len(running) < parallel:
                 run = waiting.pop(0)
-                process = _start(run.prepare(), run.log, threads=max(1, cores // parallel))
+                process = _start(
+                    run.resumable_command(), run.log, threads=max(1, cores // parallel)
+                )
                 bar = progress.add_task(run.loss, total=run.steps)
                 running[process.pid] = (run, process, bar, time.monotonic())
             time.sleep(0.5)
@@ -234,7 +252,9 @@ def _record_training(path: Path, trainings: list[Training], seconds: dict[str, f
     """Add to the report how each draft was trained."""
     report = read_report(path)
     known = {(run.loss, run.seed): run.seconds for run in report.training}
-    report.training = [
+    current = {(run.loss, run.seed) for run in trainings}
+    report.training = [run for run in report.training if (run.loss, run.seed) not in current]
+    report.training += [
         TrainingRecord(
             algorithm="eagle3",
             loss=run.loss,
@@ -248,6 +268,18 @@ def _record_training(path: Path, trainings: list[Training], seconds: dict[str, f
     ]
     report.settings["training_samples"] = len(list(FEATURES.glob("*.ckpt")))
     write_all(report, path)
+
+
+def _digest_of_inputs() -> str:
+    """Of everything a trained draft depends on, beside its command line."""
+    digest = hashlib.sha256()
+    sources = [CONFIG, DRAFT_CONFIG, VOCAB_MAPPING, FEATURES / "capture.json"]
+    sources += sorted(Path("patches").glob("specforge/*/*.patch"))
+    sources += [Path("specforge_lk/losses.py"), *sorted(Path("specforge_lk/overlap").glob("*.py"))]
+    for path in sources:
+        digest.update(path.read_bytes())
+    digest.update(" ".join(sorted(path.name for path in FEATURES.glob("*.ckpt"))).encode())
+    return digest.hexdigest()
 
 
 def _tool(name: str, *arguments: object) -> list[str]:

@@ -1,9 +1,14 @@
 """Small fixtures shared by the tests."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+
+# Compiling SpecForge's helpers costs more than any test, and needs g++. Read at torch's import.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 import torch
 
 
