@@ -258,7 +258,21 @@ def coverage(mapping: dict[str, torch.Tensor], counts: Counter[int]) -> float:
 
 
 def save_mapping(mapping: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a mapping where ``model.vocab_mapping_path`` can read it."""
+    """Write a mapping where ``model.vocab_mapping_path`` can read it.
+
+    Raises:
+        ValueError: another mapping is there, which drafts may have been trained with.
+    """
+    import torch
+
+    if path.exists():
+        before = torch.load(path, weights_only=True)
+        if all(torch.equal(before[name], mapping[name]) for name in ("t2d", "d2t")):
+            return
+        raise ValueError(
+            f"{path} holds another draft vocabulary; drafts trained with it need it: remove it, "
+            "or write to another --vocab-mapping"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _save(mapping, path)
 

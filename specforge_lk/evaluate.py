@@ -37,6 +37,8 @@ from specforge_lk.report import HELD_OUT, Paired, Report, Result, read_report, v
 RESAMPLES = 1000
 #: Rows of [rows, V] float32 that exist at once: 200 MB at V = 49152, 600 MB at 152k.
 _ROWS = 1024
+#: Attention scores per attention head that exist at once: 0.5 GB in float32 with 32 heads.
+_SCORES = 1 << 22
 #: Part of every fingerprint; raise it when a change makes earlier figures incomparable.
 _MEASUREMENT = 1
 
@@ -216,6 +218,24 @@ def _even_batches(order: list[int], settings: Settings) -> list[list[int]]:
     return [list(part) for part in np.array_split(order, count)] if count else []
 
 
+def _square_batches(
+    order: list[int], conversations: Sequence[Tokens], settings: Settings
+) -> Iterable[list[int]]:
+    """Batches of conversations in ``order``, shortest first, of bounded attention scores.
+
+    Teacher forcing holds scores [B, heads, L, L] at once.
+    """
+    batch: list[int] = []
+    for index in order:
+        scores = (len(batch) + 1) * len(conversations[index].input_ids) ** 2
+        if batch and (scores > _SCORES or len(batch) == settings.batch_size):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
 # Held-out responses: exact expected τ
 
 
@@ -323,7 +343,7 @@ def measure_held_out(
     """
     parts: list[dict[float, list[ChainStarts]]] = [{t: [] for t in ts} for _, ts in wanted]
     order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].input_ids))
-    for batch in _even_batches(order, settings):
+    for batch in _square_batches(order, conversations, settings):
         tokens, response, mask = _pad([conversations[i] for i in batch], target.device)
         starts = chain_starts(response, settings.heads)
         where = starts.nonzero()

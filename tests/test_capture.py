@@ -186,6 +186,15 @@ def test_mapping_is_written_and_specforge_can_load_it(
     assert mapping["t2d"].shape == (VOCAB_SIZE,) and mapping["t2d"].dtype is torch.bool
     ids = torch.arange(96) + mapping["d2t"]
     assert mapping["t2d"].nonzero().flatten().tolist() == ids.tolist()
+
+    # Drafts may have been trained with it: it is never replaced by another one.
+    mapping["t2d"] = mapping["t2d"].roll(1)
+    torch.save(mapping, path)
+    before = path.read_bytes()
+    result = invoke(run_config(target, tmp_path), responses, "--vocab-mapping", str(path))
+    assert result.exit_code == 1 and "another draft vocabulary" in result.output
+    assert path.read_bytes() == before
+
     result = invoke(
         run_config(target, tmp_path, "dflash"),
         responses,

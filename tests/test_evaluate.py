@@ -99,6 +99,23 @@ def test_paired_difference_wants_the_same_chain_starts():
         paired_difference(a, starts_of([[0.5], [0.5]], [0, 2]))
 
 
+def test_held_out_figures_do_not_depend_on_batching(target, tmp_path, monkeypatch):
+    draft = load_draft(save_draft(tmp_path), target)
+    generator = torch.Generator().manual_seed(3)
+    conversations = [
+        Tokens(torch.randint(264, (n,), generator=generator).tolist(), [0] * 3 + [1] * (n - 3))
+        for n in (9, 12, 12, 20)
+    ]
+    results = []
+    # All at once; and 12 * 12 * 2 attention scores, so that only the two of 12 tokens fit together.
+    for scores in (1 << 22, 300):
+        monkeypatch.setattr("specforge_lk.evaluate._SCORES", scores)
+        settings = Settings(heads=HEADS)
+        results.append(measure_held_out(target, [(draft, [1.0])], conversations, settings)[0][1.0])
+    np.testing.assert_array_equal(results[0].position, results[1].position)
+    np.testing.assert_allclose(results[0].alpha, results[1].alpha, atol=1e-5)
+
+
 def test_chain_starts_need_every_head_supervised():
     response = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 1, 1]]).bool()
     # Tokens 2..6 are a response: with K = 3, t + 1 … t + 4 fit for t = 1 and t = 2 only.
@@ -263,6 +280,7 @@ def test_command_drafts_greedily_when_asked(files, tmp_path):
         (["--target", "no/such/dir"], 1, "target 'no/such/dir' does not exist"),
         (["--aux-layers", "1,2"], 1, "captured layers [1, 2] do not fit"),
         (["--heads", "200"], 1, "lower --heads"),
+        (["--device", "nowhere"], 1, "--device nowhere cannot be used here"),
     ],
 )
 def test_command_errors_are_one_line(options, code, message, files, tmp_path):

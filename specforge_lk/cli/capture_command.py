@@ -105,6 +105,19 @@ def _run(
     )
     if not samples.kept:
         raise ValueError(f"{responses} has no response with supervised tokens to capture")
+    capture.open_directory(
+        directory,
+        {
+            "target": run.model.target_model_path,
+            "responses": responses.name,
+            "responses_sha256": capture.file_digest(responses),
+            "strategy": run.training.strategy,
+            "layers": list(resolved.capture_layers),
+            "max_length": run.data.max_length,
+            "compute_dtype": compute.value,
+            "stored_dtype": run.model.torch_dtype,
+        },
+    )
     if vocab_mapping:
         if not resolved.run.algorithm.spec.capabilities.supports_vocab_mapping:
             raise ValueError(
@@ -119,19 +132,6 @@ def _run(
         typer.echo(
             f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
         )
-    capture.open_directory(
-        directory,
-        {
-            "target": run.model.target_model_path,
-            "responses": responses.name,
-            "responses_sha256": capture.file_digest(responses),
-            "strategy": run.training.strategy,
-            "layers": list(resolved.capture_layers),
-            "max_length": run.data.max_length,
-            "compute_dtype": compute.value,
-            "stored_dtype": run.model.torch_dtype,
-        },
-    )
     names = resolved.layout.output_names
     todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
     total = sum(len(sample.tokens.input_ids) for sample in todo)

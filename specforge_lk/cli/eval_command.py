@@ -138,6 +138,14 @@ def run(
 
     transformers.utils.logging.disable_progress_bar()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        errors.print(
+            f"[red]--device {place} cannot be used here ({_escape(reason)})[/red]", soft_wrap=True
+        )
+        raise typer.Exit(1) from error
     settings = evaluate.Settings(
         heads=heads,
         draft_sampling=draft_sampling.value,
@@ -167,6 +175,9 @@ def run(
             track=lambda what, total: ProgressBar(what, total, "tok/s"),
             command=["specforge-lk", *map(shlex.quote, sys.argv[1:])],
         )
+    except torch.OutOfMemoryError as error:
+        errors.print("[red]out of memory: lower --batch-size or --max-length[/red]")
+        raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         errors.print(f"[red]{_escape(str(error))}[/red]", soft_wrap=True)
         raise typer.Exit(1) from error
