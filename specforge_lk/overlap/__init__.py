@@ -4,24 +4,45 @@
 
 - ``reference``: the definition in plain torch, differentiated by autograd. Every other
   implementation is tested against it in float64.
-- ``closed_form``: the default on every device. Closed-form gradients, rows in cache-sized chunks.
+- ``closed_form``: closed-form gradients in torch operations, rows in cache-sized chunks; runs on
+  every device.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
 import torch
 
-from specforge_lk.overlap.closed_form import closed_form
+from specforge_lk.overlap import closed_form
 from specforge_lk.overlap.contract import Implementation, OverlapTerms
+from specforge_lk.overlap.differentiable import differentiable
 from specforge_lk.overlap.reference import reference
 from specforge_lk.overlap.rows import log_coverage_of
 
 __all__ = ["IMPLEMENTATIONS", "OverlapTerms", "overlap_terms"]
 
+
+def _definition(
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    log_coverage: torch.Tensor | None,
+    live: torch.Tensor,
+    reverse_kl: bool,
+) -> OverlapTerms:
+    if log_coverage is None:
+        log_coverage = log_coverage_of(target_logits, log_normalizer, live)
+        live = live & (log_coverage != -torch.inf)
+    kl, alpha, log_alpha, reverse = reference(
+        draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl
+    )
+    return OverlapTerms(kl, alpha, log_alpha, log_coverage, reverse)
+
+
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
-    {"reference": reference, "closed_form": closed_form}
+    {"reference": _definition, "closed_form": partial(differentiable, closed_form)}
 )
 
 
@@ -89,17 +110,17 @@ def overlap_terms(
     )
     target_logits = target_logits.detach()
     log_normalizer = log_normalizer.detach().to(dtype)
-    live = torch.ones_like(log_normalizer, dtype=torch.bool) if weight is None else weight != 0
-    if log_coverage is None:
-        log_coverage = log_coverage_of(target_logits, log_normalizer, live)
-    log_coverage = torch.where(live, log_coverage.detach().to(dtype), 0.0)
-    live = live & (log_coverage != -torch.inf)
-
+    if weight is None:
+        live = torch.ones_like(log_normalizer, dtype=torch.bool)
+    else:
+        live = weight != 0
+    if log_coverage is not None:
+        log_coverage = torch.where(live, log_coverage.detach().to(dtype), 0.0)
+        live = live & (log_coverage != -torch.inf)
     implementation = IMPLEMENTATIONS["closed_form" if impl == "auto" else impl]
-    kl, alpha, log_alpha, reverse = implementation(
+    return implementation(
         draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl
     )
-    return OverlapTerms(kl, alpha, log_alpha, log_coverage, reverse)
 
 
 def _check_shapes(

@@ -1,7 +1,7 @@
 """What every implementation of the overlap operation takes and returns."""
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
@@ -29,6 +29,91 @@ class OverlapTerms:
     reverse_kl: torch.Tensor | None = None
 
 
+class RowStatistics(NamedTuple):
+    """What one pass over the logits leaves: one value per row, each [N]; 0 where not live.
+
+    Attributes:
+        kl, alpha, log_alpha, reverse_kl: the terms.
+        draft_max: max z. Only differences of draft logits matter; against their maximum they
+            lose no digits.
+        draft_log_sum: log sum_D exp(z - max z), so log q = (z - draft_max) - draft_log_sum.
+        target_log_sum: log sum_D exp(y - log Z), the log coverage of these very logits: p~ =
+            exp(y - log Z - target_log_sum) sums to 1 as exactly as the arithmetic allows.
+        below: B / alpha, the share of the acceptance rate where q < p (ties count half).
+    """
+
+    kl: torch.Tensor
+    alpha: torch.Tensor
+    log_alpha: torch.Tensor
+    reverse_kl: torch.Tensor
+    draft_max: torch.Tensor
+    draft_log_sum: torch.Tensor
+    target_log_sum: torch.Tensor
+    below: torch.Tensor
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the loss with respect to a row's terms, each [N]; None where it has none.
+
+    ``alpha`` and ``log_alpha`` are one: d alpha = alpha d log_alpha.
+    """
+
+    kl: torch.Tensor | None
+    log_alpha: torch.Tensor | None
+    reverse_kl: torch.Tensor | None
+
+
+class Kernels(Protocol):
+    """The two passes over the logits that a closed-form implementation consists of.
+
+    Logits are [..., V_d] of any strides and floating dtype and are never written to; row vectors
+    are contiguous [N] in the dtype to compute in. Rows that are not ``live`` are not read.
+
+    Forward and backward must agree bit by bit on w = 1[q < p] + 1/2 1[q = p]. Both compare
+
+        y - z  with  log Z - (draft_max + draft_log_sum)
+
+    since y - z is exact where it is small: where draft and target are the same up to a constant,
+    all tokens fall on one side of a rounding error together, and the gradient of alpha is 0.
+    """
+
+    def forward(
+        self,
+        draft_logits: torch.Tensor,
+        target_logits: torch.Tensor,
+        log_normalizer: torch.Tensor,
+        log_coverage: torch.Tensor | None,
+        live: torch.Tensor,
+        reverse_kl: bool,
+    ) -> RowStatistics:
+        """Terms and statistics.
+
+        ``log_coverage`` is what the caller knows of ``target_log_sum``: a shift against
+        underflow, no more. A live row without coverage has terms of 0 and a
+        ``target_log_sum`` of -inf. ``reverse_kl`` need not be computed unless asked for.
+        """
+        ...
+
+    def backward(
+        self,
+        draft_logits: torch.Tensor,
+        target_logits: torch.Tensor,
+        log_normalizer: torch.Tensor,
+        live: torch.Tensor,
+        statistics: RowStatistics,
+        gradients: RowGradients,
+    ) -> torch.Tensor:
+        """Gradient with respect to the draft logits: a new contiguous [..., V_d] in their dtype.
+
+        With g the row's gradients and r = log(p / q),
+
+            g_kl (q - p~) + g_log_alpha q (w / alpha - below) - g_reverse q (r + reverse_kl)
+
+        and 0 in rows that are not live. Rows without coverage are not live here.
+        """
+        ...
+
+
 class Implementation(Protocol):
     """One way to compute the terms, on inputs that ``overlap_terms`` has checked."""
 
@@ -37,18 +122,18 @@ class Implementation(Protocol):
         draft_logits: torch.Tensor,
         target_logits: torch.Tensor,
         log_normalizer: torch.Tensor,
-        log_coverage: torch.Tensor,
+        log_coverage: torch.Tensor | None,
         live: torch.Tensor,
         reverse_kl: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return kl, alpha, log_alpha and, if asked for, reverse_kl, each [...].
+    ) -> OverlapTerms:
+        """Return the terms, each [...], differentiable but for ``log_coverage``.
 
         Args:
             draft_logits: [..., V_d], any floating dtype; the only input with a gradient.
             target_logits: [..., V_d], any floating dtype.
             log_normalizer: [...], in the dtype to compute in.
-            log_coverage: [...], same dtype.
-            live: [...] bool. Elsewhere terms and gradients are 0 and nothing is read.
-            reverse_kl: whether to compute the fourth term.
+            log_coverage: [...], same dtype, or None to have it computed.
+            live: [...] bool. Elsewhere terms and gradients are 0 and no logits are read.
+            reverse_kl: whether to compute it.
         """
         ...

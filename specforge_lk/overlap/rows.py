@@ -66,3 +66,15 @@ def log_coverage_of(
     for rows, (y,) in row_chunks(live, result.dtype, target_logits):
         flat[rows] = y.to(result.dtype).logsumexp(-1) - log_z[rows]
     return result
+
+
+def row_offsets(logits: torch.Tensor) -> torch.Tensor:
+    """Offset of every row of logits [..., V] from their first element, in elements: int64 [N].
+
+    Works for any strides of the leading dimensions, so that kernels need no copy of a slice.
+    """
+    offsets = torch.zeros((), dtype=torch.int64, device=logits.device)
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        steps = torch.arange(size, device=logits.device) * stride
+        offsets = offsets[..., None] + steps
+    return offsets.reshape(-1)
