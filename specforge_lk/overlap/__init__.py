@@ -110,10 +110,7 @@ def overlap_terms(
     )
     target_logits = target_logits.detach()
     log_normalizer = log_normalizer.detach().to(dtype)
-    if weight is None:
-        live = torch.ones_like(log_normalizer, dtype=torch.bool)
-    else:
-        live = weight != 0
+    live = torch.ones_like(log_normalizer, dtype=torch.bool) if weight is None else weight != 0
     if log_coverage is not None:
         log_coverage = torch.where(live, log_coverage.detach().to(dtype), 0.0)
         live = live & (log_coverage != -torch.inf)
