@@ -27,7 +27,7 @@ def forward(
     for rows, (z, y) in row_chunks(live, log_normalizer.dtype, draft_logits, target_logits):
         z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
         top = z.amax(-1, keepdim=True)
-        s.draft_max[rows] = top.squeeze(-1)
+        s.draft_shift[rows] = top.squeeze(-1)
         s.draft_log_sum[rows] = (z - top).exp_().sum(-1).log()
         log_q, log_ratio, w = _compare(z, y, log_normalizer, s, rows)
         p_renormalized = torch.softmax(y, dim=-1)
@@ -91,7 +91,7 @@ def _compare(
     rows: slice | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p], each [n, V]; see `contract.Kernels`."""
-    top, log_sum = s.draft_max[rows, None], s.draft_log_sum[rows, None]
+    top, log_sum = s.draft_shift[rows, None], s.draft_log_sum[rows, None]
     log_ratio = (y - z).sub_(log_normalizer[rows, None] - (top + log_sum))
     w = log_ratio.sign().add_(1).mul_(0.5)
     return (z - top).sub_(log_sum), log_ratio, w

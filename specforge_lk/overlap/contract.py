@@ -34,9 +34,9 @@ class RowStatistics(NamedTuple):
 
     Attributes:
         kl, alpha, log_alpha, reverse_kl: the terms.
-        draft_max: max z. Only differences of draft logits matter; against their maximum they
-            lose no digits.
-        draft_log_sum: log sum_D exp(z - max z), so log q = (z - draft_max) - draft_log_sum.
+        draft_shift, draft_log_sum: log sum_D exp(z), the first near max z and the second what is
+            left, so that log q = (z - draft_shift) - draft_log_sum loses no digits where logits
+            are large.
         target_log_sum: log sum_D exp(y - log Z), the log coverage of these very logits: p~ =
             exp(y - log Z - target_log_sum) sums to 1 as exactly as the arithmetic allows.
         below: B / alpha, the share of the acceptance rate where q < p (ties count half).
@@ -46,7 +46,7 @@ class RowStatistics(NamedTuple):
     alpha: torch.Tensor
     log_alpha: torch.Tensor
     reverse_kl: torch.Tensor
-    draft_max: torch.Tensor
+    draft_shift: torch.Tensor
     draft_log_sum: torch.Tensor
     target_log_sum: torch.Tensor
     below: torch.Tensor
@@ -71,7 +71,7 @@ class Kernels(Protocol):
 
     Forward and backward must agree bit by bit on w = 1[q < p] + 1/2 1[q = p]. Both compare
 
-        y - z  with  log Z - (draft_max + draft_log_sum)
+        y - z  with  log Z - (draft_shift + draft_log_sum)
 
     since y - z is exact where it is small: where draft and target are the same up to a constant,
     all tokens fall on one side of a rounding error together, and the gradient of alpha is 0.

@@ -1,0 +1,406 @@
+// The two passes of the overlap operation over one row of logits, fused for CPUs. The interface
+// is contract.Kernels; fused_cpu.py compiles this file and calls it. Vectors are the compiler's
+// own (GCC and Clang), so the same source serves AVX2, AVX-512 and NEON.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+
+constexpr float FLOOR = -1e30f;    // stands for a logit of -inf, as in contract.py
+constexpr float UNDERFLOW_ = 1e-30f;  // rows with less overlap or coverage are taken in double
+constexpr int64_t BLOCK = 1024;    // elements summed in float before they are added in double
+
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+// ------------------------------------------------------------------------------- vectors
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats load(const float* from) {
+    Floats x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// The greater, and b where either is nan.
+inline Floats max(Floats a, Floats b) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    return __builtin_ia32_maxps256(a, b);  // GCC does not find it by itself
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline Floats floored(Floats x) { return max(splat(FLOOR), x); }
+
+inline double sum(Floats x) {
+    double total = 0;
+    for (int i = 0; i < LANES; ++i) total += x[i];
+    return total;
+}
+
+// 2^x for x <= 127, 0 below -126, where it would be denormal. x = n + f with n whole and |f| <=
+// 1/2; the polynomial in f is minimax, of relative error 7.5e-8, in Estrin's form: its short
+// chain of dependent operations is what bounds the speed of the loops below.
+inline Floats exp2(Floats x) {
+    const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: n ends up in the low bits
+    const Floats f = x - (shifted - 12582912.0f), f2 = f * f;
+    const Floats low = f * 6.931469671e-01f + 1.000000072e+00f;
+    const Floats middle = f * 5.550713273e-02f + 2.402211972e-01f;
+    const Floats high = f * 1.327647199e-03f + 9.675541334e-03f;
+    const Floats y = (high * f2 + middle) * f2 + low;
+    return x < -126.0f ? Floats{} : (Floats)((Ints)y + ((Ints)shifted << 23));
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+// exp(x - shift) up to a factor near 1, which makes it one operation to subtract and scale: the
+// shift in base 2 is rounded to a float, and the factor undoes the rounding.
+struct Shift {
+    float in_base_2;
+    double factor;
+
+    explicit Shift(double shift)
+        : in_base_2(shift * LOG2_E), factor(std::exp2(in_base_2 - shift * LOG2_E)) {}
+    Floats exp(Floats x) const { return exp2(x * LOG2_E - in_base_2); }
+    // For shifts that may be far from the greatest x: the result stays finite.
+    Floats bounded_exp(Floats x) const {
+        const Floats u = x * LOG2_E - in_base_2;
+        return exp2(-max(-u, splat(-127.0f)));
+    }
+};
+
+// ---------------------------------------------------------------------- rows in and out
+
+inline Floats from_bfloat16(Shorts x) {
+    return (Floats)(__builtin_convertvector(x, Ints) << 16);
+}
+
+inline Shorts to_bfloat16(Floats x) {  // to nearest, ties to even
+    const Ints bits = (Ints)x;
+    const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(x == x ? rounded : Ints{} + 0x7fc0, Shorts);
+}
+
+#ifdef __FLT16_MAX__
+typedef _Float16 Halves __attribute__((vector_size(2 * LANES)));
+
+inline Floats from_float16(Shorts x) { return __builtin_convertvector((Halves)x, Floats); }
+inline Shorts to_float16(Floats x) { return (Shorts) __builtin_convertvector(x, Halves); }
+#else
+inline Floats from_float16(Shorts) { __builtin_trap(); }
+inline Shorts to_float16(Floats) { __builtin_trap(); }
+#endif
+
+// Logits of one row as floats, V rounded up to whole vectors with the floor: such tokens have
+// probability 0 and change no sum. `buffer` is used where the row cannot be read in place.
+const float* read_row(const char* logits, int dtype, int64_t offset, int64_t V, float* buffer) {
+    const int64_t whole = V / LANES * LANES;
+    if (dtype == FLOAT32) {
+        const float* row = reinterpret_cast<const float*>(logits) + offset;
+        if (whole == V) return row;
+        std::memcpy(buffer, row, V * sizeof(float));
+    } else {
+        const uint16_t* row = reinterpret_cast<const uint16_t*>(logits) + offset;
+        Shorts x;
+        for (int64_t i = 0; i < V; i += LANES) {
+            std::memcpy(&x, row + i, (i < whole ? LANES : V - whole) * sizeof(uint16_t));
+            store(buffer + i, dtype == BFLOAT16 ? from_bfloat16(x) : from_float16(x));
+        }
+    }
+    for (int64_t i = V; i < whole + LANES; ++i) buffer[i] = FLOOR;
+    return buffer;
+}
+
+void write_row(char* logits, int dtype, int64_t offset, int64_t V, const float* row) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(logits) + offset;
+    if (dtype == FLOAT32) {
+        std::memcpy(reinterpret_cast<float*>(logits) + offset, row, V * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < V; i += LANES) {
+        const Floats x = load(row + i);
+        const Shorts rounded = dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        std::memcpy(to + i, &rounded, (V - i < LANES ? V - i : LANES) * sizeof(uint16_t));
+    }
+}
+
+// ----------------------------------------------------------------------------- one row
+
+struct Statistics {  // contract.RowStatistics, in its order
+    float kl, alpha, log_alpha, reverse_kl, draft_shift, draft_log_sum, target_log_sum, below;
+};
+constexpr int TERMS = sizeof(Statistics) / sizeof(float);
+
+struct Gradients {  // contract.RowGradients
+    float kl, log_alpha, reverse_kl;
+};
+
+// q < p where y - z is above this.
+inline float threshold(float log_z, const Statistics& s) {
+    return double(log_z) - (double(s.draft_shift) + double(s.draft_log_sum));
+}
+
+// Whether alpha or the coverage is too small for floats. Also true for nan.
+inline bool underflown(const Statistics& s) {
+    return !(s.alpha > UNDERFLOW_ && s.target_log_sum > std::log(UNDERFLOW_));
+}
+
+// The forward pass in double and in the log domain, for the rare rows that need it.
+void forward_careful(const float* z, const float* y, int64_t V, float log_z, Statistics& s) {
+    const double t = threshold(log_z, s), log_sum = double(s.draft_shift) + s.draft_log_sum;
+    double y_max = FLOOR, top = 2.0 * FLOOR;
+    for (int64_t i = 0; i < V; ++i) {
+        const double zi = z[i] < FLOOR ? FLOOR : z[i], yi = y[i] < FLOOR ? FLOOR : y[i];
+        y_max = std::fmax(y_max, yi);
+        top = std::fmax(top, std::fmin(yi - log_z, zi - log_sum));
+    }
+    if (y_max == FLOOR || std::isinf(log_z)) {  // no coverage, nothing to gain
+        s = Statistics{};
+        s.target_log_sum = -INFINITY;
+        return;
+    }
+    double p_sum = 0, kl = 0, reverse = 0, overlap = 0, below = 0;
+    for (int64_t i = 0; i < V; ++i) {
+        const double zi = z[i] < FLOOR ? FLOOR : z[i], yi = y[i] < FLOOR ? FLOOR : y[i];
+        const double r = (yi - zi) - t, log_p = yi - log_z, log_q = zi - log_sum;
+        const double p = std::exp(yi - y_max), share = std::exp((r < 0 ? log_p : log_q) - top);
+        p_sum += p;
+        kl += p * r;
+        reverse -= std::exp(log_q) * r;
+        overlap += share;
+        below += share * (r > 0 ? 1 : r == 0 ? 0.5 : 0);
+    }
+    s.target_log_sum = y_max - log_z + std::log(p_sum);
+    s.kl = kl / p_sum - s.target_log_sum;
+    s.reverse_kl = reverse;
+    s.log_alpha = top + std::log(overlap);
+    s.alpha = std::exp(double(s.log_alpha));
+    s.below = below / overlap;
+}
+
+void backward_careful(const float* z, const float* y, int64_t V, float log_z,
+                      const Statistics& s, const Gradients& g, float* grad) {
+    const double t = threshold(log_z, s);
+    for (int64_t i = 0; i < V; ++i) {
+        const double zi = z[i] < FLOOR ? FLOOR : z[i], yi = y[i] < FLOOR ? FLOOR : y[i];
+        const double r = (yi - zi) - t, log_q = (zi - s.draft_shift) - double(s.draft_log_sum);
+        const double q = std::exp(log_q), p = std::exp(yi - log_z - double(s.target_log_sum));
+        const double w = r > 0 ? 1 : r == 0 ? 0.5 : 0;
+        const double share = w == 0 ? 0 : w * std::exp(std::fmin(log_q - s.log_alpha, 0));
+        grad[i] = g.kl * (q - p) + g.log_alpha * (share - q * s.below) -
+                  g.reverse_kl * q * (r + s.reverse_kl);
+    }
+}
+
+float highest(const float* z, int64_t V) {
+    Floats tops = splat(FLOOR);
+    for (int64_t i = 0; i < V; i += LANES) tops = max(load(z + i), tops);
+    float top = tops[0];
+    for (int i = 1; i < LANES; ++i) top = std::max(top, tops[i]);
+    return top;
+}
+
+// exps[i] = exp(z[i] - shift) up to the Shift's factor; returns their sum with it.
+double exponentials(const float* z, int64_t V, const Shift& shift, float* exps) {
+    double total = 0;
+    for (int64_t block = 0; block < V; block += BLOCK) {
+        Floats part = {};
+        for (int64_t i = block; i < std::min(V, block + BLOCK); i += LANES) {
+            const Floats e = shift.bounded_exp(load(z + i));
+            store(exps + i, e);
+            part += e;
+        }
+        total += sum(part);
+    }
+    return total * shift.factor;
+}
+
+// The terms, from q = scale * exps. FULL: with reverse KL, and right for logits
+// of -inf, of which the sum of p log(p / q) would make nan.
+template <bool FULL>
+void overlap(const float* z, const float* y, int64_t V, float log_z, const float* exps,
+             float scale, Statistics& s) {
+    const float t = threshold(log_z, s);
+    const Shift normalizer(log_z);
+    double p_sum = 0, p_below = 0, q_below = 0, q_tied = 0, kl = 0, reverse = 0;
+    for (int64_t block = 0; block < V; block += BLOCK) {
+        Floats all = {}, ps = {}, qs = {}, ties = {}, kls = {}, reverses = {};
+        for (int64_t i = block; i < std::min(V, block + BLOCK); i += LANES) {
+            const Floats yi = load(y + i), zi = load(z + i), q = load(exps + i) * scale;
+            const Floats r = FULL ? (floored(yi) - floored(zi)) - t : (yi - zi) - t;
+            const Floats p = normalizer.bounded_exp(yi);
+            all += p;
+            kls += p * r;
+            qs += r > 0.0f ? q : Floats{};
+            ps += r > 0.0f ? Floats{} : p;
+            ties += r == 0.0f ? q : Floats{};
+            if (FULL) reverses += q * r;
+        }
+        p_sum += sum(all);
+        kl += sum(kls);
+        q_below += sum(qs);
+        p_below += sum(ps);
+        q_tied += sum(ties);
+        reverse -= sum(reverses);
+    }
+    s.target_log_sum = std::log(p_sum * normalizer.factor);
+    s.kl = kl / p_sum - s.target_log_sum;
+    s.alpha = q_below + p_below * normalizer.factor;
+    s.log_alpha = std::log(s.alpha);
+    s.below = (q_below + 0.5 * q_tied) / s.alpha;
+    s.reverse_kl = reverse;
+}
+
+// z and y hold V logits and then the floor up to a whole vector; `exps` has room for as many.
+void forward_row(const float* z, const float* y, int64_t V, float log_z, bool reverse_kl,
+                 float* exps, Statistics& s) {
+    // Any shift near the maximum does. That of the first block saves a pass over z, unless a later
+    // logit is so much higher that the sum overflows.
+    float top = highest(z, std::min(V, BLOCK));
+    double total = exponentials(z, V, Shift(top), exps);
+    if (!(total < 1e38)) {
+        top = highest(z, V);
+        total = exponentials(z, V, Shift(top), exps);
+    }
+    // The log-sum-exp as a float and the rest of it: q loses no digits where logits are large.
+    const double log_sum = top + std::log(total);
+    s.draft_shift = log_sum;
+    s.draft_log_sum = log_sum - s.draft_shift;
+    const float scale = Shift(top).factor / total;
+    if (!reverse_kl) overlap<false>(z, y, V, log_z, exps, scale, s);
+    if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, log_z, exps, scale, s);
+    if (underflown(s)) forward_careful(z, y, V, log_z, s);
+}
+
+template <bool REVERSE>
+void backward_row(const float* z, const float* y, int64_t V, float log_z, const Statistics& s,
+                  const Gradients& g, float* grad) {
+    const float t = threshold(log_z, s);
+    const Shift draft(s.draft_shift), normalizer(log_z);
+    const double scale = std::exp(-double(s.draft_log_sum)) * draft.factor;
+    const float of_p = g.kl * std::exp(-double(s.target_log_sum)) * normalizer.factor;
+    const double of_q = g.kl - double(g.log_alpha) * s.below - double(g.reverse_kl) * s.reverse_kl;
+    const double of_w = double(g.log_alpha) / s.alpha;
+    const Floats above = splat(of_q * scale), tied = splat((of_q + 0.5 * of_w) * scale);
+    const Floats below = splat((of_q + of_w) * scale);
+    const float of_reverse = g.reverse_kl * scale;
+    for (int64_t i = 0; i < V; i += LANES) {
+        const Floats yi = load(y + i), zi = load(z + i);
+        const Floats r = REVERSE ? floored(yi) - floored(zi) : yi - zi;
+        Floats factor = r > t ? below : above;
+        factor = r == t ? tied : factor;
+        if (REVERSE) factor -= of_reverse * (r - t);
+        store(grad + i, draft.exp(zi) * factor - normalizer.bounded_exp(yi) * of_p);
+    }
+}
+
+// ---------------------------------------------------------------------------- all rows
+
+// Row rows[i] of the [N] row vectors has its logits at z + z_offsets[i] and y + y_offsets[i].
+struct Inputs {
+    const char *z, *y;
+    const float* log_z;
+    const int64_t *rows, *z_offsets, *y_offsets;
+    int64_t count, N, V;
+    int32_t z_dtype, y_dtype, threads;
+};
+
+// statistics: [8, N] of contract.RowStatistics.
+// Calls work(i, buffers) for i < count on `threads` threads; buffers hold a row each. A thread
+// takes rows of several huge pages at a time: two that touch a new page together both clear it.
+template <class Work>
+void for_each_row(const Inputs& in, const Work& work) {
+    const int64_t several_pages = (int64_t(4) << 20) / (in.V * 4) + 1;
+    const int64_t grain = std::min(several_pages, in.count / (4 * in.threads) + 1);
+    const int64_t size = in.V + LANES;
+    std::atomic<int64_t> next{0};
+    const auto run = [&] {
+        std::vector<float> z(size), y(size), out(size);
+        float* const buffers[] = {z.data(), y.data(), out.data()};
+        for (int64_t first; (first = next.fetch_add(grain)) < in.count;)
+            for (int64_t i = first; i < std::min(first + grain, in.count); ++i) work(i, buffers);
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < in.threads && i * grain < in.count; ++i) others.emplace_back(run);
+    run();
+    for (auto& thread : others) thread.join();
+}
+
+// A gradient is memory that nobody has touched yet: in pages of 4 KiB the kernel would take longer
+// to supply it than all the arithmetic takes.
+void prefer_huge_pages(char* start, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t huge = uintptr_t(2) << 20, first = (uintptr_t(start) + huge - 1) & ~(huge - 1);
+    const uintptr_t end = (uintptr_t(start) + bytes) & ~(huge - 1);
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
+}  // namespace
+
+extern "C" void overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics) {
+    for_each_row(*in, [=](int64_t i, float* const* buffers) {
+        Statistics s;
+        forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
+                    read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
+                    in->log_z[in->rows[i]], reverse_kl, buffers[2], s);
+        const float* values = &s.kl;
+        for (int k = 0; k < TERMS; ++k) statistics[k * in->N + in->rows[i]] = values[k];
+    });
+}
+
+// gradients: [3, N] of contract.RowGradients; grad: [N, V] in z's dtype.
+extern "C" void overlap_backward(const Inputs* in, const float* statistics,
+                                 const float* gradients, char* grad) {
+    prefer_huge_pages(grad, in->N * in->V * (in->z_dtype == FLOAT32 ? 4 : 2));
+    for_each_row(*in, [=](int64_t i, float* const* buffers) {
+        const int64_t row = in->rows[i], N = in->N;
+        Statistics s;
+        float* values = &s.kl;
+        for (int k = 0; k < TERMS; ++k) values[k] = statistics[k * N + row];
+        const Gradients g = {gradients[row], gradients[N + row], gradients[2 * N + row]};
+        const bool in_place = in->z_dtype == FLOAT32 && in->V % LANES == 0;
+        float* out = in_place ? reinterpret_cast<float*>(grad) + row * in->V : buffers[2];
+        const auto backward = underflown(s)   ? backward_careful
+                              : g.reverse_kl ? backward_row<true>
+                                             : backward_row<false>;
+        backward(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
+                 read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
+                 in->log_z[row], s, g, out);
+        if (!in_place) write_row(grad, in->z_dtype, row * in->V, in->V, out);
+    });
+}
+
+extern "C" int overlap_has_float16() {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
+}

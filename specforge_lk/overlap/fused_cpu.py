@@ -1,0 +1,202 @@
+"""The overlap operation for CPUs in C++, compiled on first use.
+
+Torch operations pass over a chunk of logits some twenty times; here one row at a time stays in
+cache, and every exponential is taken once a pass. ``fused_cpu.cpp`` includes no header of torch,
+so the machine's C++ compiler needs about two seconds for it, once: the library is kept in
+``$XDG_CACHE_HOME/specforge-lk`` (``~/.cache`` by default), named by what it was made from.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from specforge_lk.overlap import closed_form
+from specforge_lk.overlap.contract import RowGradients, RowStatistics
+from specforge_lk.overlap.rows import row_offsets
+
+logger = logging.getLogger(__name__)
+
+_SOURCE: Final = Path(__file__).with_name("fused_cpu.cpp")
+# No -ffast-math: it would drop the handling of nan and infinity.
+_FLAGS: Final = (
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC", "-pthread"),
+)
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CompilerError(RuntimeError):
+    """No C++ compiler, or one that cannot compile the source."""
+
+
+class _Inputs(ctypes.Structure):
+    """``struct Inputs`` of the C++ source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("z", "y", "log_z")),
+        *((name, ctypes.c_void_p) for name in ("rows", "z_offsets", "y_offsets")),
+        *((name, ctypes.c_int64) for name in ("count", "n", "v")),
+        *((name, ctypes.c_int32) for name in ("z_dtype", "y_dtype", "threads")),
+    )
+
+
+def forward(
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    log_coverage: torch.Tensor | None,
+    live: torch.Tensor,
+    reverse_kl: bool,
+) -> RowStatistics:
+    """See `contract.Kernels`. Float64 is left to `closed_form`."""
+    if log_normalizer.dtype == torch.float64:
+        return closed_form.forward(
+            draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl
+        )
+    statistics = torch.zeros(8, len(log_normalizer))
+    inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
+    library().overlap_forward(ctypes.byref(inputs), reverse_kl, statistics.data_ptr())
+    return RowStatistics(*statistics)
+
+
+def backward(
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    live: torch.Tensor,
+    statistics: RowStatistics,
+    gradients: RowGradients,
+) -> torch.Tensor:
+    """See `contract.Kernels`. Float64 is left to `closed_form`."""
+    if log_normalizer.dtype == torch.float64:
+        return closed_form.backward(
+            draft_logits, target_logits, log_normalizer, live, statistics, gradients
+        )
+    new = torch.empty if bool(live.all()) else torch.zeros
+    grad = new(draft_logits.shape, dtype=draft_logits.dtype)
+    of_terms = torch.zeros(3, len(log_normalizer))
+    for row, values in zip(of_terms, gradients, strict=True):
+        if values is not None:
+            row.copy_(values)
+    statistics_ = torch.stack(statistics)
+    inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
+    library().overlap_backward(
+        ctypes.byref(inputs), statistics_.data_ptr(), of_terms.data_ptr(), grad.data_ptr()
+    )
+    return grad
+
+
+def _inputs(
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    live: torch.Tensor,
+) -> tuple[_Inputs, tuple[torch.Tensor, ...]]:
+    """Addresses, and the tensors that they point into, to be kept alive by the caller."""
+    z, y = (_readable(t) for t in (draft_logits, target_logits))
+    rows = live.nonzero().squeeze(1)
+    z_offsets, y_offsets = row_offsets(z)[rows], row_offsets(y)[rows]
+    tensors = z, y, log_normalizer, rows, z_offsets, y_offsets
+    return _Inputs(
+        *(t.data_ptr() for t in tensors),
+        *(len(rows), len(live), z.shape[-1]),
+        *(_DTYPES[z.dtype], _DTYPES[y.dtype], torch.get_num_threads()),
+    ), tensors
+
+
+def _readable(logits: torch.Tensor) -> torch.Tensor:
+    if logits.device.type != "cpu":
+        raise ValueError(
+            f"impl='cpu' got logits on {logits.device}: use impl='auto', or 'closed_form'"
+        )
+    if logits.dtype not in _DTYPES or (
+        logits.dtype == torch.float16 and not library().overlap_has_float16()
+    ):
+        logits = logits.float()
+    # The vocabulary must be contiguous; the other dimensions may have any strides.
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Load the compiled source, compiling it unless this machine's cache has it.
+
+    Raises:
+        CompilerError: no C++ compiler was found, or it failed; the message has its output.
+    """
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise CompilerError(
+            f"no C++ compiler ({', '.join(_COMPILERS)}) on PATH: install one, set CXX, or use "
+            "impl='closed_form'"
+        )
+    path = _cached(compiler)
+    if not path.exists():
+        _compile(compiler, path)
+    library = ctypes.CDLL(str(path))
+    library.overlap_forward.argtypes = [
+        ctypes.POINTER(_Inputs),
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    ]
+    library.overlap_forward.restype = None
+    library.overlap_backward.argtypes = [ctypes.POINTER(_Inputs), *[ctypes.c_void_p] * 3]
+    library.overlap_backward.restype = None
+    return library
+
+
+_COMPILERS: Final = ("c++", "g++", "clang++")
+
+
+@cache
+def available() -> bool:
+    """Whether `library` can be loaded; if not, the reason is logged, once."""
+    try:
+        library()
+    except CompilerError as error:
+        logger.warning("overlap operation: slower fallback 'closed_form' (%s)", error)
+        return False
+    return True
+
+
+def _cached(compiler: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # -march=native: machines that share a home directory may differ in their instructions.
+    machine = platform.machine() + _instructions()
+    made_from = "\0".join((_SOURCE.read_text(), compiler, *_FLAGS, machine))
+    digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    return root / "specforge-lk" / f"overlap-{digest}.so"
+
+
+def _instructions() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _compile(compiler: str, path: Path) -> None:
+    logger.info("overlap operation: compiling %s for this CPU, once", _SOURCE.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        built = Path(directory) / path.name
+        command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CompilerError(
+                f"{' '.join(command)} failed ({done.returncode}):\n{done.stderr}"
+                "set CXX to another compiler, or use impl='closed_form'"
+            )
+        # A rename is atomic: processes that compile at the same time do not disturb each other.
+        built.replace(path)
