@@ -30,8 +30,11 @@ def forward(
         s.draft_shift[rows] = top.squeeze(-1)
         s.draft_log_sum[rows] = (z - top).exp_().sum(-1).log()
         log_q, log_ratio, w = _compare(z, y, log_normalizer, s, rows)
-        p_renormalized = torch.softmax(y, dim=-1)
-        s.kl[rows] = p_renormalized.mul_(log_ratio).sum(-1) - s.target_log_sum[rows]
+        # A coverage that the caller rounded, or took of other roundings of y, is refined here.
+        p_renormalized = _renormalized(y, log_normalizer, s, rows)
+        total = p_renormalized.sum(-1)
+        s.target_log_sum[rows] += total.log()
+        s.kl[rows] = p_renormalized.mul_(log_ratio).sum(-1) / total - s.target_log_sum[rows]
 
         # min(log p, log q) is log q, or log p where the ratio is below 0.
         log_overlap = torch.add(log_q, log_ratio.clamp_max(0))
@@ -54,11 +57,14 @@ def backward(
     live: torch.Tensor,
     statistics: RowStatistics,
     gradients: RowGradients,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`."""
     s = statistics
-    grad = torch.zeros(draft_logits.shape, dtype=draft_logits.dtype, device=live.device)
-    flat = grad.view(-1, grad.shape[-1])
+    if out is None:
+        out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype, device=live.device)
+    flat = out.view(-1, out.shape[-1])
+    flat.index_fill_(0, (~live).nonzero().squeeze(1), 0)
     for rows, (z, y) in row_chunks(live, log_normalizer.dtype, draft_logits, target_logits):
         z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
         log_q, log_ratio, w = _compare(z, y, log_normalizer, s, rows)
@@ -66,7 +72,8 @@ def backward(
         chunk = torch.zeros_like(q)
         if gradients.kl is not None:
             g = gradients.kl[rows, None]
-            chunk.addcmul_(q, g).addcmul_(torch.softmax(y, dim=-1), g, value=-1)
+            p_renormalized = _renormalized(y, log_normalizer, s, rows)
+            chunk.addcmul_(q, g).addcmul_(p_renormalized, g, value=-1)
         if gradients.log_alpha is not None:
             g = gradients.log_alpha[rows, None]
             # q / alpha in the log domain: both may underflow. It is at most 1 wherever w > 0.
@@ -76,7 +83,7 @@ def backward(
             g = gradients.reverse_kl[rows, None]
             chunk.addcmul_(log_ratio.add_(s.reverse_kl[rows, None]).mul_(q), g, value=-1)
         flat[rows] = chunk.to(flat.dtype)
-    return grad
+    return out
 
 
 def _floored(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -92,6 +99,13 @@ def _compare(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p], each [n, V]; see `contract.Kernels`."""
     top, log_sum = s.draft_shift[rows, None], s.draft_log_sum[rows, None]
-    log_ratio = (y - z).sub_(log_normalizer[rows, None] - (top + log_sum))
+    log_ratio = (y - z).sub_((log_normalizer[rows, None] - top) - log_sum)
     w = log_ratio.sign().add_(1).mul_(0.5)
     return (z - top).sub_(log_sum), log_ratio, w
+
+
+def _renormalized(
+    y: torch.Tensor, log_normalizer: torch.Tensor, s: RowStatistics, rows: slice | torch.Tensor
+) -> torch.Tensor:
+    """p~ as far as ``target_log_sum`` is exact, [n, V]."""
+    return (y - log_normalizer[rows, None]).sub_(s.target_log_sum[rows, None]).exp_()

@@ -71,7 +71,7 @@ class Kernels(Protocol):
 
     Forward and backward must agree bit by bit on w = 1[q < p] + 1/2 1[q = p]. Both compare
 
-        y - z  with  log Z - (draft_shift + draft_log_sum)
+        y - z  with  log Z - draft_shift - draft_log_sum
 
     since y - z is exact where it is small: where draft and target are the same up to a constant,
     all tokens fall on one side of a rounding error together, and the gradient of alpha is 0.
@@ -102,38 +102,15 @@ class Kernels(Protocol):
         live: torch.Tensor,
         statistics: RowStatistics,
         gradients: RowGradients,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gradient with respect to the draft logits: a new contiguous [..., V_d] in their dtype.
+        """Gradient with respect to the draft logits, contiguous [..., V_d] in their dtype.
 
         With g the row's gradients and r = log(p / q),
 
             g_kl (q - p~) + g_log_alpha q (w / alpha - below) - g_reverse q (r + reverse_kl)
 
-        and 0 in rows that are not live. Rows without coverage are not live here.
-        """
-        ...
-
-
-class Implementation(Protocol):
-    """One way to compute the terms, on inputs that ``overlap_terms`` has checked."""
-
-    def __call__(
-        self,
-        draft_logits: torch.Tensor,
-        target_logits: torch.Tensor,
-        log_normalizer: torch.Tensor,
-        log_coverage: torch.Tensor | None,
-        live: torch.Tensor,
-        reverse_kl: bool,
-    ) -> OverlapTerms:
-        """Return the terms, each [...], differentiable but for ``log_coverage``.
-
-        Args:
-            draft_logits: [..., V_d], any floating dtype; the only input with a gradient.
-            target_logits: [..., V_d], any floating dtype.
-            log_normalizer: [...], in the dtype to compute in.
-            log_coverage: [...], same dtype, or None to have it computed.
-            live: [...] bool. Elsewhere terms and gradients are 0 and no logits are read.
-            reverse_kl: whether to compute it.
+        and 0 in rows that are not live. Rows without coverage are not live here. It is written
+        to ``out`` if given, which may be ``draft_logits`` itself, and to a new tensor otherwise.
         """
         ...

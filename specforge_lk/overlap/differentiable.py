@@ -17,8 +17,19 @@ def differentiable(
     live: torch.Tensor,
     reverse_kl: bool,
 ) -> OverlapTerms:
-    """An `Implementation` out of ``kernels``. Between the passes only row vectors and the inputs
-    are kept."""
+    """The terms, each [...], differentiable once with respect to ``draft_logits``.
+
+    Between the passes only row vectors and the inputs are kept.
+
+    Args:
+        kernels: the two passes.
+        draft_logits: [..., V_d], any floating dtype.
+        target_logits: [..., V_d], any floating dtype.
+        log_normalizer: [...], in the dtype to compute in.
+        log_coverage: [...], same dtype, or None to have it computed.
+        live: [...] bool. Elsewhere terms and gradients are 0 and no logits are read.
+        reverse_kl: whether to compute it.
+    """
     return OverlapTerms(
         *_Overlap.apply(
             draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl, kernels

@@ -135,16 +135,15 @@ const float* read_row(const char* logits, int dtype, int64_t offset, int64_t V, 
     return buffer;
 }
 
-void write_row(char* logits, int dtype, int64_t offset, int64_t V, const float* row) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(logits) + offset;
+void write_row(char* to, int dtype, int64_t V, const float* row) {
     if (dtype == FLOAT32) {
-        std::memcpy(reinterpret_cast<float*>(logits) + offset, row, V * sizeof(float));
+        std::memcpy(to, row, V * sizeof(float));
         return;
     }
     for (int64_t i = 0; i < V; i += LANES) {
         const Floats x = load(row + i);
         const Shorts rounded = dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
-        std::memcpy(to + i, &rounded, (V - i < LANES ? V - i : LANES) * sizeof(uint16_t));
+        std::memcpy(to + 2 * i, &rounded, 2 * std::min<int64_t>(V - i, LANES));
     }
 }
 
@@ -320,32 +319,32 @@ void backward_row(const float* z, const float* y, int64_t V, float log_z, const 
 
 // ---------------------------------------------------------------------------- all rows
 
-// Row rows[i] of the [N] row vectors has its logits at z + z_offsets[i] and y + y_offsets[i].
+// Row i of N has its logits at z + z_offsets[i] and y + y_offsets[i], counted in elements. Rows
+// that are not live are not read.
 struct Inputs {
     const char *z, *y;
     const float* log_z;
-    const int64_t *rows, *z_offsets, *y_offsets;
-    int64_t count, N, V;
+    const bool* live;
+    const int64_t *z_offsets, *y_offsets;
+    int64_t N, V;
     int32_t z_dtype, y_dtype, threads;
 };
 
-// statistics: [8, N] of contract.RowStatistics.
-// Calls work(i, buffers) for i < count on `threads` threads; buffers hold a row each. A thread
+// Calls work(row, buffers) for every row on several threads; buffers hold a row each. A thread
 // takes rows of several huge pages at a time: two that touch a new page together both clear it.
 template <class Work>
 void for_each_row(const Inputs& in, const Work& work) {
     const int64_t several_pages = (int64_t(4) << 20) / (in.V * 4) + 1;
-    const int64_t grain = std::min(several_pages, in.count / (4 * in.threads) + 1);
-    const int64_t size = in.V + LANES;
+    const int64_t grain = std::min(several_pages, in.N / (4 * in.threads) + 1);
     std::atomic<int64_t> next{0};
     const auto run = [&] {
-        std::vector<float> z(size), y(size), out(size);
+        std::vector<float> z(in.V + LANES), y(in.V + LANES), out(in.V + LANES);
         float* const buffers[] = {z.data(), y.data(), out.data()};
-        for (int64_t first; (first = next.fetch_add(grain)) < in.count;)
-            for (int64_t i = first; i < std::min(first + grain, in.count); ++i) work(i, buffers);
+        for (int64_t first; (first = next.fetch_add(grain)) < in.N;)
+            for (int64_t i = first; i < std::min(first + grain, in.N); ++i) work(i, buffers);
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < in.threads && i * grain < in.count; ++i) others.emplace_back(run);
+    for (int i = 1; i < in.threads && i * grain < in.N; ++i) others.emplace_back(run);
     run();
     for (auto& thread : others) thread.join();
 }
@@ -364,36 +363,45 @@ void prefer_huge_pages(char* start, int64_t bytes) {
 
 }  // namespace
 
+// statistics: [8, N] of contract.RowStatistics, zeros.
 extern "C" void overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics) {
     for_each_row(*in, [=](int64_t i, float* const* buffers) {
+        if (!in->live[i]) return;
         Statistics s;
         forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
                     read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
-                    in->log_z[in->rows[i]], reverse_kl, buffers[2], s);
-        const float* values = &s.kl;
-        for (int k = 0; k < TERMS; ++k) statistics[k * in->N + in->rows[i]] = values[k];
+                    in->log_z[i], reverse_kl, buffers[2], s);
+        float values[TERMS];
+        std::memcpy(values, &s, sizeof s);
+        for (int k = 0; k < TERMS; ++k) statistics[k * in->N + i] = values[k];
     });
 }
 
-// gradients: [3, N] of contract.RowGradients; grad: [N, V] in z's dtype.
+// gradients: [3, N] of contract.RowGradients; grad: [N, V] in z's dtype, which may be z.
 extern "C" void overlap_backward(const Inputs* in, const float* statistics,
                                  const float* gradients, char* grad) {
-    prefer_huge_pages(grad, in->N * in->V * (in->z_dtype == FLOAT32 ? 4 : 2));
+    const int64_t N = in->N, V = in->V, size = in->z_dtype == FLOAT32 ? 4 : 2;
+    prefer_huge_pages(grad, N * V * size);
     for_each_row(*in, [=](int64_t i, float* const* buffers) {
-        const int64_t row = in->rows[i], N = in->N;
+        char* const row = grad + i * V * size;
+        if (!in->live[i]) {
+            std::memset(row, 0, V * size);
+            return;
+        }
+        float values[TERMS];
+        for (int k = 0; k < TERMS; ++k) values[k] = statistics[k * N + i];
         Statistics s;
-        float* values = &s.kl;
-        for (int k = 0; k < TERMS; ++k) values[k] = statistics[k * N + row];
-        const Gradients g = {gradients[row], gradients[N + row], gradients[2 * N + row]};
-        const bool in_place = in->z_dtype == FLOAT32 && in->V % LANES == 0;
-        float* out = in_place ? reinterpret_cast<float*>(grad) + row * in->V : buffers[2];
+        std::memcpy(&s, values, sizeof s);
+        const Gradients g = {gradients[i], gradients[N + i], gradients[2 * N + i]};
         const auto backward = underflown(s)   ? backward_careful
                               : g.reverse_kl ? backward_row<true>
                                              : backward_row<false>;
-        backward(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
-                 read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
-                 in->log_z[row], s, g, out);
-        if (!in_place) write_row(grad, in->z_dtype, row * in->V, in->V, out);
+        const bool direct = in->z_dtype == FLOAT32 && V % LANES == 0;
+        float* const out = direct ? reinterpret_cast<float*>(row) : buffers[2];
+        backward(read_row(in->z, in->z_dtype, in->z_offsets[i], V, buffers[0]),
+                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, in->log_z[i], s,
+                 g, out);
+        if (!direct) write_row(row, in->z_dtype, V, out);
     });
 }
 

@@ -43,9 +43,11 @@ class _Inputs(ctypes.Structure):
     """``struct Inputs`` of the C++ source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("z", "y", "log_z")),
-        *((name, ctypes.c_void_p) for name in ("rows", "z_offsets", "y_offsets")),
-        *((name, ctypes.c_int64) for name in ("count", "n", "v")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("z", "y", "log_z", "live", "z_offsets", "y_offsets")
+        ),
+        *((name, ctypes.c_int64) for name in ("n", "v")),
         *((name, ctypes.c_int32) for name in ("z_dtype", "y_dtype", "threads")),
     )
 
@@ -76,14 +78,15 @@ def backward(
     live: torch.Tensor,
     statistics: RowStatistics,
     gradients: RowGradients,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`. Float64 is left to `closed_form`."""
     if log_normalizer.dtype == torch.float64:
         return closed_form.backward(
-            draft_logits, target_logits, log_normalizer, live, statistics, gradients
+            draft_logits, target_logits, log_normalizer, live, statistics, gradients, out
         )
-    new = torch.empty if bool(live.all()) else torch.zeros
-    grad = new(draft_logits.shape, dtype=draft_logits.dtype)
+    if out is None:
+        out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype)
     of_terms = torch.zeros(3, len(log_normalizer))
     for row, values in zip(of_terms, gradients, strict=True):
         if values is not None:
@@ -91,9 +94,9 @@ def backward(
     statistics_ = torch.stack(statistics)
     inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
     library().overlap_backward(
-        ctypes.byref(inputs), statistics_.data_ptr(), of_terms.data_ptr(), grad.data_ptr()
+        ctypes.byref(inputs), statistics_.data_ptr(), of_terms.data_ptr(), out.data_ptr()
     )
-    return grad
+    return out
 
 
 def _inputs(
@@ -104,12 +107,10 @@ def _inputs(
 ) -> tuple[_Inputs, tuple[torch.Tensor, ...]]:
     """Addresses, and the tensors that they point into, to be kept alive by the caller."""
     z, y = (_readable(t) for t in (draft_logits, target_logits))
-    rows = live.nonzero().squeeze(1)
-    z_offsets, y_offsets = row_offsets(z)[rows], row_offsets(y)[rows]
-    tensors = z, y, log_normalizer, rows, z_offsets, y_offsets
+    tensors = z, y, log_normalizer, live, row_offsets(z), row_offsets(y)
     return _Inputs(
         *(t.data_ptr() for t in tensors),
-        *(len(rows), len(live), z.shape[-1]),
+        *(len(live), z.shape[-1]),
         *(_DTYPES[z.dtype], _DTYPES[y.dtype], torch.get_num_threads()),
     ), tensors
 

@@ -28,7 +28,7 @@ _INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 # sums for every one of them; with 16 it spills registers (tests/test_overlap_triton_compile.py).
 # The interpreter has no clock to tune by.
 _TILES: Final = (
-    (triton.Config({"BLOCK": 1024}),)
+    (triton.Config({"BLOCK": 4096}),)
     if _INTERPRETED
     else (
         triton.Config({"BLOCK": 1024}, num_warps=4),
@@ -143,12 +143,13 @@ def _forward_kernel(
     z_ptr += tl.multiple_of(tl.load(z_offsets_ptr + row), ALIGNMENT)
     y_ptr += tl.multiple_of(tl.load(y_offsets_ptr + row), ALIGNMENT)
     log_z = tl.load(log_normalizer_ptr + row)
+    floor = tl.full((), _FLOOR, log_z.dtype)
     nothing = tl.full((BLOCK,), 0, log_z.dtype)
 
     draft_max = tl.full((), _NEGATIVE_INFINITY, log_z.dtype)
     total = nothing
     for start in range(0, vocabulary, BLOCK):
-        z = _read(z_ptr, start + tl.arange(0, BLOCK), vocabulary, log_z.dtype)
+        z = _read(z_ptr, start + tl.arange(0, BLOCK), vocabulary, floor)
         z_exp, draft_max, shrink = _exp_online(z, draft_max)
         total = total * shrink + z_exp
     draft_log_sum = tl.log(tl.sum(total, 0))
@@ -162,8 +163,8 @@ def _forward_kernel(
     reverse_kl = nothing
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _read(z_ptr, columns, vocabulary, log_z.dtype)
-        y = _read(y_ptr, columns, vocabulary, log_z.dtype)
+        z = _read(z_ptr, columns, vocabulary, floor)
+        y = _read(y_ptr, columns, vocabulary, floor)
         log_q, log_ratio, w = _compare(z, y, log_z, draft_max, draft_log_sum)
 
         y_exp, target_max, shrink = _exp_online(y, target_max)
@@ -179,7 +180,7 @@ def _forward_kernel(
             reverse_kl -= tl.exp(log_q) * log_ratio
 
     # Without a single target logit above the floor, the maximum is as good as -inf.
-    target_max = tl.where(target_max > _FLOOR, target_max, _NEGATIVE_INFINITY)
+    target_max = tl.where(target_max > floor, target_max, _NEGATIVE_INFINITY)
     coverage = tl.sum(total, 0)
     target_log_sum = (target_max - log_z) + tl.log(coverage)
     covered = target_log_sum != _NEGATIVE_INFINITY  # true for nan, which must show
@@ -223,6 +224,7 @@ def _backward_kernel(
     z_ptr += tl.multiple_of(tl.load(z_offsets_ptr + row), ALIGNMENT)
     y_ptr += tl.multiple_of(tl.load(y_offsets_ptr + row), ALIGNMENT)
     log_z = tl.load(log_normalizer_ptr + row)
+    floor = tl.full((), _FLOOR, log_z.dtype)
     draft_max = tl.load(s.draft_max + row)
     draft_log_sum = tl.load(s.draft_log_sum + row)
     target_log_normalizer = log_z + tl.load(s.target_log_sum + row)
@@ -235,8 +237,8 @@ def _backward_kernel(
 
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _read(z_ptr, columns, vocabulary, log_z.dtype)
-        y = _read(y_ptr, columns, vocabulary, log_z.dtype)
+        z = _read(z_ptr, columns, vocabulary, floor)
+        y = _read(y_ptr, columns, vocabulary, floor)
         log_q, log_ratio, w = _compare(z, y, log_z, draft_max, draft_log_sum)
         q = tl.exp(log_q)
         p_renormalized = tl.exp(y - target_log_normalizer)
@@ -251,14 +253,12 @@ def _backward_kernel(
 
 
 @triton.jit
-def _read(
-    row_ptr: tl.tensor, columns: tl.tensor, vocabulary: int, dtype: tl.constexpr
-) -> tl.tensor:
-    """A tile of logits, floored; beyond the vocabulary so low that even a row of nothing but
-    floors gives it no probability."""
-    x = tl.load(row_ptr + columns, columns < vocabulary, 0.0).to(dtype)
-    x = tl.where(x < _FLOOR, _FLOOR, x)  # tl.maximum would drop nan
-    return tl.where(columns < vocabulary, x, 2 * _FLOOR)
+def _read(row_ptr: tl.tensor, columns: tl.tensor, vocabulary: int, floor: tl.tensor) -> tl.tensor:
+    """A tile of logits in the dtype of ``floor``, none below it. Beyond the vocabulary they are so
+    low that even a row of nothing but floors gives them no probability."""
+    x = tl.load(row_ptr + columns, columns < vocabulary, 0.0).to(floor.dtype)
+    x = tl.where(x < floor, floor, x)  # tl.maximum would drop nan
+    return tl.where(columns < vocabulary, x, 2 * floor)
 
 
 @triton.jit
