@@ -1,0 +1,223 @@
+"""The C++ implementation: float32 arithmetic, reading and writing of rows, compilation."""
+
+import itertools
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from specforge_lk.overlap import fused_cpu, overlap_terms
+from specforge_lk.overlap.contract import RowGradients
+
+NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
+
+
+def evaluate(case, impl, dtype=None):
+    """Terms [4, N] and the gradient of each of them, [4, N, V]; computed in ``dtype``."""
+    z, y, log_z = (t.detach().to(dtype or t.dtype) for t in case)
+    z.requires_grad_()
+    terms = overlap_terms(z, y, log_z, impl=impl, reverse_kl=True)
+    values = [getattr(terms, name) for name in NAMES]
+    gradients = [torch.autograd.grad(v.sum(), z, retain_graph=True)[0] for v in values]
+    return torch.stack(values).detach().double(), torch.stack(gradients).double()
+
+
+def assert_exact(case):
+    """Values and gradients against the definition in float64.
+
+    Gradients are differences: errors are counted against the norm of what is subtracted.
+    """
+    values, gradients = evaluate(case, "cpu")
+    expected_values, expected = evaluate(case, "reference", torch.float64)
+    torch.testing.assert_close(values, expected_values, rtol=5e-6, atol=5e-6)
+
+    z, y, log_z = (t.detach().double() for t in case)
+    q, p = torch.softmax(z, -1), torch.softmax(y, -1)
+    ratio = y.clamp_min(-1e30) - log_z[:, None] - z.log_softmax(-1).clamp_min(-1e30)
+    _, alpha, _, reverse = expected_values
+    norm = q.norm(dim=-1)
+    scale = [norm + p.norm(dim=-1), norm, norm / alpha, (q * ratio).norm(dim=-1) + norm * reverse]
+    error = (gradients - expected).norm(dim=-1) / torch.stack(scale)
+    assert error.max() < 2e-6
+
+
+# Whole and broken vectors, one block and several, a vocabulary of one token.
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 1000, 1024, 1025, 4099, 32000])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 5.0])
+def test_float32_gradients(overlap_case, vocabulary, scale):
+    assert_exact(overlap_case(5, vocabulary, outside=9, scale=scale, dtype=torch.float32))
+
+
+def test_relative_errors_of_gradients(overlap_case):
+    case = overlap_case(20, 32000, outside=1000, dtype=torch.float32)
+    for computed, expected in zip(
+        evaluate(case, "cpu")[1], evaluate(case, "reference", torch.float64)[1], strict=True
+    ):
+        assert (computed - expected).norm() < 2e-6 * expected.norm()
+
+
+def test_large_logits_lose_no_digits(overlap_case):
+    z, y, _ = overlap_case(4, 3000, dtype=torch.float32)
+    # Multiples of 2^-7 stay exact when 96 is added.
+    z, y = ((t.detach() * 128).round() / 128 for t in (z, y))
+    assert_exact((z + 96, y + 96, (y + 96).double().logsumexp(-1).float() + 0.25))
+
+
+def test_draft_and_target_alike_up_to_a_constant(overlap_case):
+    """Ties up to the rounding of log Z: all tokens must fall on one side of it together."""
+    _, y, _ = overlap_case(6, 3000, dtype=torch.float32)
+    y = (y * 128).round() / 128
+    for case in ((y + 2, y, y.logsumexp(-1)), (y + 2, y + 3, (y + 3).logsumexp(-1))):
+        _, gradients = evaluate(case, "cpu")
+        assert gradients.norm(dim=-1).max() < 1e-6
+
+
+def test_the_highest_logit_comes_late(overlap_case):
+    """Sums start from the first block's maximum and must not overflow."""
+    z, y, log_z = (t.detach() for t in overlap_case(4, 5000, dtype=torch.float32))
+    for above in (60.0, 90.0, 1000.0):
+        late = z.clone()
+        late[:, 3000:3010] += above
+        assert_exact((late, y, log_z))
+
+
+@pytest.mark.parametrize("masked", [slice(0, 1024), slice(1024, 2048), slice(5, 2500)])
+def test_blocks_of_masked_tokens(overlap_case, masked):
+    z, y, log_z = (t.detach() for t in overlap_case(4, 3000, dtype=torch.float32))
+    z[:, masked] = y[:, masked] = -torch.inf
+    assert_exact((z, y, log_z))
+
+
+def test_coverage_that_underflows(overlap_case):
+    z, y, log_z = (t.detach() for t in overlap_case(3, 2000, dtype=torch.float32))
+    terms = overlap_terms(z, y, log_z + 150, impl="cpu")
+    exact = overlap_terms(z.double(), y.double(), log_z.double() + 150, impl="reference")
+    for name in ("kl", "log_alpha", "log_coverage"):
+        torch.testing.assert_close(
+            getattr(terms, name).double(), getattr(exact, name), rtol=1e-6, atol=1e-5
+        )
+    z.requires_grad_()
+    terms = overlap_terms(z, y, log_z + 150, impl="cpu")
+    (gradient,) = torch.autograd.grad((terms.kl - terms.log_alpha).sum(), z)
+    zd = z.detach().double().requires_grad_()
+    exact = overlap_terms(zd, y.double(), log_z.double() + 150, impl="reference")
+    (expected,) = torch.autograd.grad((exact.kl - exact.log_alpha).sum(), zd)
+    assert (gradient.double() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("vocabulary", [8, 1003])
+@pytest.mark.parametrize(
+    "dtypes",
+    [*itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)],
+    ids=str,
+)
+def test_every_mixture_of_dtypes(overlap_case, vocabulary, dtypes):
+    """Low-precision logits are read exactly, and the gradient is rounded once, as torch does."""
+    z, y, log_z = (t.detach() for t in overlap_case(4, vocabulary, dtype=torch.float32))
+    z, y = z.to(dtypes[0]).requires_grad_(), y.to(dtypes[1])
+    wide = z.detach().float().requires_grad_()
+    gradients = []
+    for draft, target in ((z, y), (wide, y.float())):
+        terms = overlap_terms(draft, target, log_z, impl="cpu")
+        gradients += torch.autograd.grad((terms.kl + terms.log_alpha).sum(), draft)
+    assert gradients[0].dtype == dtypes[0]
+    assert torch.equal(gradients[0], gradients[1].to(dtypes[0]))
+
+
+def test_threads_change_nothing(overlap_case):
+    case = overlap_case(300, 1500, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(evaluate(case, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for values, gradients in results[1:]:
+        assert torch.equal(values, results[0][0]) and torch.equal(gradients, results[0][1])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "closed_form"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradient_may_overwrite_the_draft_logits(overlap_case, impl, dtype):
+    from specforge_lk.overlap import closed_form
+
+    kernels = {"cpu": fused_cpu, "closed_form": closed_form}[impl]
+    z, y, log_z = (t.detach() for t in overlap_case(5, 1029, dtype=dtype))
+    live = torch.tensor([1, 0, 1, 1, 0]).bool()
+    statistics = kernels.forward(z, y, log_z, None, live, True)
+    gradients = RowGradients(*torch.ones(3, 5, dtype=log_z.dtype))
+    arguments = (z, y, log_z, live, statistics, gradients)
+    expected = kernels.backward(*arguments)
+    assert not torch.equal(expected, z)
+    assert kernels.backward(*arguments, out=z) is z
+    assert torch.equal(z, expected)
+
+
+def test_tensors_elsewhere_are_refused():
+    z = torch.zeros(2, 3, device="meta")
+    with pytest.raises(ValueError, match=r"meta.*impl='auto'"):
+        overlap_terms(z, z, torch.zeros(2, device="meta"), impl="cpu")
+
+
+# ---------------------------------------------------------------------------- compilation
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch, tmp_path):
+    """An empty cache, in a process that has not loaded the library."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (fused_cpu.library, fused_cpu.available):
+        function.cache_clear()
+    yield tmp_path / "specforge-lk"
+    monkeypatch.undo()
+    for function in (fused_cpu.library, fused_cpu.available):
+        function.cache_clear()
+
+
+def test_compiles_once(nothing_compiled, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, logger="specforge_lk"):
+        fused_cpu.library()
+    assert "compiling" in caplog.text
+    (built,) = nothing_compiled.iterdir()
+    fused_cpu.library.cache_clear()
+    compiled = built.stat().st_mtime_ns
+    fused_cpu.library()
+    assert built.stat().st_mtime_ns == compiled
+
+
+def test_processes_may_compile_at_the_same_time(nothing_compiled):
+    code = "from specforge_lk.overlap import fused_cpu; print(fused_cpu.available())"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].strip() for process in running] == ["True", "True"]
+    assert len(list(nothing_compiled.iterdir())) == 1
+
+
+def test_without_a_compiler_the_closed_form_takes_over(
+    nothing_compiled, monkeypatch, caplog, overlap_case
+):
+    case = overlap_case(3, 20, dtype=torch.float32)
+    expected = overlap_terms(*case, impl="closed_form")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    for _ in range(2):
+        assert torch.equal(overlap_terms(*case).alpha, expected.alpha)
+    assert caplog.text.count("no C++ compiler") == 1
+    with pytest.raises(fused_cpu.CompilerError, match="set CXX"):
+        overlap_terms(*case, impl="cpu")
+
+
+def test_a_failing_compiler_is_quoted(nothing_compiled, monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho unsupported option >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(fused_cpu.CompilerError, match=r"failed \(3\):\nunsupported option"):
+        fused_cpu.library()
+    assert list(nothing_compiled.iterdir()) == []
