@@ -45,14 +45,14 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-// The greater, and b where either is nan.
-inline Floats max(Floats a, Floats b) {
+// The greater and the lesser, and b where either is nan. GCC does not find AVX's by itself.
 #if defined(__AVX__) && !defined(__AVX512F__)
-    return __builtin_ia32_maxps256(a, b);  // GCC does not find it by itself
+inline Floats max(Floats a, Floats b) { return __builtin_ia32_maxps256(a, b); }
+inline Floats min(Floats a, Floats b) { return __builtin_ia32_minps256(a, b); }
 #else
-    return a > b ? a : b;
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 #endif
-}
 
 inline Floats floored(Floats x) { return max(splat(FLOOR), x); }
 
@@ -88,8 +88,7 @@ struct Shift {
     Floats exp(Floats x) const { return exp2(x * LOG2_E - in_base_2); }
     // For shifts that may be far from the greatest x: the result stays finite.
     Floats bounded_exp(Floats x) const {
-        const Floats u = x * LOG2_E - in_base_2;
-        return exp2(-max(-u, splat(-127.0f)));
+        return exp2(min(splat(127.0f), x * LOG2_E - in_base_2));
     }
 };
 
@@ -238,18 +237,18 @@ double exponentials(const float* z, int64_t V, const Shift& shift, float* exps) 
     return total * shift.factor;
 }
 
-// The terms, from q = scale * exps. FULL: with reverse KL, and right for logits
+// The terms, from q / scale = exps. FULL: with reverse KL, and right for logits
 // of -inf, of which the sum of p log(p / q) would make nan.
 template <bool FULL>
 void overlap(const float* z, const float* y, int64_t V, float log_z, const float* exps,
-             float scale, Statistics& s) {
+             double scale, Statistics& s) {
     const float t = threshold(log_z, s);
     const Shift normalizer(log_z);
     double p_sum = 0, p_below = 0, q_below = 0, q_tied = 0, kl = 0, reverse = 0;
     for (int64_t block = 0; block < V; block += BLOCK) {
         Floats all = {}, ps = {}, qs = {}, ties = {}, kls = {}, reverses = {};
         for (int64_t i = block; i < std::min(V, block + BLOCK); i += LANES) {
-            const Floats yi = load(y + i), zi = load(z + i), q = load(exps + i) * scale;
+            const Floats yi = load(y + i), zi = load(z + i), q = load(exps + i);
             const Floats r = FULL ? (floored(yi) - floored(zi)) - t : (yi - zi) - t;
             const Floats p = normalizer.bounded_exp(yi);
             all += p;
@@ -261,10 +260,10 @@ void overlap(const float* z, const float* y, int64_t V, float log_z, const float
         }
         p_sum += sum(all);
         kl += sum(kls);
-        q_below += sum(qs);
+        q_below += sum(qs) * scale;
         p_below += sum(ps);
-        q_tied += sum(ties);
-        reverse -= sum(reverses);
+        q_tied += sum(ties) * scale;
+        reverse -= sum(reverses) * scale;
     }
     s.target_log_sum = std::log(p_sum * normalizer.factor);
     s.kl = kl / p_sum - s.target_log_sum;
@@ -281,7 +280,7 @@ void forward_row(const float* z, const float* y, int64_t V, float log_z, bool re
     // logit is so much higher that the sum overflows.
     float top = highest(z, std::min(V, BLOCK));
     double total = exponentials(z, V, Shift(top), exps);
-    if (!(total < 1e38)) {
+    if (!(total < 1e30)) {
         top = highest(z, V);
         total = exponentials(z, V, Shift(top), exps);
     }
@@ -289,7 +288,7 @@ void forward_row(const float* z, const float* y, int64_t V, float log_z, bool re
     const double log_sum = top + std::log(total);
     s.draft_shift = log_sum;
     s.draft_log_sum = log_sum - s.draft_shift;
-    const float scale = Shift(top).factor / total;
+    const double scale = Shift(top).factor / total;
     if (!reverse_kl) overlap<false>(z, y, V, log_z, exps, scale, s);
     if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, log_z, exps, scale, s);
     if (underflown(s)) forward_careful(z, y, V, log_z, s);

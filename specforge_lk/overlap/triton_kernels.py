@@ -25,7 +25,8 @@ _NEGATIVE_INFINITY: Final = tl.constexpr(float("-inf"))
 
 _INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 # What the autotuner chooses from: 4 or 8 logits of each tensor to a thread. Forward keeps five
-# sums for every one of them; with 16 it spills registers (tests/test_overlap_triton_compile.py).
+# sums for every one of them; with 16 it spills registers on some GPUs
+# (tests/test_overlap_triton_compile.py; float64, which is for tests, may spill).
 # The interpreter has no clock to tune by.
 _TILES: Final = (
     (triton.Config({"BLOCK": 4096}),)
@@ -79,16 +80,18 @@ def backward(
     live: torch.Tensor,
     statistics: RowStatistics,
     gradients: RowGradients,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`."""
     _require_gpu(draft_logits)
     z, y = _with_dense_rows(draft_logits), _with_dense_rows(target_logits)
-    grad = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if out is None:
+        out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     with torch.cuda.device_of(z):
         _backward_kernel[(len(log_normalizer),)](
             z,
             y,
-            grad,
+            out,
             row_offsets(z),
             row_offsets(y),
             log_normalizer,
@@ -98,7 +101,7 @@ def backward(
             z.shape[-1],
             ALIGNMENT=_alignment(z, y),
         )
-    return grad
+    return out
 
 
 def _require_gpu(logits: torch.Tensor) -> None:
@@ -146,11 +149,11 @@ def _forward_kernel(
     floor = tl.full((), _FLOOR, log_z.dtype)
     nothing = tl.full((BLOCK,), 0, log_z.dtype)
 
-    draft_max = tl.full((), _NEGATIVE_INFINITY, log_z.dtype)
+    draft_shift = tl.full((), _NEGATIVE_INFINITY, log_z.dtype)
     total = nothing
     for start in range(0, vocabulary, BLOCK):
         z = _read(z_ptr, start + tl.arange(0, BLOCK), vocabulary, floor)
-        z_exp, draft_max, shrink = _exp_online(z, draft_max)
+        z_exp, draft_shift, shrink = _exp_online(z, draft_shift)
         total = total * shrink + z_exp
     draft_log_sum = tl.log(tl.sum(total, 0))
 
@@ -165,7 +168,7 @@ def _forward_kernel(
         columns = start + tl.arange(0, BLOCK)
         z = _read(z_ptr, columns, vocabulary, floor)
         y = _read(y_ptr, columns, vocabulary, floor)
-        log_q, log_ratio, w = _compare(z, y, log_z, draft_max, draft_log_sum)
+        log_q, log_ratio, w = _compare(z, y, log_z, draft_shift, draft_log_sum)
 
         y_exp, target_max, shrink = _exp_online(y, target_max)
         total = total * shrink + y_exp
@@ -192,13 +195,14 @@ def _forward_kernel(
     tl.store(s.log_alpha + row, tl.where(covered, log_alpha, 0.0))
     if REVERSE_KL:
         tl.store(s.reverse_kl + row, tl.where(covered, tl.sum(reverse_kl, 0), 0.0))
-    tl.store(s.draft_max + row, draft_max)
+    tl.store(s.draft_shift + row, draft_shift)
     tl.store(s.draft_log_sum + row, draft_log_sum)
     tl.store(s.target_log_sum + row, target_log_sum)
     tl.store(s.below + row, tl.where(covered, tl.sum(below, 0) / overlap_sum, 0.0))
 
 
-@triton.autotune(_TILES, key=["vocabulary"])
+# The gradient may replace the draft logits: while it tunes, the autotuner must put them back.
+@triton.autotune(_TILES, key=["vocabulary"], restore_value=["grad_ptr"])
 @triton.jit
 def _backward_kernel(
     z_ptr: tl.tensor,
@@ -225,7 +229,7 @@ def _backward_kernel(
     y_ptr += tl.multiple_of(tl.load(y_offsets_ptr + row), ALIGNMENT)
     log_z = tl.load(log_normalizer_ptr + row)
     floor = tl.full((), _FLOOR, log_z.dtype)
-    draft_max = tl.load(s.draft_max + row)
+    draft_shift = tl.load(s.draft_shift + row)
     draft_log_sum = tl.load(s.draft_log_sum + row)
     target_log_normalizer = log_z + tl.load(s.target_log_sum + row)
     log_alpha = tl.load(s.log_alpha + row)
@@ -239,7 +243,7 @@ def _backward_kernel(
         columns = start + tl.arange(0, BLOCK)
         z = _read(z_ptr, columns, vocabulary, floor)
         y = _read(y_ptr, columns, vocabulary, floor)
-        log_q, log_ratio, w = _compare(z, y, log_z, draft_max, draft_log_sum)
+        log_q, log_ratio, w = _compare(z, y, log_z, draft_shift, draft_log_sum)
         q = tl.exp(log_q)
         p_renormalized = tl.exp(y - target_log_normalizer)
         # q / alpha in the log domain: both may underflow. It is at most 1 wherever w > 0.
@@ -270,15 +274,15 @@ def _exp_online(x: tl.tensor, largest: tl.tensor) -> tuple[tl.tensor, tl.tensor,
 
 @triton.jit
 def _compare(
-    z: tl.tensor, y: tl.tensor, log_z: tl.tensor, draft_max: tl.tensor, draft_log_sum: tl.tensor
+    z: tl.tensor, y: tl.tensor, log_z: tl.tensor, draft_shift: tl.tensor, draft_log_sum: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p]; see `contract.Kernels`.
 
     There is no product here that the compiler could contract in one kernel and not in the other.
     """
-    log_ratio = (y - z) - (log_z - (draft_max + draft_log_sum))
+    log_ratio = (y - z) - ((log_z - draft_shift) - draft_log_sum)
     w = tl.where(log_ratio > 0, 1.0, tl.where(log_ratio == 0, 0.5, 0.0))
-    return (z - draft_max) - draft_log_sum, log_ratio, w
+    return (z - draft_shift) - draft_log_sum, log_ratio, w
 
 
 @triton.jit
