@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all their own set-up; `make help` lists the targets.
+# `make demo`, `make test` and `make bench` do all their own set-up; `make help` lists the targets.
 #
 # Needed beforehand: git, make and Python 3.11 with venv.
 
@@ -8,17 +8,20 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # The losses that `make demo` trains and compares, in this order.
 LOSSES ?= kl lk_lambda
+# Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
+BENCH  ?=
 # One test process per core, each with one thread: two threads each would contend.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
+BASELINES := runs/benchmarks/baselines/.ready
 # Remembers the chosen torch, so that choosing another one rebuilds the environment.
 CHOICE := $(VENV)/.torch-choice
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean force
+.PHONY: help setup demo test bench lint clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +54,18 @@ demo: $(READY) ## train EAGLE-3 drafts of SmolLM2-135M with each of LOSSES, comp
 
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+bench: $(READY) $(BASELINES) ## measure the overlap operation and a training step against others
+	@$(BIN)/python -m benchmarks $(BENCH)
+
+$(BASELINES):
+	@echo "==> SpecForge 0.2.0 without patches and speculators 0.9.0, beside $(VENV)"
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(@D)/specforge specforge==0.2.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(@D)/speculators speculators==0.9.0
+	@touch $@
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

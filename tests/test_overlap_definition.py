@@ -119,4 +119,6 @@ def test_given_log_coverage_is_used_and_returned(overlap_case, impl):
     computed = overlap_terms(*case, impl=impl)
     given = overlap_terms(*case, impl=impl, log_coverage=computed.log_coverage)
     for name in ("kl", "alpha", "log_alpha", "log_coverage"):
-        torch.testing.assert_close(getattr(given, name), getattr(computed, name), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            getattr(given, name), getattr(computed, name), rtol=1e-12, atol=0
+        )
