@@ -90,6 +90,28 @@ def test_tokens_only_the_target_excludes(overlap_case, impl):
     assert (values[3] > 1e20).all() and (gradient[:, 4] > 1e20).all()
 
 
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_in_the_target_shows(overlap_case, impl, dtype):
+    """In one logit, and in logits and normaliser, as a broken hidden state leaves them."""
+    z, y, log_z = overlap_case(4, 1100, dtype=dtype)
+    y[1, 1050] = y[2] = log_z[2] = torch.nan
+    terms = overlap_terms(z, y, log_z, impl=impl)
+    for term in (terms.kl, terms.alpha, terms.log_alpha):
+        assert term.isfinite().tolist() == [True, False, False, True]
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draft_without_a_logit(overlap_case, impl, dtype):
+    """All of them -inf is no distribution, but the row must not spoil the batch."""
+    z, y, log_z = overlap_case(3, 20, dtype=dtype)
+    z = z.detach().clone()
+    z[1] = -torch.inf
+    values, gradient = evaluate(z.requires_grad_(), y, log_z, impl=impl)
+    assert values[:3].isfinite().all() and gradient[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @implementations
 def test_non_finite_draft_logits_show(overlap_case, impl, value):

@@ -27,9 +27,9 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 
-constexpr float FLOOR = -1e30f;    // stands for a logit of -inf, as in contract.py
-constexpr float UNDERFLOW_ = 1e-30f;  // rows with less overlap or coverage are taken in double
-constexpr int64_t BLOCK = 1024;    // elements summed in float before they are added in double
+constexpr float FLOOR = -1e30f;     // stands for a logit of -inf, as in contract.py
+constexpr float TOO_LITTLE = 1e-30f;  // overlap or coverage: such rows are taken in double
+constexpr int64_t BLOCK = 1024;     // elements summed in float before they are added in double
 
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -162,12 +162,14 @@ inline float threshold(float log_z, const Statistics& s) {
     return double(log_z) - (double(s.draft_shift) + double(s.draft_log_sum));
 }
 
-// Whether alpha or the coverage is too small for floats. Also true for nan.
-inline bool underflown(const Statistics& s) {
-    return !(s.alpha > UNDERFLOW_ && s.target_log_sum > std::log(UNDERFLOW_));
+// Rows that floats are not enough for, or without a draft logit above the floor. False for nan,
+// which is to show.
+inline bool needs_care(const Statistics& s) {
+    return s.alpha <= TOO_LITTLE || s.target_log_sum <= std::log(TOO_LITTLE) ||
+           s.draft_shift <= FLOOR;
 }
 
-// The forward pass in double and in the log domain, for the rare rows that need it.
+// The forward pass in double and in the log domain.
 void forward_careful(const float* z, const float* y, int64_t V, float log_z, Statistics& s) {
     const double t = threshold(log_z, s), log_sum = double(s.draft_shift) + s.draft_log_sum;
     double y_max = FLOOR, top = 2.0 * FLOOR;
@@ -176,7 +178,7 @@ void forward_careful(const float* z, const float* y, int64_t V, float log_z, Sta
         y_max = std::fmax(y_max, yi);
         top = std::fmax(top, std::fmin(yi - log_z, zi - log_sum));
     }
-    if (y_max == FLOOR || std::isinf(log_z)) {  // no coverage, nothing to gain
+    if (y_max == FLOOR || log_z == INFINITY) {  // no coverage, nothing to gain
         s = Statistics{};
         s.target_log_sum = -INFINITY;
         return;
@@ -237,8 +239,8 @@ double exponentials(const float* z, int64_t V, const Shift& shift, float* exps) 
     return total * shift.factor;
 }
 
-// The terms, from q / scale = exps. FULL: with reverse KL, and right for logits
-// of -inf, of which the sum of p log(p / q) would make nan.
+// The terms, from q = scale * exps. FULL: with reverse KL, and right for logits of -inf, of which
+// the sum of p log(p / q) would make nan.
 template <bool FULL>
 void overlap(const float* z, const float* y, int64_t V, float log_z, const float* exps,
              double scale, Statistics& s) {
@@ -284,6 +286,11 @@ void forward_row(const float* z, const float* y, int64_t V, float log_z, bool re
         top = highest(z, V);
         total = exponentials(z, V, Shift(top), exps);
     }
+    if (total == 0 || log_z == INFINITY) {
+        s.draft_shift = FLOOR;
+        s.draft_log_sum = std::log(double(V));
+        return forward_careful(z, y, V, log_z, s);
+    }
     // The log-sum-exp as a float and the rest of it: q loses no digits where logits are large.
     const double log_sum = top + std::log(total);
     s.draft_shift = log_sum;
@@ -291,7 +298,7 @@ void forward_row(const float* z, const float* y, int64_t V, float log_z, bool re
     const double scale = Shift(top).factor / total;
     if (!reverse_kl) overlap<false>(z, y, V, log_z, exps, scale, s);
     if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, log_z, exps, scale, s);
-    if (underflown(s)) forward_careful(z, y, V, log_z, s);
+    if (needs_care(s)) forward_careful(z, y, V, log_z, s);
 }
 
 template <bool REVERSE>
@@ -392,7 +399,7 @@ extern "C" void overlap_backward(const Inputs* in, const float* statistics,
         Statistics s;
         std::memcpy(&s, values, sizeof s);
         const Gradients g = {gradients[i], gradients[N + i], gradients[2 * N + i]};
-        const auto backward = underflown(s)   ? backward_careful
+        const auto backward = needs_care(s)  ? backward_careful
                               : g.reverse_kl ? backward_row<true>
                                              : backward_row<false>;
         const bool direct = in->z_dtype == FLOAT32 && V % LANES == 0;

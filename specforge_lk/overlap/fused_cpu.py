@@ -60,8 +60,8 @@ def forward(
     live: torch.Tensor,
     reverse_kl: bool,
 ) -> RowStatistics:
-    """See `contract.Kernels`. Float64 is left to `closed_form`."""
-    if log_normalizer.dtype == torch.float64:
+    """See `contract.Kernels`. Dtypes that the source does not know are left to `closed_form`."""
+    if not _knows(draft_logits, target_logits):
         return closed_form.forward(
             draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl
         )
@@ -80,8 +80,8 @@ def backward(
     gradients: RowGradients,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `contract.Kernels`. Float64 is left to `closed_form`."""
-    if log_normalizer.dtype == torch.float64:
+    """See `contract.Kernels`. Dtypes that the source does not know are left to `closed_form`."""
+    if not _knows(draft_logits, target_logits):
         return closed_form.backward(
             draft_logits, target_logits, log_normalizer, live, statistics, gradients, out
         )
@@ -115,15 +115,16 @@ def _inputs(
     ), tensors
 
 
+def _knows(*logits: torch.Tensor) -> bool:
+    known = set(_DTYPES) if library().overlap_has_float16() else set(_DTYPES) - {torch.float16}
+    return known.issuperset(t.dtype for t in logits)
+
+
 def _readable(logits: torch.Tensor) -> torch.Tensor:
     if logits.device.type != "cpu":
         raise ValueError(
             f"impl='cpu' got logits on {logits.device}: use impl='auto', or 'closed_form'"
         )
-    if logits.dtype not in _DTYPES or (
-        logits.dtype == torch.float16 and not library().overlap_has_float16()
-    ):
-        logits = logits.float()
     # The vocabulary must be contiguous; the other dimensions may have any strides.
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
