@@ -16,7 +16,6 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
-BASELINES := runs/benchmarks/baselines/.ready
 # Remembers the chosen torch, so that choosing another one rebuilds the environment.
 CHOICE := $(VENV)/.torch-choice
 
@@ -55,17 +54,8 @@ demo: $(READY) ## train EAGLE-3 drafts of SmolLM2-135M with each of LOSSES, comp
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-bench: $(READY) $(BASELINES) ## measure the overlap operation and a training step against others
+bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)
-
-$(BASELINES):
-	@echo "==> SpecForge 0.2.0 without patches and speculators 0.9.0, beside $(VENV)"
-	@rm -rf $(@D) && mkdir -p $(@D)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	  --target $(@D)/specforge specforge==0.2.0
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	  --target $(@D)/speculators speculators==0.9.0
-	@touch $@
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -221,3 +221,11 @@ def test_a_failing_compiler_is_quoted(nothing_compiled, monkeypatch, tmp_path):
     with pytest.raises(fused_cpu.CompilerError, match=r"failed \(3\):\nunsupported option"):
         fused_cpu.library()
     assert list(nothing_compiled.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(nothing_compiled, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not fused_cpu.available()
+    with pytest.raises(fused_cpu.CompilerError, match="XDG_CACHE_HOME"):
+        fused_cpu.library()

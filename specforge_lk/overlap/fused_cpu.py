@@ -36,7 +36,7 @@ _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CompilerError(RuntimeError):
-    """No C++ compiler, or one that cannot compile the source."""
+    """The C++ source cannot be compiled, or the result not be kept and loaded."""
 
 
 class _Inputs(ctypes.Structure):
@@ -134,7 +134,8 @@ def library() -> ctypes.CDLL:
     """Load the compiled source, compiling it unless this machine's cache has it.
 
     Raises:
-        CompilerError: no C++ compiler was found, or it failed; the message has its output.
+        CompilerError: no C++ compiler was found, it failed (the message has its output), or the
+            cache cannot be used.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
@@ -143,9 +144,15 @@ def library() -> ctypes.CDLL:
             "impl='closed_form'"
         )
     path = _cached(compiler)
-    if not path.exists():
-        _compile(compiler, path)
-    library = ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompilerError(
+            f"{error}: set XDG_CACHE_HOME to a directory that can be written and executed from, "
+            "or use impl='closed_form'"
+        ) from error
     library.overlap_forward.argtypes = [
         ctypes.POINTER(_Inputs),
         ctypes.c_int32,
