@@ -1,0 +1,188 @@
+"""The operation on logits: time and memory of losses and baselines over sizes."""
+
+from __future__ import annotations
+
+import gc
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+from rich.console import Console
+
+from benchmarks.baselines import Implementation, Inputs, check, implementations
+from benchmarks.measure import (
+    Results,
+    distribution,
+    is_out_of_memory,
+    limited_memory,
+    memory_limit,
+    peak_allocated,
+    peak_resident,
+    repeats_for,
+    timed,
+)
+from benchmarks.progress import cells_of
+
+T = TypeVar("T")
+
+TOKENS: Final = (256, 1024, 4096, 8192)
+VOCABULARIES: Final = (4096, 32000, 131072)
+DTYPES: Final = ("float32", "bfloat16")
+SUPERVISED: Final = (1.0, 0.5, 0.1)
+SOURCES: Final = ("baselines", "operation")
+#: The N at which torch.compile's kernels are measured: compiling takes longer than measuring.
+COMPILED_TOKENS: Final = 1024
+
+
+@dataclass(frozen=True)
+class Cell:
+    """N positions, V_d tokens, dtype of the logits, share of supervised positions."""
+
+    tokens: int
+    vocabulary: int
+    dtype: str
+    supervised: float
+
+    def __str__(self) -> str:
+        share = f"{100 * self.supervised:g} % supervised"
+        return f"{self.tokens} x {self.vocabulary} {self.dtype}, {share}"
+
+
+#: Cells of one shape and dtype follow each other, and share their tensors. Small ones first.
+GRID: Final = tuple(
+    Cell(tokens, vocabulary, dtype, supervised)
+    for tokens in TOKENS
+    for vocabulary in VOCABULARIES
+    for dtype in DTYPES
+    for supervised in SUPERVISED
+)
+QUICK: Final = (Cell(64, 4096, "float32", 1.0), Cell(64, 4096, "bfloat16", 0.5))
+
+
+class DoesNotFit(Exception):
+    """An implementation needs more memory than it may have, even alone."""
+
+
+def run(
+    path: Path, grid: tuple[Cell, ...], *, budget: float, fresh: bool, console: Console
+) -> None:
+    """Measure the cells that ``path`` does not hold yet.
+
+    Args:
+        path: results file.
+        grid: cells; neighbours of one shape and dtype share their tensors.
+        budget: seconds of timing per cell, which set the repeats; three are made in any case.
+        fresh: start over.
+        console: for progress.
+    """
+    known = implementations()
+    errors = check(known)
+    console.print(
+        f"{len(errors)} gradients equal their float64 definitions; "
+        f"largest relative error {max(errors.values()):.1e}"
+    )
+    with limited_memory() as limit:
+        results = Results(
+            path, *SOURCES, fresh=fresh, memory_limit=limit, minimum_budget_seconds=budget
+        )
+        waiting = [cell for cell in grid if not results.has(asdict(cell))]
+        previous = inputs = None
+        for cell in cells_of("operation", waiting, console):
+            shape = cell.tokens, cell.vocabulary, cell.dtype
+            if shape != previous:
+                # The old tensors go before the new ones come.
+                previous, inputs = shape, None
+                inputs = Inputs(*shape[:2], getattr(torch, cell.dtype), cell.supervised)
+            else:
+                inputs.supervise(cell.supervised)
+            chosen = {
+                name: implementation
+                for name, implementation in known.items()
+                if _measured_at(cell, implementation)
+            }
+            results.add(asdict(cell), implementations=_measure(inputs, chosen, budget))
+
+
+def _measured_at(cell: Cell, implementation: Implementation) -> bool:
+    if implementation.compiled and cell.tokens != COMPILED_TOKENS:
+        return False
+    return implementation.everywhere or cell.supervised == 1
+
+
+def _measure(
+    inputs: Inputs, chosen: Mapping[str, Implementation], budget: float
+) -> dict[str, dict[str, Any]]:
+    """Every implementation's times and memory, or why it has none."""
+    found: dict[str, dict[str, Any]] = {}
+    remaining = dict(chosen)
+
+    def attempted(measurement: Callable[[Inputs, Implementation], T]) -> Iterator[tuple[str, T]]:
+        # In random order: what one call leaves behind (in caches, in the kernel's free memory) is
+        # not to meet the same other every time.
+        for name, implementation in random.sample(list(remaining.items()), len(remaining)):
+            try:
+                yield name, _with_room(inputs, implementation, measurement)
+            except DoesNotFit as error:
+                del remaining[name]
+                found[name] = {"does_not_fit": str(error)}
+
+    for name, record in attempted(_first_calls):
+        found[name] = record
+    seconds: dict[str, list[float]] = {name: [] for name in remaining}
+
+    def one_round() -> None:
+        for name, taken in attempted(_time):
+            seconds[name].append(taken)
+
+    for _ in range(repeats_for(timed(one_round), budget) - 1):
+        one_round()
+    for name in remaining:
+        found[name] |= distribution(seconds[name])
+    return found
+
+
+def _with_room(inputs: Inputs, implementation: Implementation, measurement: Callable[..., T]) -> T:
+    """Measure; where memory does not suffice, once more without the others' tensors.
+
+    Raises:
+        DoesNotFit: it does not suffice either.
+    """
+    reason = ""
+    for only in (False, True):
+        try:
+            inputs.hold(implementation.reads, only=only)
+            return measurement(inputs, implementation)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        gc.collect()
+    wanted = re.search(r"\d+(?= bytes)", reason)
+    of = f" of {int(wanted[0]) / 2**20:.0f} MiB" if wanted else ""
+    raise DoesNotFit(f"does not fit in {memory_limit() / 2**30:.1f} GiB: an allocation{of} failed")
+
+
+def _first_calls(inputs: Inputs, implementation: Implementation) -> dict[str, Any]:
+    """What is measured once: compilation, and peak memory beyond inputs."""
+    record = {}
+    if implementation.compiled:
+        # A kernel for this very shape, rather than one for any: what suits torch.compile best.
+        torch._dynamo.reset()
+        record["compile_seconds"] = _time(inputs, implementation)
+    inputs.z.grad = None
+    allocated = peak_allocated(lambda: implementation.step(inputs))
+    gradient = 0 if inputs.z.grad is None else inputs.z.grad.nbytes
+    inputs.z.grad = None
+    with peak_resident() as grown:
+        implementation.step(inputs)
+        resident = grown()
+    return record | {"memory": {"allocated": allocated, "resident": resident, "gradient": gradient}}
+
+
+def _time(inputs: Inputs, implementation: Implementation) -> float:
+    inputs.z.grad = None
+    return timed(lambda: implementation.step(inputs))

@@ -1,0 +1,139 @@
+"""The benchmark measures what it says; its figures themselves are `make bench`'s business."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks import accuracy, baselines, measure, operation, summary
+from benchmarks.__main__ import main
+
+MIB = 1 << 20
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def ours():
+    return {name: baselines._ours(name, loss) for name, loss in baselines.OURS.items()}
+
+
+def record(seconds, allocated=0, gradient=0):
+    memory = {"allocated": allocated, "resident": allocated, "gradient": gradient}
+    return measure.distribution([seconds] * 3) | {"memory": memory}
+
+
+def test_memory_is_the_peak_and_not_the_sum():
+    def allocate():
+        first = torch.zeros(40, MIB // 4)
+        del first
+        torch.zeros(60, MIB // 4)
+
+    assert measure.peak_allocated(allocate) == 60 * MIB
+    with measure.peak_resident() as grown:
+        allocate()
+        # The kernel's count lags by some pages.
+        assert grown() / MIB == pytest.approx(60, abs=1)
+
+
+def test_definitions_of_our_losses_are_checked(ours):
+    assert set(baselines.check(ours)) == set(ours)
+    wrong = ours["kl"]._replace(definition=ours["lk_alpha"].definition)
+    with pytest.raises(RuntimeError, match="differ from their definitions"):
+        baselines.check({"kl": wrong})
+
+
+def test_the_floor_reads_supervised_rows_and_writes_all_of_the_gradient():
+    x = baselines.Inputs(8, 32, torch.bfloat16, supervised=0.5)
+    x.gradient.fill_(1)
+    baselines._floor(x)
+    assert x.gradient[0, :4].any() and not x.gradient[0, 4:].any()
+
+
+def test_what_does_not_fit_is_reported_and_the_rest_is_measured(ours, tmp_path, monkeypatch):
+    def too_large(x):
+        torch.empty(1 << 50)
+
+    known = {**ours, "huge": baselines.Implementation(too_large, ("z", "target_p"), None)}
+    monkeypatch.setattr(operation, "implementations", lambda: known)
+    path = tmp_path / "operation.json"
+    grid = (operation.Cell(8, 64, "float32", 1.0), operation.Cell(8, 64, "float32", 0.5))
+    operation.run(path, grid, budget=0.01, fresh=False, console=QUIET)
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell["cell"] for cell in cells] == [asdict(cell) for cell in grid]
+    for cell in cells:
+        assert "does not fit in" in cell["implementations"]["huge"]["does_not_fit"]
+        for name in ours:
+            found = cell["implementations"][name]
+            assert len(found["seconds"]) >= measure.MINIMUM_REPEATS
+            assert found["memory"]["allocated"] >= found["memory"]["gradient"] == 8 * 64 * 4
+    summary.write(tmp_path, QUIET)
+    missing = json.loads((tmp_path / "summary.json").read_text())["does_not_fit"]
+    assert [entry["implementation"] for entry in missing] == ["huge", "huge"]
+
+    # A rerun measures nothing anew; other code starts over.
+    written = path.stat().st_mtime_ns
+    operation.run(path, grid, budget=0.01, fresh=False, console=QUIET)
+    assert path.stat().st_mtime_ns == written
+    monkeypatch.setattr(measure, "_digest", lambda modules: "other")
+    operation.run(path, grid[:1], budget=0.01, fresh=False, console=QUIET)
+    assert len(json.loads(path.read_text())["cells"]) == 1
+
+
+def test_summary_takes_ratios_of_medians(tmp_path):
+    one = summary.HEADLINE
+    size = one.tokens * one.vocabulary * 4
+    cells = {
+        one: {
+            "ours kl": record(0.10, size, size),
+            "ours lk_alpha": record(0.12, size, size),
+            "ours lk_lambda": record(0.10, 1.5 * size, size),
+            "specforge kl": record(0.20, size, size),
+        },
+        operation.Cell(4096, 32000, "float32", 1.0): {
+            "ours lk_lambda": record(0.50, size, size),
+            "specforge kl": {"does_not_fit": "too large"},
+        },
+    }
+    entries = [{"cell": asdict(c), "implementations": i} for c, i in cells.items()]
+    head = {"machine": {"caches": {"L3": 32 * MIB}}}
+    (tmp_path / "operation.json").write_text(json.dumps({**head, "cells": entries}))
+    summary.write(tmp_path, QUIET)
+    targets = json.loads((tmp_path / "summary.json").read_text())["targets"]
+    found = {t["name"]: (t["measured"], t["met"], t["cells"]) for t in targets}
+    assert found["lk_alpha over kl, time"] == (pytest.approx(1.2), False, 1)
+    assert found["lk_lambda over kl, time"] == (pytest.approx(1.0), True, 1)
+    assert found["lk_lambda over specforge kl, time"] == (pytest.approx(0.5), True, 1)
+    assert found["memory beyond gradient over one [N, V_d] tensor, allocator"][:2] == (0.5, False)
+    # 4 times the positions took 5 times as long.
+    over_tokens = found["time per element over N, largest over smallest, float32"]
+    assert over_tokens == (pytest.approx(1.25), False, 1)
+    assert "lk_alpha over kl, time" in (tmp_path / "summary.md").read_text()
+
+
+def test_quick_accuracy_meets_the_targets(tmp_path):
+    app = typer.Typer()
+    app.command()(main)
+    options = ["--quick", "--only", "accuracy", "--only", "summary", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    cells = json.loads((tmp_path / "accuracy.json").read_text())["cells"]
+    assert len(cells) == len(accuracy.QUICK)
+    targets = json.loads((tmp_path / "summary.json").read_text())["targets"]
+    met = {t["name"]: t["met"] for t in targets if t["bound"] is not None}
+    assert met["relative gradient error, float32 logits"]
+    assert met["relative gradient error, bfloat16 logits, of the operation"]
+
+
+def test_accuracy_sees_an_error_at_ties_of_one_row():
+    """Ties may go either way, but all of a row's together."""
+    logits = accuracy.CASES["coarse grid"](
+        *torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0))
+    )
+    exact = accuracy._gradient("tv", logits, exactly=True)
+    assert accuracy._distance(exact, "tv", logits) < 1e-9
+    exact[0, 0] *= 2
+    assert accuracy._distance(exact, "tv", logits) > 1e-4
