@@ -36,8 +36,8 @@ def main(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Seconds of timing per cell; three repeats are made in any case."),
-    ] = 5.0,
+        typer.Option(help="Seconds of timing per cell, for 3 to 15 repeats."),
+    ] = 20.0,
     fresh: Annotated[
         bool, typer.Option(help="Start over rather than continue with earlier results.")
     ] = False,

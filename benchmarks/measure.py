@@ -32,9 +32,9 @@ MAXIMUM_REPEATS: Final = 15
 # ---------------------------------------------------------------------------------- time
 
 
-def repeats_for(round_seconds: float, budget: float) -> int:
+def repeats_for(round_seconds: float, budget: float, minimum: int = MINIMUM_REPEATS) -> int:
     """Repeats that fit ``budget`` seconds, within the bounds that every cell has."""
-    return max(MINIMUM_REPEATS, min(MAXIMUM_REPEATS, int(budget / max(round_seconds, 1e-9))))
+    return max(minimum, min(MAXIMUM_REPEATS, int(budget / max(round_seconds, 1e-9))))
 
 
 def timed(call: Call) -> float:
@@ -115,7 +115,8 @@ def limited_memory() -> Iterator[int]:
 
 def memory_limit() -> int:
     """Bytes that the process may hold."""
-    return min(total_memory(), resource.getrlimit(resource.RLIMIT_DATA)[0] % 2**63)
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return total_memory() if limit == resource.RLIM_INFINITY else limit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -138,6 +139,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch_compile": compiles(),
+        "huge_pages": _huge_pages(),
     }
 
 
@@ -150,6 +152,12 @@ def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
+
+
+def _huge_pages() -> str:
+    """Who gets them: everybody ("always"), who asks ("madvise") or nobody ("never")."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else "never"
 
 
 def _caches() -> dict[str, int]:

@@ -47,6 +47,9 @@ class Cell:
 GRID: Final = tuple(Cell(4, 256, 4, vocabulary) for vocabulary in (4096, 32000))
 QUICK: Final = (Cell(1, 16, 2, 256),)
 
+#: More than elsewhere: the losses are to differ by less than steps scatter.
+MINIMUM_REPEATS: Final = 9
+
 #: Turns of a round: which SpecForge, and its loss.
 TURNS: Final = (
     *(("patched", loss) for loss in ("kl", "lk_alpha", "lk_lambda")),
@@ -77,7 +80,9 @@ def _measure(cell: Cell, budget: float) -> dict[str, dict[str, Any]]:
 
         first = one_round()  # compiles
         rounds = [one_round()]
-        repeats = repeats_for(sum(step["seconds"] for step in rounds[0].values()), budget)
+        repeats = repeats_for(
+            sum(step["seconds"] for step in rounds[0].values()), budget, MINIMUM_REPEATS
+        )
         rounds += [one_round() for _ in range(repeats - 1)]
     return {
         name: {
