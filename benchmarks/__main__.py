@@ -37,7 +37,7 @@ def main(
     budget: Annotated[
         float,
         typer.Option(help="Seconds of timing per cell, for 3 to 15 repeats."),
-    ] = 20.0,
+    ] = 5.0,
     fresh: Annotated[
         bool, typer.Option(help="Start over rather than continue with earlier results.")
     ] = False,

@@ -211,8 +211,8 @@ void backward_careful(const float* z, const float* y, int64_t V, float log_z,
         const double q = std::exp(log_q), p = std::exp(yi - log_z - double(s.target_log_sum));
         const double w = r > 0 ? 1 : r == 0 ? 0.5 : 0;
         const double share = w == 0 ? 0 : w * std::exp(std::fmin(log_q - s.log_alpha, 0));
-        grad[i] = g.kl * (q - p) + g.log_alpha * (share - q * s.below) -
-                  g.reverse_kl * q * (r + s.reverse_kl);
+        grad[i] = g.kl * (q - p) + g.log_alpha * (share - q * s.below);
+        if (g.reverse_kl) grad[i] -= g.reverse_kl * q * (r + s.reverse_kl);
     }
 }
 
@@ -258,14 +258,14 @@ void overlap(const float* z, const float* y, int64_t V, float log_z, const float
             qs += r > 0.0f ? q : Floats{};
             ps += r > 0.0f ? Floats{} : p;
             ties += r == 0.0f ? q : Floats{};
-            if (FULL) reverses += q * r;
+            if (FULL) reverses += q * float(scale) * r;
         }
         p_sum += sum(all);
         kl += sum(kls);
         q_below += sum(qs) * scale;
         p_below += sum(ps);
         q_tied += sum(ties) * scale;
-        reverse -= sum(reverses) * scale;
+        reverse -= sum(reverses);
     }
     s.target_log_sum = std::log(p_sum * normalizer.factor);
     s.kl = kl / p_sum - s.target_log_sum;
@@ -308,7 +308,8 @@ void backward_row(const float* z, const float* y, int64_t V, float log_z, const 
     const Shift draft(s.draft_shift), normalizer(log_z);
     const double scale = std::exp(-double(s.draft_log_sum)) * draft.factor;
     const float of_p = g.kl * std::exp(-double(s.target_log_sum)) * normalizer.factor;
-    const double of_q = g.kl - double(g.log_alpha) * s.below - double(g.reverse_kl) * s.reverse_kl;
+    const double of_kl_and_overlap = g.kl - double(g.log_alpha) * s.below;
+    const double of_q = of_kl_and_overlap - (REVERSE ? double(g.reverse_kl) * s.reverse_kl : 0);
     const double of_w = double(g.log_alpha) / s.alpha;
     const Floats above = splat(of_q * scale), tied = splat((of_q + 0.5 * of_w) * scale);
     const Floats below = splat((of_q + of_w) * scale);

@@ -93,6 +93,7 @@ class _LinearOverlap(torch.autograd.Function):
                 live[rows],
                 reverse_kl,
             )
+            del y
             for whole, part in zip(statistics, of_chunk, strict=True):
                 whole[rows] = part
         ctx.save_for_backward(hidden, head, target, target_head, log_z, live)
@@ -131,6 +132,7 @@ class _LinearOverlap(torch.autograd.Function):
                 grad_hidden.view(-1, hidden.shape[-1])[rows] = grad @ head
             if grad_head is not None:
                 grad_head.addmm_(grad.t().to(log_z.dtype), h.to(log_z.dtype))
+            del z, y, grad
         grad_head = None if grad_head is None else grad_head.to(head.dtype)
         return grad_hidden, grad_head, *[None] * 7
 
@@ -145,10 +147,13 @@ def _chunks(
     """Yield indices of live rows [n], their draft hidden states [n, H] and target logits [n, V]."""
     budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     size = max(1, budget // (head.shape[0] * head.element_size()))
-    hidden, target = (_take_rows(t) for t in (hidden, target))
+    hidden, target = _take_rows(hidden), _take_rows(target)
     for rows in live.nonzero().squeeze(1).split(size):
-        y = target(rows)
-        yield rows, hidden(rows), y if target_head is None else F.linear(y, target_head)
+        # No name here keeps a chunk's tensors while the next one's are made.
+        if target_head is None:
+            yield rows, hidden(rows), target(rows)
+        else:
+            yield rows, hidden(rows), F.linear(target(rows), target_head)
 
 
 def _take_rows(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
