@@ -36,8 +36,8 @@ def main(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Seconds of timing per cell, for 3 to 15 repeats."),
-    ] = 5.0,
+        typer.Option(help="Seconds of timing per implementation and cell, for 3 to 15 repeats."),
+    ] = 1.5,
     fresh: Annotated[
         bool, typer.Option(help="Start over rather than continue with earlier results.")
     ] = False,
@@ -58,17 +58,18 @@ def main(
     begun = time.monotonic()
     # Objects of the imports never become garbage; collecting between calls is to be cheap.
     gc.freeze()
+    if Section.ACCURACY in chosen:
+        grid = accuracy.QUICK if quick else accuracy.GRID
+        accuracy.run(output / "accuracy.json", grid, fresh=fresh, console=console)
+    # The longest one last.
     for section, module, file in (
-        (Section.OPERATION, operation, "operation.json"),
-        (Section.LINEAR, linear, "linear.json"),
         (Section.STEP, training_step, "training_step.json"),
+        (Section.LINEAR, linear, "linear.json"),
+        (Section.OPERATION, operation, "operation.json"),
     ):
         if section in chosen:
             grid = module.QUICK if quick else module.GRID
             module.run(output / file, grid, budget=budget, fresh=fresh, console=console)
-    if Section.ACCURACY in chosen:
-        grid = accuracy.QUICK if quick else accuracy.GRID
-        accuracy.run(output / "accuracy.json", grid, fresh=fresh, console=console)
     if Section.SUMMARY in chosen:
         summary.write(output, console)
         plots.draw(summary.read(output), output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +21,9 @@ from benchmarks.measure import (
     peak_allocated,
     peak_resident,
     repeats_for,
+    shuffled_rounds,
     timed,
+    touch,
 )
 from benchmarks.progress import cells_of
 from specforge_lk.overlap import OverlapTerms, Projection, linear_overlap, overlap_terms
@@ -112,25 +115,23 @@ def _measure(inputs: Inputs, budget: float) -> dict[str, dict[str, Any]]:
         for overlap in overlaps
         for loss in ("kl", "lk_lambda")
     }
-    found = {name: {"memory": _memory(inputs, step)} for name, step in steps.items()}
+    found = {name: _first_calls(inputs, step) for name, step in steps.items()}
+    wanted = {name: repeats_for(found[name]["first_seconds"], budget) for name in steps}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-
-    def one_round() -> None:
-        for name, step in steps.items():
-            inputs.release()
-            seconds[name].append(timed(step))
-
-    for _ in range(repeats_for(timed(one_round), budget) - 1):
-        one_round()
+    for name in shuffled_rounds(wanted):
+        inputs.release()
+        touch(found[name]["memory"]["allocated"])
+        seconds[name].append(timed(steps[name]))
     return {name: found[name] | distribution(seconds[name]) for name in steps}
 
 
-def _memory(inputs: Inputs, step: Callable[[], None]) -> dict[str, int]:
-    inputs.release()
-    allocated = peak_allocated(step)
+def _first_calls(inputs: Inputs, step: Callable[[], None]) -> dict[str, Any]:
     inputs.release()
     with peak_resident() as grown:
-        step()
+        begun = time.perf_counter()
+        allocated = peak_allocated(step)
+        taken = time.perf_counter() - begun
         resident = grown()
     gradient = sum(t.grad.nbytes for t in (inputs.hidden, inputs.head) if t.grad is not None)
-    return {"allocated": allocated, "resident": resident, "gradient": gradient}
+    memory = {"allocated": allocated, "resident": resident, "gradient": gradient}
+    return {"first_seconds": taken, "memory": memory}

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import time
@@ -27,14 +28,39 @@ Call = Callable[[], object]
 MEMORY_SHARE: Final = 0.9
 MINIMUM_REPEATS: Final = 3
 MAXIMUM_REPEATS: Final = 15
+#: Calls that take longer are timed once.
+LONG_SECONDS: Final = 5.0
 
 
 # ---------------------------------------------------------------------------------- time
 
 
-def repeats_for(round_seconds: float, budget: float, minimum: int = MINIMUM_REPEATS) -> int:
-    """Repeats that fit ``budget`` seconds, within the bounds that every cell has."""
-    return max(minimum, min(MAXIMUM_REPEATS, int(budget / max(round_seconds, 1e-9))))
+def repeats_for(seconds: float, budget: float) -> int:
+    """How often to time a call of ``seconds``, given ``budget`` seconds for it."""
+    if seconds > LONG_SECONDS:
+        return 1
+    return max(MINIMUM_REPEATS, min(MAXIMUM_REPEATS, int(budget / max(seconds, 1e-9))))
+
+
+def shuffled_rounds(wanted: Mapping[str, int]) -> Iterator[str]:
+    """Names in turn, each as often as wanted.
+
+    A round has a random order: what a call leaves behind, in caches and in the kernel's free
+    memory, is not to meet the same other every time.
+    """
+    order = random.Random(0)
+    for done in range(max(wanted.values(), default=0)):
+        names = [name for name, repeats in wanted.items() if repeats > done]
+        yield from order.sample(names, len(names))
+
+
+def touch(size: int) -> None:
+    """Write to ``size`` bytes of memory and free them.
+
+    A virtual machine may return freed memory to its host within seconds. Getting it back takes
+    longer than the operation, and is not what is measured: it is back before the clock starts.
+    """
+    torch.empty(size, dtype=torch.uint8).zero_()
 
 
 def timed(call: Call) -> float:
@@ -50,7 +76,9 @@ def timed(call: Call) -> float:
 
 def distribution(seconds: list[float]) -> dict[str, Any]:
     """Raw times with their median and quartiles, as results files have them."""
-    first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    first, _, third = statistics.quantiles(
+        seconds * 2 if len(seconds) == 1 else seconds, n=4, method="inclusive"
+    )
     return {
         "seconds": seconds,
         "median": statistics.median(seconds),

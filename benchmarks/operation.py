@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks.baselines import Implementation, Inputs, check, implementations
 from benchmarks.measure import (
+    LONG_SECONDS,
     Results,
     distribution,
     is_out_of_memory,
@@ -23,7 +24,9 @@ from benchmarks.measure import (
     peak_allocated,
     peak_resident,
     repeats_for,
+    shuffled_rounds,
     timed,
+    touch,
 )
 from benchmarks.progress import cells_of
 
@@ -34,8 +37,10 @@ VOCABULARIES: Final = (4096, 32000, 131072)
 DTYPES: Final = ("float32", "bfloat16")
 SUPERVISED: Final = (1.0, 0.5, 0.1)
 SOURCES: Final = ("baselines", "operation")
-#: The N at which torch.compile's kernels are measured: compiling takes longer than measuring.
-COMPILED_TOKENS: Final = 1024
+#: The N at which everything is measured, by more repeats. At others, baselines are measured with
+#: all positions supervised, and only those that the targets name.
+MAIN_TOKENS: Final = 1024
+MAIN_BUDGET: Final = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def run(
     Args:
         path: results file.
         grid: cells; neighbours of one shape and dtype share their tensors.
-        budget: seconds of timing per cell, which set the repeats; three are made in any case.
+        budget: seconds of timing per implementation and cell, which set the repeats.
         fresh: start over.
         console: for progress.
     """
@@ -102,15 +107,19 @@ def run(
             chosen = {
                 name: implementation
                 for name, implementation in known.items()
-                if _measured_at(cell, implementation)
+                if _measured_at(cell, name, implementation)
             }
-            results.add(asdict(cell), implementations=_measure(inputs, chosen, budget))
+            seconds = budget * (MAIN_BUDGET if cell.tokens == MAIN_TOKENS else 1)
+            results.add(asdict(cell), implementations=_measure(inputs, chosen, seconds))
 
 
-def _measured_at(cell: Cell, implementation: Implementation) -> bool:
-    if implementation.compiled and cell.tokens != COMPILED_TOKENS:
-        return False
-    return implementation.everywhere or cell.supervised == 1
+def _measured_at(cell: Cell, name: str, implementation: Implementation) -> bool:
+    if name.startswith(("ours", "floor")):
+        return True
+    # Baselines do the same work whatever is supervised.
+    if implementation.everywhere:
+        return cell.supervised == 1 or cell.tokens == MAIN_TOKENS
+    return cell.supervised == 1 and cell.tokens == MAIN_TOKENS
 
 
 def _measure(
@@ -120,32 +129,36 @@ def _measure(
     found: dict[str, dict[str, Any]] = {}
     remaining = dict(chosen)
 
-    def attempted(measurement: Callable[[Inputs, Implementation], T]) -> Iterator[tuple[str, T]]:
-        # In random order: what one call leaves behind (in caches, in the kernel's free memory) is
-        # not to meet the same other every time.
-        for name, implementation in random.sample(list(remaining.items()), len(remaining)):
-            try:
-                yield name, _with_room(inputs, implementation, measurement)
-            except DoesNotFit as error:
-                del remaining[name]
-                found[name] = {"does_not_fit": str(error)}
+    def attempt(name: str, measurement: Callable[[Inputs, Implementation], T]) -> T | None:
+        try:
+            return _with_room(inputs, remaining[name], measurement)
+        except DoesNotFit as error:
+            del remaining[name]
+            found[name] = {"does_not_fit": str(error)}
+            return None
 
-    for name, record in attempted(_first_calls):
-        found[name] = record
+    for name in list(remaining):
+        record = attempt(name, _first_calls)
+        if record is not None:
+            found[name] = record
+    wanted = {name: repeats_for(found[name]["first_seconds"], budget) for name in remaining}
     seconds: dict[str, list[float]] = {name: [] for name in remaining}
-
-    def one_round() -> None:
-        for name, taken in attempted(_time):
-            seconds[name].append(taken)
-
-    for _ in range(repeats_for(timed(one_round), budget) - 1):
-        one_round()
+    for name in shuffled_rounds(wanted):
+        if name in remaining:
+            touch(found[name]["memory"]["allocated"])
+            taken = attempt(name, _time)
+            if taken is not None:
+                seconds[name].append(taken)
     for name in remaining:
         found[name] |= distribution(seconds[name])
     return found
 
 
-def _with_room(inputs: Inputs, implementation: Implementation, measurement: Callable[..., T]) -> T:
+def _with_room(
+    inputs: Inputs,
+    implementation: Implementation,
+    measurement: Callable[[Inputs, Implementation], T],
+) -> T:
     """Measure; where memory does not suffice, once more without the others' tensors.
 
     Raises:
@@ -174,13 +187,20 @@ def _first_calls(inputs: Inputs, implementation: Implementation) -> dict[str, An
         torch._dynamo.reset()
         record["compile_seconds"] = _time(inputs, implementation)
     inputs.z.grad = None
-    allocated = peak_allocated(lambda: implementation.step(inputs))
-    gradient = 0 if inputs.z.grad is None else inputs.z.grad.nbytes
-    inputs.z.grad = None
     with peak_resident() as grown:
-        implementation.step(inputs)
+        begun = time.perf_counter()
+        allocated = peak_allocated(lambda: implementation.step(inputs))
+        taken = time.perf_counter() - begun
         resident = grown()
-    return record | {"memory": {"allocated": allocated, "resident": resident, "gradient": gradient}}
+    gradient = 0 if inputs.z.grad is None else inputs.z.grad.nbytes
+    if taken < LONG_SECONDS:
+        # Once more without the profiler's own memory, which is small beside that of long calls.
+        inputs.z.grad = None
+        with peak_resident() as grown:
+            implementation.step(inputs)
+            resident = grown()
+    memory = {"allocated": allocated, "resident": resident, "gradient": gradient}
+    return record | {"first_seconds": taken, "memory": memory}
 
 
 def _time(inputs: Inputs, implementation: Implementation) -> float:
