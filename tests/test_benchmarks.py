@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_reported_and_the_rest_is_measured(ours, tmp_path, 
     def too_large(x):
         torch.empty(1 << 50)
 
-    known = {**ours, "huge": baselines.Implementation(too_large, ("z", "target_p"), None)}
+    known = {**ours, "ours, huge": baselines.Implementation(too_large, ("z", "target_p"), None)}
     monkeypatch.setattr(operation, "implementations", lambda: known)
     path = tmp_path / "operation.json"
     grid = (operation.Cell(8, 64, "float32", 1.0), operation.Cell(8, 64, "float32", 0.5))
@@ -65,14 +65,14 @@ def test_what_does_not_fit_is_reported_and_the_rest_is_measured(ours, tmp_path, 
     cells = json.loads(path.read_text())["cells"]
     assert [cell["cell"] for cell in cells] == [asdict(cell) for cell in grid]
     for cell in cells:
-        assert "does not fit in" in cell["implementations"]["huge"]["does_not_fit"]
+        assert "does not fit in" in cell["implementations"]["ours, huge"]["does_not_fit"]
         for name in ours:
             found = cell["implementations"][name]
             assert len(found["seconds"]) >= measure.MINIMUM_REPEATS
             assert found["memory"]["allocated"] >= found["memory"]["gradient"] == 8 * 64 * 4
     summary.write(tmp_path, QUIET)
     missing = json.loads((tmp_path / "summary.json").read_text())["does_not_fit"]
-    assert [entry["implementation"] for entry in missing] == ["huge", "huge"]
+    assert [entry["implementation"] for entry in missing] == ["ours, huge"] * 2
 
     # A rerun measures nothing anew; other code starts over.
     written = path.stat().st_mtime_ns
