@@ -300,11 +300,12 @@ def _judged(
 def _ratios(
     cells: Section, over: str, under: str, value: Callable[[Record], float]
 ) -> dict[Any, float]:
-    """Of every cell where both were measured."""
+    """Of every cell where both were measured, and ``under`` is large enough to be seen: a small
+    tensor need not grow the process."""
     return {
         cell: value(found[over]) / value(found[under])
         for cell, found in cells.items()
-        if _fits(found, over) and _fits(found, under)
+        if _fits(found, over) and _fits(found, under) and value(found[under])
     }
 
 

@@ -18,7 +18,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def ours():
-    return {name: baselines._ours(name, loss) for name, loss in baselines.OURS.items()}
+    return {f"ours {name}": baselines._ours(name, loss) for name, loss in baselines.OURS.items()}
 
 
 def record(seconds, allocated=0, gradient=0):
@@ -41,9 +41,9 @@ def test_memory_is_the_peak_and_not_the_sum():
 
 def test_definitions_of_our_losses_are_checked(ours):
     assert set(baselines.check(ours)) == set(ours)
-    wrong = ours["kl"]._replace(definition=ours["lk_alpha"].definition)
+    wrong = ours["ours kl"]._replace(definition=ours["ours lk_alpha"].definition)
     with pytest.raises(RuntimeError, match="differ from their definitions"):
-        baselines.check({"kl": wrong})
+        baselines.check({"ours kl": wrong})
 
 
 def test_the_floor_reads_supervised_rows_and_writes_all_of_the_gradient():
