@@ -233,7 +233,7 @@ def _training_targets(cells: Section) -> Iterable[Target]:
     ):
         values = _ratios(cells, over, under, _median)
         for cell in values or [None]:
-            yield _judged(f"EAGLE-3 training step: {name}, time", bound, values, cell)
+            yield _judged(f"EAGLE-3 training step, {cell}: {name}, time", bound, values, cell)
 
 
 def _scaling_targets(measured: Measured) -> Iterable[Target]:

@@ -237,6 +237,12 @@ def test_a_failing_compiler_is_quoted(nothing_compiled, monkeypatch, tmp_path):
     assert list(nothing_compiled.iterdir()) == []
 
 
+def test_a_compiler_that_is_not_there(nothing_compiled, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(fused_cpu.CompilerError, match="none cannot be run.*set CXX"):
+        fused_cpu.library()
+
+
 def test_a_cache_that_cannot_be_written(nothing_compiled, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -24,7 +24,7 @@ def gradient(case, impl, coefficients, dtype=None):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("outside", [0, 5])
 def test_gradcheck(overlap_case, impl, name, outside):
-    case = overlap_case(3, 11, outside=outside)
+    case = overlap_case(3, 11, outside=outside, dtype=torch.float64)
 
     def term(z):
         terms = overlap_terms(z, *case[1:], impl=impl, reverse_kl=True)

@@ -12,12 +12,12 @@ implementations = pytest.mark.parametrize("impl", ["reference", "closed_form", "
 
 
 @pytest.fixture
-def case():
+def case(overlap_dtype):
     """Draft hidden states and head, target hidden states and head, log Z: [2, 9, ...]."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=overlap_dtype)
 
     target = Projection(random(2, 9, TARGET_H), random(V + OUTSIDE, TARGET_H))
     log_z = F.linear(*target).logsumexp(-1)
@@ -35,7 +35,7 @@ def evaluate(terms, inputs, shape):
     """Terms [4, ...] and the gradients of a random combination of them."""
     generator = torch.Generator().manual_seed(1)
     values = torch.stack([getattr(terms, name) for name in NAMES])
-    factors = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    factors = torch.randn(4, *shape, generator=generator).to(values.dtype)
     return values.detach(), *torch.autograd.grad((factors * values).sum(), inputs)
 
 
@@ -117,6 +117,20 @@ def test_autocast_reaches_the_backward_pass(case):
     for a, b in zip(computed[1:], expected[1:], strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_around_the_backward_pass_changes_nothing(case):
+    case = [t.float() if isinstance(t, torch.Tensor) else t for t in case]
+    hidden, head = (t.detach().requires_grad_() for t in case[:2])
+    target = Projection(*(t.float() for t in case[2]))
+    expected = evaluate(
+        linear_overlap(hidden, head, target, case[3], reverse_kl=True), (hidden, head), (2, 9)
+    )
+    terms = linear_overlap(hidden, head, target, case[3], reverse_kl=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        computed = evaluate(terms, (hidden, head), (2, 9))
+    for a, b in zip(computed, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_no_logits_are_ever_whole(case, small_chunks):

@@ -36,6 +36,12 @@ def test_zero_weight_rows_are_skipped_whatever_they_hold(overlap_case, impl, wei
 
 
 @implementations
+def test_an_empty_vocabulary_is_refused(overlap_case, impl):
+    with pytest.raises(ValueError, match="vocabulary is empty"):
+        overlap_terms(*overlap_case(3, 0), impl=impl)
+
+
+@implementations
 def test_all_masked(overlap_case, impl):
     case = overlap_case(3, 12)
     values, gradient = evaluate(*case, impl=impl, weight=torch.zeros(3))
@@ -95,7 +101,7 @@ def test_tokens_only_the_target_excludes(overlap_case, impl):
 def test_nan_in_the_target_shows(overlap_case, impl, dtype):
     """In one logit, and in logits and normaliser, as a broken hidden state leaves them."""
     z, y, log_z = overlap_case(4, 1100, dtype=dtype)
-    y[1, 1050] = y[2] = log_z[2] = torch.nan
+    y[1, 1050] = y[2] = log_z[2] = nan(dtype)
     terms = overlap_terms(z, y, log_z, impl=impl)
     for term in (terms.kl, terms.alpha, terms.log_alpha):
         assert term.isfinite().tolist() == [True, False, False, True]
@@ -112,15 +118,23 @@ def test_draft_without_a_logit(overlap_case, impl, dtype):
     assert values[:3].isfinite().all() and gradient[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("infinite", [True, False])
 @implementations
-def test_non_finite_draft_logits_show(overlap_case, impl, value):
-    z, y, log_z = overlap_case(3, 12)
+def test_non_finite_draft_logits_show(overlap_case, impl, infinite, dtype):
+    z, y, log_z = overlap_case(3, 12, dtype=dtype)
     z = z.detach().clone()
-    z[1, 5] = value
+    z[1, 5] = torch.inf if infinite else nan(dtype)
     terms = overlap_terms(z, y, log_z, impl=impl)
     for term in (terms.kl, terms.alpha, terms.log_alpha):
         assert term.isfinite().tolist() == [True, False, True]
+
+
+def nan(dtype):
+    """The nan that CUDA returns: every bit of its payload is set."""
+    if dtype == torch.float64:
+        return torch.tensor(2**63 - 1).view(dtype)
+    return torch.tensor(2**31 - 1, dtype=torch.int32).view(dtype)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 8 * 12 * 2, 1 << 20])
@@ -161,11 +175,12 @@ def test_inputs_are_not_written_to(overlap_case, impl):
         torch.testing.assert_close(t.detach(), copy, rtol=0, atol=0)
 
 
-def test_terms_may_be_written_to(overlap_case):
+@implementations
+def test_terms_may_be_written_to(overlap_case, impl):
     case = overlap_case(3, 12)
-    _, expected = evaluate(*case, impl="closed_form")
-    terms = overlap_terms(*case, impl="closed_form", reverse_kl=True)
+    _, expected = evaluate(*case, impl=impl)
+    terms = overlap_terms(*case, impl=impl, reverse_kl=True)
     total = sum(getattr(terms, name).clone() for name in NAMES).sum()
     for name in NAMES:
-        getattr(terms, name).detach().zero_()
+        getattr(terms, name).mul_(0)
     torch.testing.assert_close(torch.autograd.grad(total, case.draft_logits)[0], expected)

@@ -90,11 +90,11 @@ def terms_of(
     if log_coverage is None:
         log_coverage = statistics.target_log_sum.view(shape)
     return (
-        statistics.kl.clone().view(shape),
-        statistics.alpha.clone().view(shape),
-        statistics.log_alpha.clone().view(shape),
+        statistics.kl.view(shape).clone(),
+        statistics.alpha.view(shape).clone(),
+        statistics.log_alpha.view(shape).clone(),
         log_coverage.clone(),
-        statistics.reverse_kl.clone().view(shape) if reverse_kl else None,
+        statistics.reverse_kl.view(shape).clone() if reverse_kl else None,
     )
 
 

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -64,15 +66,17 @@ inline double sum(Floats x) {
 
 // 2^x for x <= 127, 0 below -126, where it would be denormal. x = n + f with n whole and |f| <=
 // 1/2; the polynomial in f is minimax, of relative error 7.5e-8, in Estrin's form: its short
-// chain of dependent operations is what bounds the speed of the loops below.
+// chain of dependent operations is what bounds the speed of the loops below. 2^n is a factor, not
+// a number added to the exponent's bits: any nan stays one.
 inline Floats exp2(Floats x) {
-    const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: n ends up in the low bits
-    const Floats f = x - (shifted - 12582912.0f), f2 = f * f;
+    const float magic = 12582912.0f + 127;  // 1.5 * 2^23: n + 127 ends up in the low bits
+    const Floats shifted = x + magic;
+    const Floats f = x - (shifted - magic), f2 = f * f;
     const Floats low = f * 6.931469671e-01f + 1.000000072e+00f;
     const Floats middle = f * 5.550713273e-02f + 2.402211972e-01f;
     const Floats high = f * 1.327647199e-03f + 9.675541334e-03f;
     const Floats y = (high * f2 + middle) * f2 + low;
-    return x < -126.0f ? Floats{} : (Floats)((Ints)y + ((Ints)shifted << 23));
+    return x < -126.0f ? Floats{} : y * (Floats)((Ints)shifted << 23);
 }
 
 constexpr float LOG2_E = 1.44269504f;
@@ -339,21 +343,35 @@ struct Inputs {
 
 // Calls work(row, buffers) for every row on several threads; buffers hold a row each. A thread
 // takes rows of several huge pages at a time: two that touch a new page together both clear it.
+// False if there is no memory for the buffers; with fewer threads than asked for it does.
 template <class Work>
-void for_each_row(const Inputs& in, const Work& work) {
+bool for_each_row(const Inputs& in, const Work& work) {
     const int64_t several_pages = (int64_t(4) << 20) / (in.V * 4) + 1;
     const int64_t grain = std::min(several_pages, in.N / (4 * in.threads) + 1);
+    // A page between the threads' buffers: they share no cache line.
+    const int64_t row = in.V + LANES, each = 3 * row + 1024;
+    std::vector<float> memory;
+    std::vector<std::thread> others;
+    try {
+        memory.resize(each * in.threads);
+        others.reserve(in.threads);
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
     std::atomic<int64_t> next{0};
-    const auto run = [&] {
-        std::vector<float> z(in.V + LANES), y(in.V + LANES), out(in.V + LANES);
-        float* const buffers[] = {z.data(), y.data(), out.data()};
+    const auto run = [&](float* own) {
+        float* const buffers[] = {own, own + row, own + 2 * row};
         for (int64_t first; (first = next.fetch_add(grain)) < in.N;)
             for (int64_t i = first; i < std::min(first + grain, in.N); ++i) work(i, buffers);
     };
-    std::vector<std::thread> others;
-    for (int i = 1; i < in.threads && i * grain < in.N; ++i) others.emplace_back(run);
-    run();
+    try {
+        for (int i = 1; i < in.threads && i * grain < in.N; ++i)
+            others.emplace_back(run, memory.data() + i * each);
+    } catch (const std::system_error&) {
+    }
+    run(memory.data());
     for (auto& thread : others) thread.join();
+    return true;
 }
 
 // A gradient is memory that nobody has touched yet: in pages of 4 KiB the kernel would take longer
@@ -370,9 +388,11 @@ void prefer_huge_pages(char* start, int64_t bytes) {
 
 }  // namespace
 
+// Both return false, having done nothing, if memory is short.
+
 // statistics: [8, N] of contract.RowStatistics, zeros.
-extern "C" void overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics) {
-    for_each_row(*in, [=](int64_t i, float* const* buffers) {
+extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics) {
+    return for_each_row(*in, [=](int64_t i, float* const* buffers) {
         if (!in->live[i]) return;
         Statistics s;
         forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
@@ -385,11 +405,11 @@ extern "C" void overlap_forward(const Inputs* in, int32_t reverse_kl, float* sta
 }
 
 // gradients: [3, N] of contract.RowGradients; grad: [N, V] in z's dtype, which may be z.
-extern "C" void overlap_backward(const Inputs* in, const float* statistics,
+extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
                                  const float* gradients, char* grad) {
     const int64_t N = in->N, V = in->V, size = in->z_dtype == FLOAT32 ? 4 : 2;
     prefer_huge_pages(grad, N * V * size);
-    for_each_row(*in, [=](int64_t i, float* const* buffers) {
+    return for_each_row(*in, [=](int64_t i, float* const* buffers) {
         char* const row = grad + i * V * size;
         if (!in->live[i]) {
             std::memset(row, 0, V * size);

@@ -68,7 +68,8 @@ def forward(
         )
     statistics = torch.zeros(8, len(log_normalizer))
     inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
-    library().overlap_forward(ctypes.byref(inputs), reverse_kl, statistics.data_ptr())
+    done = library().overlap_forward(ctypes.byref(inputs), reverse_kl, statistics.data_ptr())
+    _check(done)
     return RowStatistics(*statistics)
 
 
@@ -94,9 +95,10 @@ def backward(
             row.copy_(values)
     statistics_ = torch.stack(statistics)
     inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
-    library().overlap_backward(
+    done = library().overlap_backward(
         ctypes.byref(inputs), statistics_.data_ptr(), of_terms.data_ptr(), out.data_ptr()
     )
+    _check(done)
     return out
 
 
@@ -114,6 +116,11 @@ def _inputs(
         *(len(live), z.shape[-1]),
         *(_DTYPES[z.dtype], _DTYPES[y.dtype], torch.get_num_threads()),
     ), tensors
+
+
+def _check(done: bool) -> None:
+    if not done:
+        raise MemoryError("the overlap operation has no memory for a row of logits per thread")
 
 
 def _knows(*logits: torch.Tensor) -> bool:
@@ -159,9 +166,9 @@ def library() -> ctypes.CDLL:
         ctypes.c_int32,
         ctypes.c_void_p,
     ]
-    library.overlap_forward.restype = None
+    library.overlap_forward.restype = ctypes.c_bool
     library.overlap_backward.argtypes = [ctypes.POINTER(_Inputs), *[ctypes.c_void_p] * 3]
-    library.overlap_backward.restype = None
+    library.overlap_backward.restype = ctypes.c_bool
     return library
 
 
@@ -202,7 +209,13 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         built = Path(directory) / path.name
         command = [*shlex.split(compiler), *_FLAGS, "-o", str(built), str(_SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise CompilerError(
+                f"{command[0]} cannot be run ({error}): set CXX to another compiler, or use "
+                "impl='closed_form'"
+            ) from error
         if done.returncode != 0:
             raise CompilerError(
                 f"{' '.join(command)} failed ({done.returncode}):\n{done.stderr}"

@@ -105,6 +105,12 @@ class _LinearOverlap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # The forward pass has cast its operands: the same products again, whoever asks.
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _LinearOverlap._backward(ctx, *gradients)
+
+    @staticmethod
+    def _backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         hidden, head, target, target_head, log_z, live = ctx.saved_tensors
         statistics = ctx.statistics

@@ -63,8 +63,9 @@ def overlap_terms(
     such a position has no acceptance to gain.
 
     Logits of -inf (masked tokens) are legal; they count as -1e30, which gives p = 0 or q = 0
-    and keeps every term and gradient free of nan. Other non-finite logits are not looked for,
-    for that would stall a GPU: they give non-finite terms.
+    and keeps every term and gradient free of nan. ("reference" gives such a logit no gradient
+    of its own, as autograd does where it clamps; the others give it q - p~.) Other non-finite
+    logits are not looked for, for that would stall a GPU: they give non-finite terms.
 
     Args:
         draft_logits: z, [..., V_d], any floating dtype. Computation is in float32, or in float64
@@ -72,8 +73,8 @@ def overlap_terms(
         target_logits: y, [..., V_d].
         log_normalizer: log Z in nats, [...].
         weight: [...], bool or number. Only whether it is 0 matters: nothing is multiplied by it.
-        log_coverage: log c, [...]; computed from y and log Z where not given. A caller that
-            compares several drafts with one target computes it once.
+        log_coverage: log c, [...]; computed from y and log Z where not given. "reference" and
+            "closed_form" save that computation, the others have it in their pass over y.
         impl: an implementation's name, or "auto" for the fastest that can run.
         reverse_kl: also compute ``reverse_kl``.
 
@@ -184,6 +185,8 @@ def _check_shapes(
     positions: tuple[int, ...],
     **rows: torch.Tensor | None,
 ) -> None:
+    if logits[0] and not logits[0][-1]:
+        raise ValueError(f"{names}: the draft vocabulary is empty, {list(logits[0])}")
     if not logits[0] or logits[0] != tuple(logits[1]):
         raise ValueError(
             f"{names} must have the same shape [..., V_d], not {list(logits[0])} and "
@@ -207,7 +210,7 @@ def _rows(
     weight: torch.Tensor | None,
     log_coverage: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """log_normalizer, log_coverage and live as `contract.Implementation` takes them."""
+    """log_normalizer, log_coverage and live as `contract.Kernels` takes them."""
     log_normalizer = log_normalizer.detach().to(dtype)
     live = torch.ones_like(log_normalizer, dtype=torch.bool) if weight is None else weight != 0
     if log_coverage is not None:
