@@ -36,7 +36,10 @@ def main(
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Seconds of timing per implementation and cell, for 3 to 15 repeats."),
+        typer.Option(
+            help="Seconds of timing per implementation and cell, for 3 to 15 repeats; "
+            "calls over 5 s are timed once."
+        ),
     ] = 1.5,
     fresh: Annotated[
         bool, typer.Option(help="Start over rather than continue with earlier results.")

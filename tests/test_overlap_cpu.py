@@ -239,7 +239,7 @@ def test_a_failing_compiler_is_quoted(nothing_compiled, monkeypatch, tmp_path):
 
 def test_a_compiler_that_is_not_there(nothing_compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    with pytest.raises(fused_cpu.CompilerError, match="none cannot be run.*set CXX"):
+    with pytest.raises(fused_cpu.CompilerError, match=r"none cannot be run.*set CXX"):
         fused_cpu.library()
 
 
