@@ -54,7 +54,9 @@ class _OneProcess(TrainingBackend):
         return {}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(
+            "the benchmark starts every optimizer anew: there is none to load"
+        )
 
 
 def main() -> None:

@@ -238,33 +238,40 @@ def _training_targets(cells: Section) -> Iterable[Target]:
 
 def _scaling_targets(measured: Measured) -> Iterable[Target]:
     cache = max(measured.machine.get("caches", {}).values(), default=CACHE_BYTES)
-    for along, fixed in (("tokens", "vocabulary"), ("vocabulary", "tokens")):
+    note = f"logits tensors larger than the last-level cache, {cache >> 20} MiB"
+    for symbol, fixed in (("N", "vocabulary"), ("V_d", "tokens")):
         for dtype, size in ITEM_SIZE.items():
-            symbol = {"tokens": "N", "vocabulary": "V_d"}[along]
-            name = f"time per element over {symbol}, largest over smallest, {dtype}"
-            note = f"logits tensors larger than the last-level cache, {cache >> 20} MiB"
+            large = {
+                cell: found
+                for cell, found in measured.operation.items()
+                if (cell.dtype, cell.supervised) == (dtype, 1.0)
+                and cell.tokens * cell.vocabulary * size > cache
+            }
             for ending, bound, implementations in (
                 ("", 1.15, [f"ours {loss}" for loss in LOSSES]),
                 # What the machine's memory does by itself.
                 (", of the floors", None, ["floor", "floor, new gradient"]),
             ):
-                spreads = {}
+                spreads: dict[str, float] = {}
                 for implementation in implementations:
-                    groups: dict[int, list[float]] = {}
-                    for cell, found in measured.operation.items():
-                        elements = cell.tokens * cell.vocabulary
-                        if (
-                            (cell.dtype, cell.supervised) == (dtype, 1.0)
-                            and elements * size > cache
-                            and _fits(found, implementation)
-                        ):
-                            per_element = _median(found[implementation]) / elements
-                            groups.setdefault(getattr(cell, fixed), []).append(per_element)
-                    for value, times in groups.items():
-                        if len(times) > 1:
-                            spreads[f"{implementation}, {fixed} {value}"] = max(times) / min(times)
+                    spreads |= _spreads(large, implementation, fixed)
                 worst = max(spreads, key=spreads.__getitem__, default=None)
-                yield _judged(f"{name}{ending}", bound, spreads, worst, note)
+                name = f"time per element over {symbol}, largest over smallest, {dtype}{ending}"
+                yield _judged(name, bound, spreads, worst, note)
+
+
+def _spreads(cells: Section, implementation: str, fixed: str) -> dict[str, float]:
+    """Largest over smallest time per element of the cells that share their ``fixed`` size."""
+    groups: dict[int, list[float]] = {}
+    for cell, found in cells.items():
+        if _fits(found, implementation):
+            per_element = _median(found[implementation]) / (cell.tokens * cell.vocabulary)
+            groups.setdefault(getattr(cell, fixed), []).append(per_element)
+    return {
+        f"{implementation}, {fixed} {size}": max(times) / min(times)
+        for size, times in groups.items()
+        if len(times) > 1
+    }
 
 
 def _accuracy_targets(cells: Mapping[accuracy.Cell, dict[str, float]]) -> Iterable[Target]:
