@@ -120,7 +120,10 @@ def _inputs(
 
 def _check(done: bool) -> None:
     if not done:
-        raise MemoryError("the overlap operation has no memory for a row of logits per thread")
+        raise MemoryError(
+            "the overlap operation has no memory for three rows of logits per thread: free some, "
+            "or lower torch.set_num_threads"
+        )
 
 
 def _knows(*logits: torch.Tensor) -> bool:

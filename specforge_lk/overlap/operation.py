@@ -186,7 +186,10 @@ def _check_shapes(
     **rows: torch.Tensor | None,
 ) -> None:
     if logits[0] and not logits[0][-1]:
-        raise ValueError(f"{names}: the draft vocabulary is empty, {list(logits[0])}")
+        raise ValueError(
+            f"{names} must have at least one token, but the draft vocabulary is empty, "
+            f"{list(logits[0])}: check the draft's t2d"
+        )
     if not logits[0] or logits[0] != tuple(logits[1]):
         raise ValueError(
             f"{names} must have the same shape [..., V_d], not {list(logits[0])} and "
