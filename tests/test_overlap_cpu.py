@@ -4,6 +4,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +236,32 @@ def test_a_failing_compiler_is_quoted(nothing_compiled, monkeypatch, tmp_path):
     with pytest.raises(fused_cpu.CompilerError, match=r"failed \(3\):\nunsupported option"):
         fused_cpu.library()
     assert list(nothing_compiled.iterdir()) == []
+
+
+SHORT_OF_THREADS = """
+import resource
+from pathlib import Path
+
+import torch
+from specforge_lk import overlap_terms
+
+z = torch.randn(4000, 64)
+y = torch.randn(4000, 64)
+log_z = y.logsumexp(-1)
+expected = overlap_terms(z, y, log_z, impl="cpu").kl
+torch.set_num_threads(64)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+# Room for two stacks of the 63 threads.
+limit = pages * resource.getpagesize() + (20 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+assert torch.equal(overlap_terms(z, y, log_z, impl="cpu").kl, expected)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_fewer_threads_than_asked_for_will_do():
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_compiler_that_is_not_there(nothing_compiled, monkeypatch, tmp_path):
