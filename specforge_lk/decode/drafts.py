@@ -14,7 +14,13 @@ import torch
 from specforge_lk.decode.target import Target
 
 #: ``architectures[0]`` of a draft's config.json -> function(path, config, target, layers) -> Draft.
-LOADERS = {"LlamaForCausalLMEagle3": "specforge_lk.decode.eagle3:load_eagle3"}
+LOADERS = {
+    "LlamaForCausalLMEagle3": "specforge_lk.decode.eagle3:load_eagle3",
+    "PEagleDraftModel": "specforge_lk.decode.peagle:load_peagle",
+    "DFlashDraftModel": "specforge_lk.decode.dflash:load_dflash",
+    "DominoDraftModel": "specforge_lk.decode.dflash:load_dflash",
+    "DSparkDraftModel": "specforge_lk.decode.dflash:load_dflash",
+}
 
 
 @dataclass(frozen=True)
