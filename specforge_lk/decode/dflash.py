@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from specforge_lk.decode.drafts import DraftError, Proposal, read_weights
+from specforge_lk.decode.eagle3 import rotate
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
@@ -133,7 +134,7 @@ class DFlashDraft(nn.Module):
     def _keys_values(self, layer: _Layer, states: torch.Tensor, tables: tuple) -> tuple:
         dim, attention = self.config.head_dim, layer.self_attn
         keys = attention.k_norm(attention.k_proj(states).unflatten(-1, (-1, dim)))
-        return _rotate(keys, *tables), attention.v_proj(states).unflatten(-1, (-1, dim))
+        return rotate(keys, *tables), attention.v_proj(states).unflatten(-1, (-1, dim))
 
     def _blocks(
         self,
@@ -172,7 +173,7 @@ class DFlashDraft(nn.Module):
             attention = layer.self_attn
             states = layer.input_layernorm(hidden)
             query = attention.q_proj(states).unflatten(-1, (-1, self.config.head_dim))
-            query = _rotate(attention.q_norm(query), *tables)
+            query = rotate(attention.q_norm(query), *tables)
             own_keys, own_values = self._keys_values(layer, states, tables)
             attended = F.scaled_dot_product_attention(
                 query.transpose(1, 2),
@@ -347,12 +348,6 @@ _CLASSES = {
     "DominoDraftModel": DominoDraft,
     "DSparkDraftModel": DSparkDraft,
 }
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [B, n, heads, head_dim], halves layout."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def load_dflash(

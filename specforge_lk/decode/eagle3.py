@@ -9,6 +9,7 @@ the output norm, whatever the config says about the norm.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from specforge_lk.decode.drafts import DraftError, Proposal, draft_vocabulary, r
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class _Attention(nn.Module):
@@ -107,7 +108,7 @@ class Eagle3Draft(nn.Module):
         key = layer.self_attn.k_proj(inputs).unflatten(-1, (-1, dim))
         value = layer.self_attn.v_proj(inputs).unflatten(-1, (-1, dim))
         cos, sin = (table.unsqueeze(2) for table in self._rotary(inputs, positions))
-        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def _finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The rest of the layer after attention [B, n, heads, head_dim]."""
@@ -241,16 +242,47 @@ class Eagle3Draft(nn.Module):
             yield self._logits(hidden[starts])
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of [B, n, heads, head_dim], halves layout."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def load_eagle3(
+@dataclass(frozen=True)
+class Checkpoint:
+    """An exported draft of the EAGLE family, checked to fit itself and the target.
+
+    Attributes:
+        config: a transformers LlamaConfig with ``draft_vocab_size``.
+        layers: the captured target layers.
+        draft_ids: [V_d] target ids of the draft vocabulary; None for the whole vocabulary.
+        weights: tensors of the draft's module by name.
+    """
+
+    config: Any
+    layers: tuple[int, ...]
+    draft_ids: torch.Tensor | None
+    weights: dict[str, torch.Tensor]
+
+    def load_into(self, draft: Any, path: Path, target: Target) -> Any:
+        """Give ``draft`` its weights, and the target's embeddings if it has none of its own."""
+        weights = dict(self.weights)
+        if "embed_tokens.weight" not in weights:
+            draft.embed_tokens = target.model.get_input_embeddings()
+            weights["embed_tokens.weight"] = draft.embed_tokens.weight.detach()
+        try:
+            draft.load_state_dict(weights)
+        except RuntimeError as error:
+            raise DraftError(
+                f"draft {path}: config.json and safetensors disagree ({error}); export again"
+            ) from error
+        return draft.eval().to(device=target.device, dtype=target.head.weight.dtype)
+
+
+def read_checkpoint(
     path: Path, config: dict, target: Target, layers: tuple[int, ...] | None
-) -> Eagle3Draft:
-    """Build an `Eagle3Draft` from ``specforge export --to hf`` output; see `load_draft`."""
+) -> Checkpoint:
+    """Read ``specforge export --to hf`` output of an EAGLE-family draft; see `load_draft`."""
     from transformers import LlamaConfig
 
     if "draft_vocab_size" not in config:
@@ -259,10 +291,10 @@ def load_eagle3(
     # transformers 5 has `rope_parameters`, 4 has `rope_scaling` (None for the default).
     scaling = getattr(parsed, "rope_parameters", None) or getattr(parsed, "rope_scaling", None)
     rope = (scaling or {}).get("rope_type", "default")
-    if rope not in _ROPE_TYPES:
+    if rope not in ROPE_TYPES:
         raise DraftError(
             f"{path / 'config.json'}: rope_type {rope!r} is not supported here; "
-            f"supported are {', '.join(_ROPE_TYPES)}"
+            f"supported are {', '.join(ROPE_TYPES)}"
         )
     if parsed.vocab_size != target.vocab_size:
         raise DraftError(
@@ -285,16 +317,13 @@ def load_eagle3(
             "set eagle_config.eagle_aux_hidden_state_layer_ids in its config.json, or --aux-layers "
             "(three layers, as in model.aux_hidden_state_layer_ids of the training)"
         )
-    draft = Eagle3Draft(parsed, layers, ids)
-    if "embed_tokens.weight" not in weights:
-        draft.embed_tokens = target.model.get_input_embeddings()
-        weights["embed_tokens.weight"] = draft.embed_tokens.weight.detach()
     tensors = {name: value for name, value in weights.items() if name not in ("d2t", "t2d")}
-    try:
-        draft.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DraftError(
-            f"draft {path}: config.json and safetensors disagree ({error}); export again"
-        ) from error
-    dtype = target.head.weight.dtype
-    return draft.eval().to(device=target.device, dtype=dtype)
+    return Checkpoint(parsed, layers, ids, tensors)
+
+
+def load_eagle3(
+    path: Path, config: dict, target: Target, layers: tuple[int, ...] | None
+) -> Eagle3Draft:
+    """Build an `Eagle3Draft` from ``specforge export --to hf`` output; see `load_draft`."""
+    read = read_checkpoint(path, config, target, layers)
+    return read.load_into(Eagle3Draft(read.config, read.layers, read.draft_ids), path, target)
