@@ -86,6 +86,41 @@ def draft_config(draft_vocab_size: int, **changes) -> dict:
     }
 
 
+def peagle_draft_config(draft_vocab_size: int) -> dict:
+    """config.json of a tiny P-EAGLE draft of two layers."""
+    return draft_config(
+        draft_vocab_size, architectures=["PEagleDraftModel"], num_hidden_layers=2, ptd_token_id=0
+    )
+
+
+def block_draft_config(algorithm: str, block_size: int) -> dict:
+    """config.json of a tiny DFlash, Domino or DSpark draft of one layer."""
+    architecture, options = {
+        "dflash": ("DFlashDraftModel", {}),
+        "domino": ("DominoDraftModel", {"emb_dim": 8, "gru_hidden_dim": 16}),
+        "dspark": ("DSparkDraftModel", {"markov_rank": 8, "confidence_head_alpha": 1.0}),
+    }[algorithm]
+    return {
+        "architectures": [architecture],
+        "model_type": "qwen3",
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention"],
+        "block_size": block_size,
+        "num_target_layers": 6,
+        "dflash_config": {"target_layer_ids": [1, 3], "mask_token_id": 0, **options},
+    }
+
+
 def save_draft(
     path: Path, draft_vocab_size: int = 96, seed: int = 0, with_embedding: bool = False
 ) -> Path:

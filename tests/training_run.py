@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_target import build_model, build_tokenizer, draft_config
+from tiny_target import (
+    block_draft_config,
+    build_model,
+    build_tokenizer,
+    draft_config,
+    peagle_draft_config,
+)
 from typer.testing import CliRunner
 
 BIN = Path(sys.executable).parent
@@ -181,8 +187,23 @@ class Setup:
         return torch.load(path, weights_only=True)["draft_state_dict"]
 
 
-def prepare(root: Path) -> Setup:
+def algorithm_settings(algorithm: str) -> tuple[dict, dict, dict]:
+    """A draft's config.json, and what the run config's model and training sections add."""
+    if algorithm == "eagle3":
+        return draft_config(DRAFT_VOCAB_SIZE), {}, {"ttt_length": HEADS}
+    if algorithm == "peagle":
+        training = {"batch_size": 1, "accumulation_steps": BATCH_SIZE, "num_depths": HEADS}
+        return peagle_draft_config(DRAFT_VOCAB_SIZE), {}, training
+    block = HEADS if algorithm == "dspark" else HEADS + 1
+    training = {"num_anchors": 8, "objective_chunk_blocks": 3}
+    # These draft from the whole vocabulary, through the target's own head.
+    whole = {"vocab_mapping_path": "", "target_head_dtype": None}
+    return block_draft_config(algorithm, block), whole, training
+
+
+def prepare(root: Path, algorithm: str = "eagle3") -> Setup:
     """Target, run config and conversations; the features are still to be captured."""
+    draft, model_settings, training_settings = algorithm_settings(algorithm)
     setup = Setup(root)
     model = build_model()
     # Sharper than random: a head that looks at the wrong position is to show in the figures.
@@ -190,7 +211,7 @@ def prepare(root: Path) -> Setup:
     # Shards, for the index that unpatched SpecForge asks for.
     model.save_pretrained(setup.target, max_shard_size="100KB")
     build_tokenizer().save_pretrained(setup.target)
-    setup.draft_config.write_text(json.dumps(draft_config(DRAFT_VOCAB_SIZE)))
+    setup.draft_config.write_text(json.dumps(draft))
     rows = conversations(SAMPLES + HELD_OUT)
     write_rows(setup.responses, rows[:SAMPLES])
     write_rows(setup.held_out, rows[SAMPLES:])
@@ -201,6 +222,7 @@ def prepare(root: Path) -> Setup:
             "vocab_mapping_path": str(setup.mapping),
             "target_head_dtype": "float32",
             "torch_dtype": "float32",
+            **model_settings,
         },
         "data": {
             "hidden_states_path": str(setup.features),
@@ -208,10 +230,9 @@ def prepare(root: Path) -> Setup:
             "dataloader_num_workers": 0,
         },
         "training": {
-            "strategy": "eagle3",
+            "strategy": algorithm,
             "attention_backend": "sdpa",
             "fsdp_sharding": "NO_SHARD",
-            "ttt_length": HEADS,
             "num_epochs": 3,
             "batch_size": BATCH_SIZE,
             "learning_rate": 2e-2,
@@ -219,6 +240,7 @@ def prepare(root: Path) -> Setup:
             "log_interval": 1,
             "save_interval": EPOCH,
             "seed": 0,
+            **training_settings,
         },
         "run_id": "tiny",
         "output_dir": str(setup.output("unnamed")),
@@ -230,15 +252,16 @@ def prepare(root: Path) -> Setup:
 def capture_arguments(setup: Setup) -> list[str]:
     """Arguments of `specforge-lk` that capture the training features and the draft vocabulary."""
     responses = ["--responses", str(setup.responses), "--out", str(setup.features)]
-    mapping = ["--vocab-mapping", str(setup.mapping)]
+    model = json.loads(setup.config.read_text())["model"]
+    mapping = ["--vocab-mapping", str(setup.mapping)] if model["vocab_mapping_path"] else []
     return ["capture", "--config", str(setup.config), "--device", "cpu", *responses, *mapping]
 
 
-def prepare_with_features(root: Path, *overrides: str) -> Setup:
+def prepare_with_features(root: Path, *overrides: str, algorithm: str = "eagle3") -> Setup:
     """As `prepare`, and the training features captured within this process."""
     from specforge_lk.cli import app
 
-    setup = prepare(root)
+    setup = prepare(root, algorithm)
     done = CliRunner().invoke(app, [*capture_arguments(setup), *overrides])
     assert not done.exit_code, done.output
     return setup
