@@ -132,7 +132,10 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
-    """Whether the sample's feature file is there, whole, and of the same tokens."""
+    """Whether the sample's feature file is there, whole, and of the same tokens.
+
+    It may hold more: the features of DFlash with a registered loss serve it without one too.
+    """
     import torch
 
     if not sample.path.exists():
@@ -140,7 +143,7 @@ def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
     try:
         record = torch.load(sample.path, weights_only=True, mmap=True)
         return (
-            set(record) == set(names)
+            set(record) >= set(names)
             and record["input_ids"].tolist() == sample.tokens.input_ids
             and record["loss_mask"].tolist() == sample.tokens.loss_mask
         )

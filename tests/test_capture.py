@@ -18,6 +18,7 @@ from specforge_lk.conversations import prompt_ids, tokenise
 
 #: Algorithm -> feature of the auxiliary layers, feature of the last hidden state.
 FEATURES = {
+    "peagle": ("aux_hidden_state", "hidden_state"),
     "eagle3": ("aux_hidden_state", "hidden_state"),
     "dflash": ("hidden_states", None),
     "domino": ("hidden_states", None),
@@ -51,8 +52,10 @@ def responses(tmp_path: Path) -> Path:
 
 
 def run_config(target: Path, directory: Path, algorithm: str = "eagle3") -> Path:
-    if algorithm == "eagle3":
+    if algorithm in ("eagle3", "peagle"):
         draft = draft_config(96, eagle_config={"eagle_aux_hidden_state_layer_ids": LAYERS})
+        if algorithm == "peagle":
+            draft["architectures"] = ["PEagleDraftModel"]
     else:
         draft = draft_config(0, architectures=[DRAFTS[algorithm]], model_type="qwen3")
         del draft["draft_vocab_size"]
@@ -164,6 +167,25 @@ def test_interrupted_capture_continues(target: Path, responses: Path, tmp_path: 
     assert "max_length=256, not 200" in result.output
 
 
+def test_features_serve_every_run_that_reads_no_more(target: Path, responses: Path, tmp_path: Path):
+    """P-EAGLE reads EAGLE-3's; DFlash's with a registered loss are its stock ones and more."""
+    run(run_config(target, tmp_path, "eagle3"), responses)
+    assert "(0 new" in run(run_config(target, tmp_path, "peagle"), responses)
+
+    block = tmp_path / "block"
+    block.mkdir()
+    config = run_config(target, block, "dflash")
+    run(config, responses)
+    with_loss = run(config, responses, "training.loss=lk_lambda")
+    assert "(0 new" not in with_loss
+    assert all("target_last_hidden_states" in record for record in records(block))
+    assert "(0 new" in run(config, responses)
+    assert all("target_last_hidden_states" in record for record in records(block))
+
+    refused = invoke(config, responses, "--out", str(tmp_path / "features"))
+    assert refused.exit_code == 1 and "capture_method='eagle3'" in refused.output
+
+
 def test_long_rows_are_cut_and_unsupervised_ones_skipped(
     target: Path, responses: Path, tmp_path: Path
 ):
@@ -242,7 +264,7 @@ def test_bad_input(target: Path, responses: Path, tmp_path: Path):
         ((config, other), f"token id {VOCAB_SIZE}, outside the target's vocabulary"),
         ((config, responses, "data.hidden_states_path="), "data.hidden_states_path (offline"),
         ((config, responses, f"model.target_model_path={tmp_path}/gone"), "is no model folder"),
-        ((config, responses, "training.strategy=peagle"), "offline"),
+        ((config, responses, "training.strategy=medusa3"), "medusa3"),
         ((config, responses, "model.nonsense=1"), "model.nonsense"),
     ]:
         result = invoke(*arguments)

@@ -111,7 +111,7 @@ def _run(
             "target": run.model.target_model_path,
             "responses": responses.name,
             "responses_sha256": capture.file_digest(responses),
-            "strategy": run.training.strategy,
+            "capture_method": resolved.capture_method,
             "layers": list(resolved.capture_layers),
             "max_length": run.data.max_length,
             "compute_dtype": compute.value,
