@@ -285,7 +285,7 @@ def _start(command: list[str], log: Path, *, threads: int) -> subprocess.Popen:
 
 
 def execute(*command: object, threads: int) -> None:
-    """Run a command of the environment this interpreter belongs to; ends the program if it fails."""
+    """Run a command of this interpreter's environment; end the program if it fails."""
     words = [str(word) for word in command]
     console.print(f"[dim]$ {shlex.join(words)}[/]")
     if subprocess.run(words, env=_environment(threads), check=False).returncode:
