@@ -8,6 +8,10 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # The losses that `make demo` trains and compares, in this order.
 LOSSES ?= kl lk_lambda
+# Object store of server-streamed training; it needs the Debian packages libibverbs1 and librdmacm1.
+MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
+# Options of `make study`, such as `--algorithms dflash`; `python -m studies.trainers --help`.
+STUDY  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
 # One test process per core, each with one thread: two threads each would contend.
@@ -20,10 +24,10 @@ PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 CHOICE := $(VENV)/.torch-choice
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean force
+.PHONY: help setup demo test test-online study bench lint clean force
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv: torch, SpecForge 0.2.0 with the patches, this plug-in
 
@@ -53,6 +57,13 @@ demo: $(READY) ## train EAGLE-3 drafts of SmolLM2-135M with each of LOSSES, comp
 
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+test-online: $(READY) ## test server-streamed training, with a real Mooncake on loopback
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
+
+study: $(READY) ## train and compare every algorithm and loss; hours, continues if interrupted
+	@$(BIN)/python -m studies.trainers $(STUDY)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)
