@@ -9,10 +9,15 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Benchmark name of the teacher-forced measurement on held-out responses.
 HELD_OUT = "held_out"
@@ -227,6 +232,47 @@ def paired_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return _without_constant(header, rows)
 
 
+def _over_seeds(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean of one value per seed, and the least and the greatest of them."""
+    if not values:
+        return "–"
+    return f"{mean(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def seed_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the summary over training seeds: a row per algorithm, loss and T."""
+    benchmarks = list(dict.fromkeys(r.benchmark for r in report.results if r.tau is not None))
+    baselines = list(dict.fromkeys(p.baseline for p in report.paired))
+    header = ["T", "drafting", "draft", "seeds", "expected τ", "α per head"]
+    header += [f"Δ expected τ to {name}" for name in baselines] + [f"τ {b}" for b in benchmarks]
+    groups: dict[tuple, list[Result]] = {}
+    for r in sorted(report.results, key=lambda r: r.temperature):
+        groups.setdefault((r.algorithm, r.temperature, r.draft_sampling, r.loss), []).append(r)
+    order = list(dict.fromkeys(r.algorithm for r in report.results))
+    rows = []
+    for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
+        algorithm, temperature, sampling, loss = key
+        results = groups[key]
+        held_out = [r for r in results if r.benchmark == HELD_OUT]
+        heads = zip(*(r.alpha_per_head for r in held_out), strict=True)
+        row = [f"{temperature:g}", sampling, f"{algorithm} {loss}"]
+        row += [str(len({r.seed for r in results}))]
+        row += [_over_seeds([r.tau_expected for r in held_out])]
+        row += [_heads([mean(head) for head in heads])]
+        for baseline in baselines:
+            differences = [
+                p.difference
+                for p in report.paired
+                if (p.algorithm, p.temperature, p.draft_sampling, p.loss) == key
+                and p.baseline == baseline
+            ]
+            row.append(_over_seeds(differences, "+.4f"))
+        for benchmark in benchmarks:
+            row.append(_over_seeds([r.tau for r in results if r.benchmark == benchmark]))
+        rows.append(row)
+    return _without_constant(header, rows, ("drafting",))
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -245,6 +291,13 @@ def render_markdown(report: Report) -> str:
         "(conversations).",
         _table(*result_rows(report)),
     ]
+    if len({r.seed for r in report.results}) > 1:
+        parts[1:1] = [
+            "Means over training seeds, with the least and the greatest; expected τ, α and Δ are "
+            "those of held-out responses. Every seed by itself, with its intervals, is below.",
+            _table(*seed_rows(report)),
+            "## Every measurement",
+        ]
     if report.paired:
         parts += [
             "## Paired differences on held-out responses",
@@ -282,60 +335,110 @@ def _pairs(values: dict[str, Any]) -> list[list[str]]:
     return [[name, str(value)] for name, value in values.items()]
 
 
-def _label(result: Result, report: Report) -> str:
-    """Name of a draft in a chart: only what distinguishes it from the others."""
-    parts = [result.loss]
-    if len({r.algorithm for r in report.results}) > 1:
-        parts.insert(0, result.algorithm)
-    if len({r.seed for r in report.results}) > 1:
-        parts.append(f"seed {result.seed}")
-    if len({r.draft_sampling for r in report.results}) > 1:
-        parts.append(result.draft_sampling)
-    return " ".join(parts)
+def _label(loss: str, draft_sampling: str, report: Report) -> str:
+    """Name of a draft within its algorithm's charts: only what distinguishes it from the others."""
+    varies = len({r.draft_sampling for r in report.results}) > 1
+    return f"{loss} {draft_sampling}" if varies else loss
 
 
 def render_chart(report: Report, path: Path) -> None:
-    """Draw α per head (held-out, highest temperature) and τ with intervals (benchmarks)."""
+    """Draw a row per algorithm: α per head, τ on benchmarks, and paired differences if any.
+
+    Values are means over training seeds; error bars are 95 % intervals of a single seed, or span
+    all seeds where there are several.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.4])
-    labels = list(dict.fromkeys(_label(r, report) for r in report.results))
+    algorithms = list(dict.fromkeys(r.algorithm for r in report.results))
+    drafts = [*report.results, *report.paired]
+    labels = list(dict.fromkeys(_label(r.loss, r.draft_sampling, report) for r in drafts))
     colors = {label: f"C{index}" for index, label in enumerate(labels)}
-
-    held_out = [r for r in report.results if r.benchmark == HELD_OUT]
-    hottest = max((r.temperature for r in held_out), default=1.0)
-    for result in held_out:
-        if result.temperature == hottest:
-            label = _label(result, report)
-            heads = range(1, result.heads + 1)
-            left.plot(heads, result.alpha_per_head, "o-", color=colors[label], label=label)
-            left.set_xticks(list(heads))
-    left.set(title=f"Held-out responses, T = {hottest:g}", xlabel="head", ylabel="exact α")
-
-    sampled = [r for r in report.results if r.tau is not None and r.tau_ci is not None]
-    groups = list(dict.fromkeys((r.benchmark, r.temperature) for r in sampled))
-    width = 0.8 / max(1, len(labels))
-    for result in sampled:
-        label = _label(result, report)
-        x = groups.index((result.benchmark, result.temperature))
-        x += (labels.index(label) - (len(labels) - 1) / 2) * width
-        low, high = result.tau_ci
-        # A percentile interval need not contain the estimate; a drawn error cannot be negative.
-        error = [[max(0, result.tau - low)], [max(0, high - result.tau)]]
-        right.bar(x, result.tau, width, color=colors[label], yerr=error, capsize=2)
-    right.set_xticks(range(len(groups)), [f"{name}\nT = {t:g}" for name, t in groups])
-    right.set(title="Speculative decoding, 95 % intervals", ylabel="τ (tokens per target step)")
-    right.set_ylim(bottom=1)  # τ = 1 is decoding without a draft
+    widths = [1, 1.4, 1] if report.paired else [1, 1.4]
+    rows = max(1, len(algorithms))
+    figure = Figure(figsize=(4.6 * sum(widths), 1.2 + 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(widths), width_ratios=widths, squeeze=False)
+    for axes, algorithm in zip(grid, algorithms, strict=False):
+        results = [r for r in report.results if r.algorithm == algorithm]
+        _draw_alpha(axes[0], algorithm, results, report, colors)
+        _draw_tau(axes[1], results, report, colors)
+        if report.paired:
+            _draw_differences(axes[2], algorithm, report, colors)
     if labels:
-        from matplotlib.patches import Patch
-
         handles = [Patch(color=colors[label], label=label) for label in labels]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(labels)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     figure.savefig(temporary, dpi=150)
     temporary.replace(path)
+
+
+def _draw_alpha(
+    axes: Axes, algorithm: str, results: list[Result], report: Report, colors: dict[str, str]
+) -> None:
+    held_out = [r for r in results if r.benchmark == HELD_OUT]
+    hottest = max((r.temperature for r in held_out), default=1.0)
+    seeds: dict[str, list[list[float]]] = {}
+    for r in held_out:
+        if r.temperature == hottest:
+            label = _label(r.loss, r.draft_sampling, report)
+            seeds.setdefault(label, []).append(r.alpha_per_head)
+    for label, alphas in seeds.items():
+        heads = range(1, len(alphas[0]) + 1)
+        axes.plot(
+            heads, [mean(head) for head in zip(*alphas, strict=True)], "o-", color=colors[label]
+        )
+        axes.set_xticks(list(heads))
+    axes.set(title=f"{algorithm}: held-out responses, T = {hottest:g}")
+    axes.set(xlabel="head", ylabel="exact α")
+
+
+def _draw_tau(axes: Axes, results: list[Result], report: Report, colors: dict[str, str]) -> None:
+    seeds: dict[tuple[str, str], list[tuple[float, list[float]]]] = {}
+    for r in results:
+        if r.tau is not None and r.tau_ci is not None:
+            group = f"{r.benchmark}\nT = {r.temperature:g}"
+            key = (group, _label(r.loss, r.draft_sampling, report))
+            seeds.setdefault(key, []).append((r.tau, r.tau_ci))
+    _draw_bars(axes, seeds, colors)
+    axes.set(title="Speculative decoding", ylabel="τ (tokens per target step)")
+    axes.set_ylim(bottom=1)  # τ = 1 is decoding without a draft
+
+
+def _draw_differences(axes: Axes, algorithm: str, report: Report, colors: dict[str, str]) -> None:
+    paired = [p for p in report.paired if p.algorithm == algorithm]
+    if not paired:
+        axes.set_visible(False)
+        return
+    # Every draft is compared with all before it; the first of them is the baseline of the chart.
+    baseline = paired[0].baseline
+    seeds: dict[tuple[str, str], list[tuple[float, list[float]]]] = {}
+    for p in paired:
+        if p.baseline == baseline:
+            key = (f"T = {p.temperature:g}", _label(p.loss, p.draft_sampling, report))
+            seeds.setdefault(key, []).append((p.difference, p.ci))
+    _draw_bars(axes, seeds, colors)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(title=f"Held-out responses, against {baseline}", ylabel="Δ expected τ")
+
+
+def _draw_bars(
+    axes: Axes,
+    seeds: dict[tuple[str, str], list[tuple[float, list[float]]]],
+    colors: dict[str, str],
+) -> None:
+    """Bars by (group, label): the mean over seeds, with its interval or the span of the seeds."""
+    groups = list(dict.fromkeys(group for group, _ in seeds))
+    labels = [label for label in colors if any(label == known for _, known in seeds)]
+    width = 0.8 / max(1, len(labels))
+    for (group, label), values in seeds.items():
+        x = groups.index(group) + (labels.index(label) - (len(labels) - 1) / 2) * width
+        center = mean(value for value, _ in values)
+        ends = values[0][1] if len(values) == 1 else [value for value, _ in values]
+        # A percentile interval need not contain the estimate; a drawn error cannot be negative.
+        error = [[max(0, center - min(ends))], [max(0, max(ends) - center)]]
+        axes.bar(x, center, width, color=colors[label], yerr=error, capsize=2)
+    axes.set_xticks(range(len(groups)), groups)
 
 
 def write_all(report: Report, path: Path) -> list[Path]:

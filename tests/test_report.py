@@ -22,6 +22,21 @@ KL = Result(
 )
 
 
+PAIRED = Paired(
+    benchmark="held_out",
+    algorithm="eagle3",
+    seed=0,
+    temperature=1.0,
+    draft_sampling="probabilistic",
+    loss="lk_lambda",
+    baseline="kl",
+    difference=0.012,
+    ci=[0.01, 0.014],
+    chain_starts=100,
+    conversations=5,
+)
+
+
 def test_round_trip_and_rendering(tmp_path):
     held_out = KL.model_copy(
         update={
@@ -33,20 +48,7 @@ def test_round_trip_and_rendering(tmp_path):
             "alpha_per_head": [0.4, 0.3],
         }
     )
-    paired = Paired(
-        benchmark="held_out",
-        algorithm="eagle3",
-        seed=0,
-        temperature=1.0,
-        draft_sampling="probabilistic",
-        loss="lk_lambda",
-        baseline="kl",
-        difference=0.012,
-        ci=[0.01, 0.014],
-        chain_starts=100,
-        conversations=5,
-    )
-    report = Report(results=[KL, held_out], paired=[paired], command=["specforge-lk", "eval"])
+    report = Report(results=[KL, held_out], paired=[PAIRED], command=["specforge-lk", "eval"])
     written = write_all(report, tmp_path / "new" / "report.json")
     assert [path.name for path in written] == ["report.json", "report.md", "acceptance.png"]
     assert read_report(written[0]) == report
@@ -55,6 +57,28 @@ def test_round_trip_and_rendering(tmp_path):
     assert "| held-out (exact) | 1 | eagle3 kl | 1.610 [1.500, 1.700] |" in markdown
     assert "+0.0120 [+0.0100, +0.0140]" in markdown
     assert written[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_are_summarised(tmp_path):
+    held_out = {"benchmark": "held_out", "tau": None, "tau_ci": None, "alpha_per_head": [0.4, 0.2]}
+    results, paired = [], []
+    for algorithm in ("eagle3", "dflash"):
+        for seed, tau in ((0, 1.60), (1, 1.64)):
+            of = {"algorithm": algorithm, "seed": seed}
+            results.append(KL.model_copy(update=of | {"tau": tau - 0.1, "alpha_per_head": [0.5]}))
+            results.append(KL.model_copy(update=of | held_out | {"tau_expected": tau}))
+            difference = {"difference": tau - 1.5, "ci": [0.1, 0.2]}
+            paired.append(PAIRED.model_copy(update=of | difference))
+    lk = [r.model_copy(update={"loss": "lk_lambda"}) for r in results]
+    written = write_all(Report(results=results + lk, paired=paired), tmp_path / "study.json")
+    assert [path.name for path in written] == ["study.json", "study.md", "study.png"]
+    summary = written[1].read_text().split("## Every measurement")[0]
+    tau, alpha, sampled = "1.620 [1.600, 1.640]", "0.400 / 0.200", "1.520 [1.500, 1.540]"
+    for algorithm in ("eagle3", "dflash"):
+        assert f"| 1 | {algorithm} kl | 2 | {tau} | {alpha} | – | {sampled} |" in summary
+        difference = "+0.1200 [+0.1000, +0.1400]"
+        row = f"| 1 | {algorithm} lk_lambda | 2 | {tau} | {alpha} | {difference} | {sampled} |"
+        assert row in summary
 
 
 def test_a_report_holds_one_result_per_measurement():
