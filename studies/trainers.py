@@ -23,8 +23,11 @@ from specforge_lk.report import read_report, write_all
 STUDY = RUNS / "study"
 ALGORITHMS = ("eagle3", "dflash", "dspark", "domino", "peagle")
 HEADS = 4
-PROMPTS = 24
-NEW_TOKENS = 48
+#: One pass over the samples, in small steps.
+EPOCHS = 1
+BATCH = 2
+PROMPTS = 16
+NEW_TOKENS = 32
 #: Held-out responses to measure exactly; the draws of the bootstrap are whole conversations.
 CONVERSATIONS = 64
 
@@ -52,7 +55,7 @@ def main(
     for algorithm in algorithms.split():
         # Losses innermost: those to be compared run at the same time, on the same seed.
         trainings = [
-            Training(algorithm, loss, int(seed), STUDY)
+            Training(algorithm, loss, int(seed), STUDY, EPOCHS, BATCH)
             for seed, loss in itertools.product(seeds.split(), losses.split())
         ]
         console.print(f"\n[bold]{algorithm}[/]: {len(trainings)} drafts")

@@ -1,8 +1,9 @@
 """Server-streamed training: producer, consumer, capture server and a real Mooncake on loopback.
 
-One optimizer step takes all samples, and DFlash draws every anchor there is, so that the order in
-which samples arrive does not matter: a streamed run has to give the figures of the run from
-captured features. `make test-online` runs these tests; they need Mooncake and its libraries.
+A streamed run has to give the figures of the run from captured features, although samples arrive
+in any order: one optimizer step takes them all, and the DFlash family draws every anchor there is.
+P-EAGLE takes one sample at a time and draws its positions, so its samples are all alike.
+`make test-online` runs these tests; they need Mooncake and its libraries.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from training_run import (
     capture_arguments,
     prepare,
     run,
+    write_rows,
 )
 
 from specforge_lk.conversations import read_rows, tokenise
@@ -40,16 +42,29 @@ pytestmark = pytest.mark.online
 
 STEPS = 3
 LAMBDA = "training.loss=lk_lambda"
-WHOLE_SET = (
-    f"training.batch_size={SAMPLES}",
-    f"training.num_epochs={STEPS}",
-    "training.save_interval=0",
-)
-#: More anchors than a sample has positions: DFlash takes all of them.
+#: More anchors than a sample has positions: the DFlash family takes all of them.
 ALL_ANCHORS = "training.num_anchors=256"
-#: Target layers that every draft's config names. P-EAGLE is missing: it draws its positions.
-LAYERS = {"eagle3": (1, 2, 4), "dflash": (1, 3), "domino": (1, 3), "dspark": (1, 3)}
+#: Target layers that every draft's config names.
+LAYERS = {
+    "eagle3": (1, 2, 4),
+    "peagle": (1, 2, 4),
+    "dflash": (1, 3),
+    "domino": (1, 3),
+    "dspark": (1, 3),
+}
 STARTUP_SECONDS = 60
+
+
+def whole_set(algorithm: str) -> list[str]:
+    """Options of a run whose steps take all samples."""
+    micro_batches = SAMPLES if algorithm == "peagle" else 1
+    return [
+        f"training.batch_size={SAMPLES // micro_batches}",
+        f"training.accumulation_steps={micro_batches}",
+        f"training.num_epochs={STEPS}",
+        "training.save_interval=0",
+        ALL_ANCHORS,
+    ]
 
 
 def free_port() -> int:
@@ -133,7 +148,8 @@ class Online:
         path.write_text(yaml.safe_dump(config))
         asked = len(self._asked())
         into = f"output_dir={self.setup.output(name)}"
-        finished = run("specforge", "train", "-c", path, into, *WHOLE_SET, *overrides)
+        options = (*whole_set(self.algorithm), *overrides)
+        finished = run("specforge", "train", "-c", path, into, *options)
         return finished, self._asked()[asked:]
 
     def _asked(self) -> list[str]:
@@ -145,6 +161,9 @@ class Online:
 def online(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Online:
     algorithm = request.param
     setup = prepare(tmp_path_factory.mktemp(algorithm), algorithm)
+    if algorithm == "peagle":
+        first = next(iter(read_rows(setup.responses)))
+        write_rows(setup.responses, [{**first, "id": str(i)} for i in range(SAMPLES)])
     run("specforge-lk", *capture_arguments(setup), LAMBDA)
     tokenizer = build_tokenizer()
     samples = [tokenise(row, tokenizer) for row in read_rows(setup.responses)]
@@ -181,9 +200,8 @@ def online(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_streamed_run_gives_the_figures_of_the_captured_one(online: Online) -> None:
-    overrides = (LAMBDA, ALL_ANCHORS)
-    expected = online.setup.train("offline", *WHOLE_SET, *overrides)
-    streamed, asked = online.stream("streamed", *overrides)
+    expected = online.setup.train("offline", *whole_set(online.algorithm), LAMBDA)
+    streamed, asked = online.stream("streamed", LAMBDA)
     assert asked == ["aux last_hidden"] * (SAMPLES * STEPS)
     assert sorted(streamed.steps) == sorted(expected.steps) == list(range(1, STEPS + 1))
     names = [f"{name}_{head}" for name in ("alpha", "kl", "coverage") for head in range(HEADS)]
@@ -193,6 +211,6 @@ def test_streamed_run_gives_the_figures_of_the_captured_one(online: Online) -> N
 
 
 def test_target_states_are_asked_for_only_if_the_loss_needs_them(online: Online) -> None:
-    _, asked = online.stream("stock", ALL_ANCHORS)
+    _, asked = online.stream("stock")
     needs = "aux" if online.algorithm in ("dflash", "domino") else "aux last_hidden"
     assert set(asked) == {needs}
