@@ -110,11 +110,17 @@ def read_samples(
     return Samples(kept, truncated, skipped)
 
 
-def open_directory(directory: Path, settings: dict[str, Any]) -> None:
+def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, Any]) -> None:
     """Begin or continue a directory of features, keeping ``settings`` in its manifest.
 
+    Args:
+        directory: where the feature files are.
+        names: features to capture. Files there may hold more of them, or get more: what some
+            algorithms read is part of what others do.
+        settings: everything else that the features depend on.
+
     Raises:
-        ValueError: the directory holds features made with other settings.
+        ValueError: the directory holds features made with other settings, or other features.
     """
     directory.mkdir(parents=True, exist_ok=True)
     manifest = directory / MANIFEST
@@ -126,8 +132,16 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> None:
                     f"{directory} holds features made with {name}={before.get(name)!r}, not "
                     f"{value!r}; remove it, or write to another directory"
                 )
+        held = set(before.get("features", ()))
+        if not (held <= set(names) or held >= set(names)):
+            raise ValueError(
+                f"{directory} holds other features, {sorted(held)}, not {sorted(names)}; remove "
+                "it, or write to another directory"
+            )
+        names = tuple(held.union(names))
     temporary = directory / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    content = {"features": sorted(names), **settings}
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(manifest)
 
 

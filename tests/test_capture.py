@@ -91,14 +91,17 @@ def records(directory: Path) -> list[dict]:
     return [torch.load(file, weights_only=True) for file in files]
 
 
-@pytest.mark.parametrize("algorithm", FEATURES)
+@pytest.mark.parametrize("algorithm", [*FEATURES, "dflash with a loss"])
 def test_features_equal_a_plain_forward(
     algorithm: str, target: Path, responses: Path, tmp_path: Path
 ):
-    run(run_config(target, tmp_path, algorithm), responses)
+    algorithm, _, with_loss = algorithm.partition(" with ")
+    loss = ["training.loss=lk_lambda"] if with_loss else []
+    run(run_config(target, tmp_path, algorithm), responses, *loss)
     model = AutoModelForCausalLM.from_pretrained(target).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
-    aux_name, last_name = FEATURES[algorithm]
+    # With a loss, what DFlash needs is what DSpark always needs.
+    aux_name, last_name = FEATURES["dspark" if with_loss else algorithm]
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     for row, record in zip(rows, records(tmp_path), strict=True):
         tokens = tokenise(row, tokenizer)
@@ -168,7 +171,9 @@ def test_interrupted_capture_continues(target: Path, responses: Path, tmp_path: 
 
 
 def test_features_serve_every_run_that_reads_no_more(target: Path, responses: Path, tmp_path: Path):
-    """P-EAGLE reads EAGLE-3's; DFlash's with a registered loss are its stock ones and more."""
+    """P-EAGLE reads EAGLE-3's; DFlash's with a registered loss are its stock ones and more, and
+    DSpark's.
+    """
     run(run_config(target, tmp_path, "eagle3"), responses)
     assert "(0 new" in run(run_config(target, tmp_path, "peagle"), responses)
 
@@ -182,8 +187,12 @@ def test_features_serve_every_run_that_reads_no_more(target: Path, responses: Pa
     assert "(0 new" in run(config, responses)
     assert all("target_last_hidden_states" in record for record in records(block))
 
+    assert "(0 new" in run(run_config(target, block, "dspark"), responses)
+
+    before = records(tmp_path)
     refused = invoke(config, responses, "--out", str(tmp_path / "features"))
-    assert refused.exit_code == 1 and "capture_method='eagle3'" in refused.output
+    assert refused.exit_code == 1 and "holds other features" in refused.output
+    assert [set(record) for record in records(tmp_path)] == [set(record) for record in before]
 
 
 def test_long_rows_are_cut_and_unsupervised_ones_skipped(

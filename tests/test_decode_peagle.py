@@ -132,6 +132,16 @@ def test_proposals_equal_teacher_forcing(target, tmp_path):
         assert torch.equal(again.index, expected[1:].argmax(-1))
 
 
+def test_scaled_rope_is_refused(target, tmp_path):
+    """SpecForge trains without the scaling, so what it would measure was never trained."""
+    build(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftError, match="rope_type 'linear'"):
+        load_draft(tmp_path, target)
+
+
 def test_the_mask_token_must_be_known(target, tmp_path):
     build(tmp_path)
     file = tmp_path / "config.json"

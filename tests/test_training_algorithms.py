@@ -27,6 +27,8 @@ from specforge_lk.report import read_report
 ALGORITHMS = ("peagle", "dflash", "domino", "dspark")
 STEPS = 3 * EPOCH
 LAMBDA = "training.loss=lk_lambda"
+#: More anchors than a sample has positions, and no depth thinned out.
+ALL_POSITIONS = ("training.num_anchors=256", "training.down_sample_ratio=1")
 STATES = "target_last_hidden_states"
 
 
@@ -88,19 +90,43 @@ def test_checkpoint_resumes_with_its_own_loss_only(trained: Trained) -> None:
     assert "training_loss=lk_lambda" in refused.tail()
 
 
-def test_exported_draft_is_evaluated(trained: Trained) -> None:
+def test_training_and_evaluation_measure_the_same(trained: Trained) -> None:
+    """Two implementations on the same held-out chains: SpecForge's blocks or depths on captured
+    features, and what the exported draft drafts beside the target.
+
+    Over whole chains the DFlash family's are the same ones; P-EAGLE thins out its depths at random.
+    """
     setup = trained.setup
+    features = setup.held_out_features
+    run("specforge-lk", *capture_arguments(setup, setup.held_out, features), LAMBDA)
+    trained_once = setup.train(
+        "evaluated",
+        LAMBDA,
+        *ALL_POSITIONS,
+        "training.num_epochs=1",
+        f"training.eval_interval={EPOCH}",
+        f"data.eval_hidden_states_path={features}",
+    )
+    measured = trained_once.evaluations[EPOCH]
     draft, report = setup.root / "export", setup.root / "report.json"
-    paths = ["--checkpoint", setup.checkpoint("lk_lambda", STEPS), "--output-dir", draft]
+    paths = ["--checkpoint", setup.checkpoint("evaluated", EPOCH), "--output-dir", draft]
     run("specforge", "export", "--to", "hf", *paths, "--draft-config", setup.draft_config)
     models = ["--target", setup.target, "--draft", f"lk_lambda={draft}"]
-    settings = ["--heads", HEADS, "--temperature", 1, "--held-out", setup.held_out]
-    run("specforge-lk", "eval", *models, *settings, "--out", report)
-    (result,) = read_report(report).results
-    assert result.loss == "lk_lambda" and result.conversations == HELD_OUT
-    # Training sees blocks and chains at random, and its own samples: alike, not equal.
-    trained_last = trained.finished.steps[STEPS]
-    assert result.tau_expected == pytest.approx(trained_last["tau_expected"], rel=0.15)
+    data = ["--held-out", setup.held_out, "--benchmark", f"questions={setup.questions}"]
+    settings = ["--heads", HEADS, "--temperature", 1, "--max-new-tokens", 16]
+    run("specforge-lk", "eval", *models, *data, *settings, "--out", report)
+    exact, sampled = read_report(report).results
+    assert exact.loss == "lk_lambda" and exact.conversations == HELD_OUT
+    tolerance = 0.03 if trained.algorithm == "peagle" else 1e-5
+    assert exact.tau_expected - 1 == pytest.approx(measured["tau_expected"] - 1, rel=tolerance)
+    last = f"alpha_{HEADS - 1}"
+    assert exact.alpha_per_head[-1] == pytest.approx(measured[last], rel=tolerance)
+    # By rejection sampling: the acceptance that occurred is the one computed, within its noise.
+    reached = sampled.drafted / HEADS
+    noise = 4 * (sampled.alpha_per_head[0] / reached) ** 0.5
+    assert sampled.alpha_per_head_empirical[0] == pytest.approx(
+        sampled.alpha_per_head[0], abs=noise
+    )
 
 
 def test_features_without_target_states_say_what_to_do(trained: Trained, tmp_path: Path) -> None:

@@ -165,6 +165,10 @@ class Setup:
         return self.root / "held_out.jsonl"
 
     @property
+    def questions(self) -> Path:
+        return self.root / "questions.jsonl"
+
+    @property
     def held_out_features(self) -> Path:
         return self.root / "held_out"
 
@@ -215,6 +219,8 @@ def prepare(root: Path, algorithm: str = "eagle3") -> Setup:
     rows = conversations(SAMPLES + HELD_OUT)
     write_rows(setup.responses, rows[:SAMPLES])
     write_rows(setup.held_out, rows[SAMPLES:])
+    questions = [row["conversations"][0]["content"] for row in rows]
+    write_rows(setup.questions, [{"prompt": question} for question in questions])
     config = {
         "model": {
             "target_model_path": str(setup.target),
@@ -249,12 +255,19 @@ def prepare(root: Path, algorithm: str = "eagle3") -> Setup:
     return setup
 
 
-def capture_arguments(setup: Setup) -> list[str]:
-    """Arguments of `specforge-lk` that capture the training features and the draft vocabulary."""
-    responses = ["--responses", str(setup.responses), "--out", str(setup.features)]
+def capture_arguments(
+    setup: Setup, responses: Path | None = None, features: Path | None = None
+) -> list[str]:
+    """Arguments of `specforge-lk` that capture features.
+
+    Without ``responses``, those of the training data, and the draft vocabulary with them.
+    """
+    data = ["--responses", str(responses or setup.responses)]
+    out = ["--out", str(features or setup.features)]
     model = json.loads(setup.config.read_text())["model"]
-    mapping = ["--vocab-mapping", str(setup.mapping)] if model["vocab_mapping_path"] else []
-    return ["capture", "--config", str(setup.config), "--device", "cpu", *responses, *mapping]
+    wanted = model["vocab_mapping_path"] and responses is None
+    mapping = ["--vocab-mapping", str(setup.mapping)] if wanted else []
+    return ["capture", "--config", str(setup.config), "--device", "cpu", *data, *out, *mapping]
 
 
 def prepare_with_features(root: Path, *overrides: str, algorithm: str = "eagle3") -> Setup:

@@ -105,13 +105,14 @@ def _run(
     )
     if not samples.kept:
         raise ValueError(f"{responses} has no response with supervised tokens to capture")
+    names = resolved.layout.output_names
     capture.open_directory(
         directory,
+        names,
         {
             "target": run.model.target_model_path,
             "responses": responses.name,
             "responses_sha256": capture.file_digest(responses),
-            "capture_method": resolved.capture_method,
             "layers": list(resolved.capture_layers),
             "max_length": run.data.max_length,
             "compute_dtype": compute.value,
@@ -132,7 +133,6 @@ def _run(
         typer.echo(
             f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
         )
-    names = resolved.layout.output_names
     todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
     total = sum(len(sample.tokens.input_ids) for sample in todo)
     with ProgressBar("capturing", total, "tok/s") as bar:

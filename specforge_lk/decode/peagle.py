@@ -265,6 +265,13 @@ def load_peagle(
 ) -> PEagleDraft:
     """Build a `PEagleDraft` from ``specforge export --to hf`` output; see `load_draft`."""
     read = read_checkpoint(path, config, target, layers)
+    scaling = getattr(read.config, "rope_parameters", None) or {}
+    if (kind := scaling.get("rope_type", "default")) != "default":
+        raise DraftError(
+            f"{path / 'config.json'}: rope_type {kind!r}, but SpecForge trains P-EAGLE with plain "
+            "rotary embeddings of rope_theta, and engines would scale them: remove the scaling "
+            "from the draft config"
+        )
     if config.get("ptd_token_id") is None:
         raise DraftError(
             f"{path / 'config.json'}: ptd_token_id, the mask token of the training, is missing; "
