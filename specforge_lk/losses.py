@@ -11,7 +11,7 @@ vocabulary, p is not; see `overlap_terms`. Sources: LK-losses paper, arXiv 2602.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, Self
 
@@ -88,8 +88,8 @@ class LambdaOptions(KLOptions):
     """Options of ``lk_lambda``.
 
     Attributes:
-        eta: rate at which the weight of KL falls with the acceptance rate; the paper takes 3
-            (10 for MEDUSA).
+        eta: rate at which the weight of KL falls with the acceptance rate, 3 unless given, and
+            10 for MEDUSA, as in the paper.
         lambda_scope: what acceptance rate sets lambda: "head", the head's mean over supervised
             positions (the paper's); "token", each position's own; "fixed", none.
         lambda_fixed: lambda of scope "fixed", 0.5 unless given.
@@ -231,12 +231,13 @@ class LossRecord:
     name: str
     options: type[BaseModel]
     build: Callable[[Any], DraftLoss]
+    algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 LOSSES: Final = (
     LossRecord("kl", KLOptions, KL),
     LossRecord("tv", NoOptions, TV),
     LossRecord("lk_alpha", NoOptions, LKAlpha),
-    LossRecord("lk_lambda", LambdaOptions, LKLambda),
+    LossRecord("lk_lambda", LambdaOptions, LKLambda, {"medusa": {"eta": 10.0}}),
     LossRecord("reverse_kl", NoOptions, ReverseKL),
 )

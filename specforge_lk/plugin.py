@@ -17,6 +17,8 @@ def create_plugin() -> "Plugin":
     try:
         from specforge.losses import LossRegistration
         from specforge.plugins import Plugin
+
+        from specforge_lk.drafts.algorithms import ALGORITHMS
     except ImportError as error:
         raise ImportError(
             "specforge has no plug-in support: install specforge==0.2.0 and run "
@@ -26,5 +28,7 @@ def create_plugin() -> "Plugin":
     return Plugin(
         name="specforge-lk",
         api_version=1,
-        losses=tuple(LossRegistration(loss.name, loss.options, loss.build) for loss in LOSSES),
+        algorithms=tuple(algorithm.registration() for algorithm in ALGORITHMS),
+        drafts=tuple(algorithm.draft_registration() for algorithm in ALGORITHMS),
+        losses=tuple(LossRegistration(**vars(loss)) for loss in LOSSES),
     )

@@ -121,6 +121,24 @@ def block_draft_config(algorithm: str, block_size: int) -> dict:
     }
 
 
+def head_draft_config(algorithm: str, draft_vocab_size: int, heads: int) -> dict:
+    """config.json of a tiny MEDUSA draft or MLP speculator."""
+    architecture, options = {
+        "medusa": ("MedusaModel", {"hidden_size": HIDDEN_SIZE, "num_heads": heads}),
+        "mlp_speculator": (
+            "MLPSpeculatorPreTrainedModel",
+            {"emb_dim": HIDDEN_SIZE, "inner_dim": 48, "n_predict": heads, "scale_input": True},
+        ),
+    }[algorithm]
+    return {
+        "architectures": [architecture],
+        "model_type": algorithm,
+        "vocab_size": VOCAB_SIZE,
+        "draft_vocab_size": draft_vocab_size,
+        **options,
+    }
+
+
 def save_draft(
     path: Path, draft_vocab_size: int = 96, seed: int = 0, with_embedding: bool = False
 ) -> Path:

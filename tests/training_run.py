@@ -21,6 +21,7 @@ from tiny_target import (
     build_model,
     build_tokenizer,
     draft_config,
+    head_draft_config,
     peagle_draft_config,
 )
 from typer.testing import CliRunner
@@ -198,6 +199,8 @@ def algorithm_settings(algorithm: str) -> tuple[dict, dict, dict]:
     if algorithm == "peagle":
         training = {"batch_size": 1, "accumulation_steps": BATCH_SIZE, "num_depths": HEADS}
         return peagle_draft_config(DRAFT_VOCAB_SIZE), {}, training
+    if algorithm in ("medusa", "mlp_speculator"):
+        return head_draft_config(algorithm, DRAFT_VOCAB_SIZE, HEADS), {}, {}
     block = HEADS if algorithm == "dspark" else HEADS + 1
     training = {"num_anchors": 8, "objective_chunk_blocks": 3}
     # These draft from the whole vocabulary, through the target's own head.

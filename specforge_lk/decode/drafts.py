@@ -20,6 +20,8 @@ LOADERS = {
     "DFlashDraftModel": "specforge_lk.decode.dflash:load_dflash",
     "DominoDraftModel": "specforge_lk.decode.dflash:load_dflash",
     "DSparkDraftModel": "specforge_lk.decode.dflash:load_dflash",
+    "MedusaModel": "specforge_lk.decode.heads:load_heads",
+    "MLPSpeculatorPreTrainedModel": "specforge_lk.decode.heads:load_heads",
 }
 
 

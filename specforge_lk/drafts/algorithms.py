@@ -1,0 +1,318 @@
+"""Registration of this package's drafts as SpecForge algorithms.
+
+Like SpecForge's own registrations this imports neither torch nor transformers: whoever trains with
+an algorithm loads its modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from specforge.algorithms.common.defaults import (
+    empty_options,
+    one_loss_token,
+    online_needs_input_tools,
+)
+from specforge.algorithms.common.providers import (
+    AlgorithmProviders,
+    DraftConfigProvider,
+    ModelProvider,
+    OfflineCaptureLayout,
+    OfflineDataProvider,
+    ServerCaptureLayout,
+    ServerStreamingProvider,
+    StepProvider,
+    make_registration,
+)
+from specforge.algorithms.contracts import (
+    AlgorithmCapabilities,
+    AlgorithmSpec,
+    DraftRequirement,
+    FeatureContract,
+    FeatureMode,
+    OfflineStorageContract,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from specforge.algorithms.model_providers import AlgorithmModelParts
+    from specforge.algorithms.registry import AlgorithmRegistration
+    from specforge.config import Config
+    from specforge.plugins import DraftRegistration
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from specforge_lk.drafts.model import HeadDraftModel
+
+NORMALIZER_ID: Final = "last_hidden_state_v1"
+FEATURES: Final = ("input_ids", "loss_mask", "hidden_state")
+TRAINED_ON: Final = frozenset({*FEATURES, "attention_mask"})
+
+
+@dataclass(frozen=True)
+class HeadAlgorithm:
+    """An algorithm of this package.
+
+    Attributes:
+        name: ``training.strategy``.
+        architecture: the draft's class, and ``architectures`` in its config.
+        module: where the class is.
+        truncates: whether the draft vocabulary may be smaller than the target's.
+    """
+
+    name: str
+    architecture: str
+    module: str
+    truncates: bool = True
+
+    def load(self) -> type:
+        """The draft's class."""
+        return getattr(importlib.import_module(self.module), self.architecture)
+
+    def draft_registration(self) -> DraftRegistration:
+        """What `specforge export` and draft configs need."""
+        from specforge.plugins import DraftRegistration
+
+        return DraftRegistration(self.architecture, self.load)
+
+    def registration(self) -> AlgorithmRegistration:
+        """What `specforge train` needs."""
+        modes = (FeatureMode.OFFLINE, FeatureMode.STREAMING)
+        spec = AlgorithmSpec(
+            name=self.name,
+            draft=DraftRequirement(
+                compatible_architectures={self.architecture},
+                default_architecture=self.architecture,
+            ),
+            feature_contracts=tuple(_contract(mode) for mode in modes),
+            capabilities=AlgorithmCapabilities(
+                attention_backends={"sdpa"},
+                supports_vocab_mapping=self.truncates,
+                supports_registered_losses=True,
+            ),
+        )
+        providers = AlgorithmProviders(
+            algorithm_name=self.name,
+            step=StepProvider(
+                build=partial(_build_step, name=self.name),
+                options=empty_options,
+                resume_contract=partial(_resume_contract, self.name),
+                allowed_missing_checkpoint_keys=_lent,
+                uses_external_target_head=True,
+            ),
+            model=ModelProvider(
+                draft_config=DraftConfigProvider(architecture=self.architecture),
+                build_draft=_build_draft,
+                build_training_model=_build_training_model,
+                resolve_capture_layers=_any_layer,
+                minimum_loss_tokens=one_loss_token,
+                needs_input_tools=online_needs_input_tools,
+                default_dataloader_num_workers=4,
+                allow_missing_warm_start_embedding=True,
+            ),
+            offline=(
+                OfflineDataProvider(
+                    modality="text",
+                    normalizer_id=NORMALIZER_ID,
+                    capture_layout=OfflineCaptureLayout(
+                        capture_method="eagle3",
+                        aux_feature=None,
+                        last_hidden_feature="hidden_state",
+                        passthrough=(("input_ids", "input_ids"), ("loss_mask", "loss_mask")),
+                    ),
+                    build_reader=partial(_build_reader, self.name),
+                    build_normalizer=_build_normalizer,
+                    build_collator=_build_collator,
+                ),
+            ),
+            server_streaming=(
+                ServerStreamingProvider(
+                    modality="text",
+                    capture_method="eagle3",
+                    target_representation="hidden_state",
+                    layout=ServerCaptureLayout(
+                        aux_feature=None,
+                        last_hidden_feature="hidden_state",
+                        passthrough=(("input_ids", "input_ids", ()), ("loss_mask", "loss_mask", ())),
+                        attention_mask_feature="attention_mask",
+                    ),
+                    build_collator=_build_server_collator,
+                ),
+            ),
+            vocab_mapping_modes=frozenset(modes if self.truncates else ()),
+        )
+        return make_registration(spec, providers)
+
+
+ALGORITHMS: Final = (
+    HeadAlgorithm("medusa", "MedusaModel", "specforge_lk.drafts.medusa"),
+    HeadAlgorithm(
+        "mlp_speculator", "MLPSpeculatorPreTrainedModel", "specforge_lk.drafts.mlp_speculator"
+    ),
+)
+
+
+def _contract(mode: FeatureMode) -> FeatureContract:
+    storage = OfflineStorageContract(
+        format="specforge_hidden_states_v1",
+        required_tensors=frozenset(FEATURES),
+        normalizer=NORMALIZER_ID,
+    )
+    return FeatureContract(
+        mode=mode,
+        modality="text",
+        required_tensors=TRAINED_ON,
+        allowed_target_representations={"hidden_state"},
+        default_target_representation="hidden_state",
+        storage=storage if mode is FeatureMode.OFFLINE else None,
+    )
+
+
+# ------------------------------------------------------------------------- data
+
+
+def _build_reader(
+    name: str, hidden_states_path: str, *, run_id: str, ttt_length: int, max_len: int
+) -> Any:
+    from specforge.runtime.data_plane.offline_reader import OfflineManifestReader
+
+    return OfflineManifestReader(
+        hidden_states_path,
+        run_id=run_id,
+        strategy=name,
+        feature_keys=FEATURES,
+        ttt_length=ttt_length,
+        max_len=max_len,
+        target_repr="hidden_state",
+    )
+
+
+def _normalize(raw: dict[str, torch.Tensor], max_len: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    loss_mask = raw["loss_mask"][:max_len].clone()
+    # The last position has no next token, and no state of it.
+    loss_mask[-1:] = 0
+    return {
+        "input_ids": raw["input_ids"][None, :max_len],
+        "loss_mask": loss_mask[None],
+        "attention_mask": torch.ones_like(loss_mask[None], dtype=torch.long),
+        "hidden_state": raw["hidden_state"].squeeze(0)[None, :max_len],
+    }
+
+
+def _build_normalizer(max_len: int, **_topology: Any) -> Any:
+    return partial(_normalize, max_len=max_len)
+
+
+def _collate(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    from specforge.algorithms.common.collation import pad_and_concatenate_features
+
+    names = sorted(TRAINED_ON)
+    return pad_and_concatenate_features(
+        features, sequence_axes=dict.fromkeys(names, 1), required_keys=names
+    )
+
+
+def _build_collator() -> Any:
+    return _collate
+
+
+def _build_server_collator() -> Any:
+    # Streamed samples end their supervision as captured ones do.
+    from specforge.algorithms.eagle3.data import build_server_collator
+
+    return build_server_collator()
+
+
+# ------------------------------------------------------------------------ model
+
+
+def _any_layer(config: Config, draft_config: Any, target_config: Any) -> list[int]:
+    """A decoder layer, because capture wants one; its states are neither stored nor sent."""
+    return [0]
+
+
+def _build_draft(config: Config, draft_config: PretrainedConfig) -> HeadDraftModel:
+    from specforge.algorithms.model_providers import (
+        _device,
+        _load_vocab_mapping,
+        _torch_dtype,
+        _warm_start,
+    )
+    from specforge.modeling.auto import AutoDraftModel
+
+    draft = AutoDraftModel.from_config(draft_config, torch_dtype=_torch_dtype(config))
+    _warm_start(config, draft, draft_config, allow_missing_embedding=True)
+    _load_vocab_mapping(config, draft)
+    return draft.to(device=_device(), dtype=_torch_dtype(config))
+
+
+def _build_training_model(
+    config: Config, draft: HeadDraftModel, _draft_config: Any, _target_config: Any, _tokenizer: Any
+) -> AlgorithmModelParts:
+    from specforge.algorithms.model_providers import (
+        AlgorithmModelParts,
+        _device,
+        _target_head_dtype,
+        _torch_dtype,
+    )
+    from specforge.losses import resolve_loss
+    from specforge.modeling.target.target_head import TargetHead
+
+    from specforge_lk.drafts.training import HeadModel
+    from specforge_lk.losses import KL, KLOptions
+
+    target_head = TargetHead.from_pretrained(
+        config.model.target_model_path,
+        lm_head_key=config.model.lm_head_key,
+        cache_dir=config.model.cache_dir,
+        trust_remote_code=config.model.trust_remote_code,
+        embedding_key=config.model.embedding_key,
+        **_target_head_dtype(config),
+    )
+    if not config.model.draft_checkpoint_path:
+        draft.start_from(target_head.fc.weight)
+    loss = resolve_loss(config)
+    model = HeadModel(
+        draft,
+        draft.heads or config.training.ttt_length,
+        # These algorithms' own loss, where training.loss is unset.
+        KL(KLOptions()) if loss is None else loss.build(),
+        loss is not None and loss.data_parallel,
+    )
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in draft.parameters()) - trained
+    print(
+        f"{type(draft).__name__}: {trained:,} trained and {frozen:,} frozen parameters, "
+        f"{model.heads} heads, draft vocabulary {len(draft.d2t)} of {len(draft.t2d)}"
+    )
+    return AlgorithmModelParts(
+        model=model.to(device=_device(), dtype=_torch_dtype(config)), target_head=target_head
+    )
+
+
+def _build_step(
+    model: nn.Module, *, target_head: nn.Module, name: str, **options: Any
+) -> Any:
+    from specforge_lk.drafts.training import HeadTrainStrategy
+
+    return HeadTrainStrategy(model, target_head=target_head, name=name, **options)
+
+
+def _resume_contract(
+    name: str, config: Config, draft: HeadDraftModel, model: Any
+) -> dict[str, int | str]:
+    """Everything a resumed run must share, beside the loss."""
+    return {
+        f"{name}_heads": model.heads,
+        f"{name}_draft_vocab_size": len(draft.d2t),
+        f"{name}_parameters": sum(parameter.numel() for parameter in draft.parameters()),
+    }
+
+
+def _lent(_config: Config, draft: HeadDraftModel, _model: Any) -> frozenset[str]:
+    return draft.lent

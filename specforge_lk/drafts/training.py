@@ -1,0 +1,161 @@
+"""One training model and one strategy for every draft that proposes a chain of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from specforge.core.target_distribution import TargetDistribution
+from specforge.losses.reduction import (
+    DraftLoss,
+    HeadLoss,
+    head_metrics,
+    reduce_head_loss,
+    training_group,
+)
+from specforge.runtime.contracts import TrainBatch
+from specforge.training.strategies.base import DraftTrainStrategy, StepContext, StepOutput
+from torch import nn
+
+from specforge_lk.drafts.model import HeadDraftModel
+
+#: Weight of head k is HEAD_DECAY ** k, as in SpecForge's EAGLE-3 and in the paper (section 5).
+HEAD_DECAY: Final = 0.8
+
+
+class HeadModel(nn.Module):
+    """Draft and loss: sum_k 0.8^k L_k, L_k the mean loss of head k over its supervised positions.
+
+    Head k of position t is compared with the target's distribution at t + 1 + k, and supervised
+    where the loss mask holds at t + k: SpecForge's convention, in which the mask of a position is
+    that of the token there.
+
+    Args:
+        draft_model: the draft.
+        heads: heads K to train.
+        loss: a registered loss.
+        loss_data_parallel: average the loss over all ranks.
+    """
+
+    def __init__(
+        self,
+        draft_model: HeadDraftModel,
+        heads: int,
+        loss: DraftLoss,
+        loss_data_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.draft_model = draft_model
+        self.heads = heads
+        self.loss = loss
+        self.loss_data_parallel = loss_data_parallel
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        target: TargetDistribution,
+    ) -> tuple[torch.Tensor, list[HeadLoss], list[torch.Tensor]]:
+        """Loss, heads, and per head whether the likeliest draft token is the target's, [B, L].
+
+        Args:
+            hidden: [B, L, H] the target's last hidden states.
+            tokens: [B, L] the token following each position.
+            attention_mask: [B, L].
+            loss_mask: [B, L].
+            target: [B, L] the target's distribution one position later.
+        """
+        length = tokens.shape[1]
+        padded = target.pad(self.heads)
+        mask = nn.functional.pad(loss_mask.bool(), (0, self.heads))
+        group = training_group(self.loss_data_parallel)
+        token_ids = self.draft_model.token_ids()
+        losses, correct = [], []
+        logits_of_heads = self.draft_model.head_logits(hidden, tokens, attention_mask, self.heads)
+        for head, logits in enumerate(logits_of_heads):
+            goal, head_mask = padded.window(head, length), mask[:, head : head + length]
+            terms = self.loss.terms(logits, goal, head_mask)
+            losses.append(reduce_head_loss(self.loss, terms, head_mask, group=group))
+            correct.append(token_ids[logits.detach().argmax(-1)] == goal.token_ids)
+        total = sum(HEAD_DECAY**head * loss.loss for head, loss in enumerate(losses))
+        return total, losses, correct
+
+
+class HeadTrainStrategy(DraftTrainStrategy):
+    """A training step of `HeadModel` on captured or streamed last hidden states.
+
+    Args:
+        model: a `HeadModel`, wrapped by the backend.
+        target_head: SpecForge's frozen ``TargetHead``.
+        name: the algorithm's name.
+    """
+
+    required_features: Final = {"input_ids", "attention_mask", "loss_mask", "hidden_state"}
+    #: SpecForge logs the loss as the sum of the heads' losses with these weights.
+    ploss_decay: Final = HEAD_DECAY
+
+    def __init__(self, model: nn.Module, *, target_head: nn.Module, name: str) -> None:
+        self.model = model
+        self.target_head = target_head
+        self.name = name
+
+    def trainable_module(self) -> nn.Module:
+        """The module whose parameters are trained."""
+        return self.model
+
+    def forward_loss(self, batch: TrainBatch, ctx: StepContext | None = None) -> StepOutput:
+        """Loss and metrics of one batch."""
+        self.validate_batch(batch)
+        device = next(self.model.parameters()).device
+        tensors = {name: batch.tensors[name].to(device) for name in self.required_features}
+        # SpecForge's shift: position t gets token t + 1 and the state that the target, after
+        # that token, predicts from.
+        tokens, following, _ = self.target_head.preprocess(
+            tensors["input_ids"], tensors["hidden_state"], tensors["loss_mask"]
+        )
+        total, heads, correct = self.model(
+            hidden=tensors["hidden_state"],
+            tokens=tokens,
+            attention_mask=tensors["attention_mask"],
+            loss_mask=tensors["loss_mask"],
+            target=self._target(following),
+        )
+        ratios = head_metrics(heads)
+        counts = torch.stack([head.mask.sum() for head in heads])
+        hits = torch.stack(
+            [(right & head.mask).sum() for right, head in zip(correct, heads, strict=True)]
+        )
+        metrics = {
+            "plosses": [head.loss.detach() for head in heads],
+            "acces": list(hits / counts.clamp_min(1)),
+            "acc_corrects": list(hits.float()),
+            "acc_denoms": list(counts.float()),
+            "metric_losses": [head.loss.detach() for head in heads],
+            "metric_loss_denoms": list(counts.float()),
+        }
+        return StepOutput(loss=total, metrics=metrics, ratio_metrics=ratios, must_be_finite=True)
+
+    @torch.no_grad()
+    def _target(self, hidden: torch.Tensor) -> TargetDistribution:
+        draft = _unwrapped(self.model).draft_model
+        weight = self.target_head.fc.weight
+        hidden = hidden.to(weight.dtype)
+        if bool(draft.t2d.all()):
+            return TargetDistribution.from_logits(self.target_head(hidden))
+        return TargetDistribution.from_hidden_states(hidden, weight, draft.t2d)
+
+    def checkpoint_state_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The draft's tensors, but for embeddings and heads that the target lends."""
+        prefix = "draft_model."
+        lent = _unwrapped(self.model).draft_model.lent
+        named = {
+            name.split(prefix, 1)[1]: value for name, value in state_dict.items() if prefix in name
+        }
+        return {name: value for name, value in named.items() if name not in lent}
+
+
+def _unwrapped(model: nn.Module) -> HeadModel:
+    return model if isinstance(model, HeadModel) else model.module
