@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +252,11 @@ def _draft_ids(
             f"draft {path}: {rows} of {vocab_size} tokens, but neither token_map nor d2t says "
             "which; export again"
         )
-    if len(ids) != rows or ids.unique().numel() != rows or not 0 <= ids.min() <= ids.max() < vocab_size:
+    if (
+        len(ids) != rows
+        or ids.unique().numel() != rows
+        or not 0 <= ids.min() <= ids.max() < vocab_size
+    ):
         raise DraftError(
             f"draft {path}: its draft vocabulary is not {rows} distinct tokens below {vocab_size}; "
             "export again"

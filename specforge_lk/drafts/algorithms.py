@@ -136,7 +136,10 @@ class HeadAlgorithm:
                     layout=ServerCaptureLayout(
                         aux_feature=None,
                         last_hidden_feature="hidden_state",
-                        passthrough=(("input_ids", "input_ids", ()), ("loss_mask", "loss_mask", ())),
+                        passthrough=(
+                            ("input_ids", "input_ids", ()),
+                            ("loss_mask", "loss_mask", ()),
+                        ),
                         attention_mask_feature="attention_mask",
                     ),
                     build_collator=_build_server_collator,
@@ -295,9 +298,7 @@ def _build_training_model(
     )
 
 
-def _build_step(
-    model: nn.Module, *, target_head: nn.Module, name: str, **options: Any
-) -> Any:
+def _build_step(model: nn.Module, *, target_head: nn.Module, name: str, **options: Any) -> Any:
     from specforge_lk.drafts.training import HeadTrainStrategy
 
     return HeadTrainStrategy(model, target_head=target_head, name=name, **options)

@@ -57,7 +57,9 @@ class MedusaConfig(PretrainedConfig):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 0 < size <= vocab_size:
-            raise ValueError(f"draft_vocab_size={size} must be between 1 and vocab_size {vocab_size}")
+            raise ValueError(
+                f"draft_vocab_size={size} must be between 1 and vocab_size {vocab_size}"
+            )
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.num_heads = num_heads

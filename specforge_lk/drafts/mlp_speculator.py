@@ -1,6 +1,6 @@
 """The MLP speculator (Wertheimer et al. 2024, arXiv 2404.19124): heads recurrent over tokens.
 
-s_0 is the target's last hidden state. Head k = 1 … K, with x_k the token before the one it predicts:
+s_0 is the target's last hidden state. Head k = 1 … K, x_k being the token before its prediction:
 
     s_k = GELU(LN_k(w_s P_k s_(k-1) + w_e E_k x_k)),   logits = U_k s_k
 
@@ -59,10 +59,14 @@ class MLPSpeculatorConfig(PretrainedConfig):
                 f"n_predict={n_predict} must be at least 1, and 2 with tie_weights={tie_weights}"
             )
         if not 0 < size <= vocab_size:
-            raise ValueError(f"draft_vocab_size={size} must be between 1 and vocab_size {vocab_size}")
+            raise ValueError(
+                f"draft_vocab_size={size} must be between 1 and vocab_size {vocab_size}"
+            )
         top_k = [1] * n_predict if top_k_tokens_per_head is None else top_k_tokens_per_head
         if len(top_k) != n_predict:
-            raise ValueError(f"top_k_tokens_per_head={top_k} must have n_predict={n_predict} entries")
+            raise ValueError(
+                f"top_k_tokens_per_head={top_k} must have n_predict={n_predict} entries"
+            )
         self.vocab_size = vocab_size
         self.emb_dim = emb_dim
         self.inner_dim = inner_dim or emb_dim
@@ -90,7 +94,9 @@ class ScaledNorm(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., d] -> [..., d]."""
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(states.dtype)
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
+            states.dtype
+        )
         return normed * self.weight + self.bias if self.affine else normed
 
 
