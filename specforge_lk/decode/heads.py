@@ -7,6 +7,7 @@ since; they keep no cache. MEDUSA's heads do not even look at the tokens.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
 
-class _HeadDraft(nn.Module):
+class _HeadDraft(nn.Module, ABC):
     """A draft of K heads; see `specforge_lk.decode.drafts.Draft` for the interface.
 
     Args:
@@ -40,11 +41,11 @@ class _HeadDraft(nn.Module):
         """State [N, d] of chains from the target's states [N, H]."""
         return features.to(next(self.parameters()).dtype)
 
+    @abstractmethod
     def _step(
         self, head: int, state: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, V_d] of a head, and the next state, given the token [N] before."""
-        raise NotImplementedError
 
     def _logits(
         self, head: int, state: torch.Tensor, tokens: torch.Tensor

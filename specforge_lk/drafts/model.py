@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 VOCABULARY: Final = ("t2d", "d2t")
 
 
-class HeadDraftModel(PreTrainedModel):
+class HeadDraftModel(PreTrainedModel, ABC):
     """A draft that proposes a chain from the target's last hidden state.
 
     At position t the target's state h_t is known, and with it token t + 1. Head k = 0, 1, …
@@ -41,10 +42,11 @@ class HeadDraftModel(PreTrainedModel):
         self._target_head: tuple[torch.Tensor, ...] = ()
 
     @property
+    @abstractmethod
     def heads(self) -> int | None:
         """Heads that the draft has; None where one module is used over and over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
@@ -59,7 +61,6 @@ class HeadDraftModel(PreTrainedModel):
         Yields:
             K times [B, L, V_d].
         """
-        raise NotImplementedError
 
     @property
     def lent(self) -> frozenset[str]:
