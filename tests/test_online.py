@@ -64,6 +64,8 @@ def whole_set(algorithm: str) -> list[str]:
         f"training.num_epochs={STEPS}",
         "training.save_interval=0",
         ALL_ANCHORS,
+        # Streamed P-EAGLE takes the tokenizer's unless told; captured, the draft config's.
+        "model.mask_token_id=0",
     ]
 
 
