@@ -62,7 +62,7 @@ test-online: $(READY) ## test server-streamed training, with a real Mooncake on 
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
 
-study: $(READY) ## train and compare every algorithm and loss; hours, continues if interrupted
+study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
 	@$(BIN)/python -m studies.trainers $(STUDY)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
