@@ -26,6 +26,7 @@ from demo.assets import Assets, prepare
 from demo.training import ROOT, RUNS, console, execute, fail, train
 from serving import compare
 from serving.drafts import DRAFTS, HEADS, SERVING, Sampling, ServedDraft
+from serving.engine import ENVIRONMENT
 from serving.report import Comparison, ServingReport, Side, Speculator, show, write
 from specforge_lk.conversations import prompt_ids
 from specforge_lk.decode.drafts import Draft, load_draft
@@ -77,7 +78,7 @@ def main(
             "drafted tokens per step": HEADS,
             "dtype": "float32",
         },
-        versions=versions() | check.engine_versions(),
+        versions=versions() | check.engine_versions,
         training={
             draft.name: {
                 "command": shlex.join(draft.command),
@@ -148,6 +149,7 @@ class Check:
             for row in read_rows(str(path))[:PROMPTS]
         ]
 
+    @cached_property
     def engine_versions(self) -> dict[str, str]:
         """Versions in vLLM's environment."""
         code = (
@@ -160,11 +162,11 @@ class Check:
 
     # The engine's side
 
-    def _run(self, module: str, name: str, job: dict[str, Any], draft: Path | None) -> dict:
+    def _run(self, module: str, name: str, job: dict[str, Any], inputs: Sequence[Path]) -> dict:
         """Run a job in vLLM's environment, unless it was run before with the same inputs."""
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode())
-        files = [*Path("serving").glob("*.py"), *(sorted(draft.iterdir()) if draft else ())]
-        for file in files:
+        digest.update(json.dumps(self.engine_versions).encode())
+        for file in (Path(f"{module.replace('.', '/')}.py"), *inputs):
             digest.update(file.read_bytes())
         path = JOBS / f"{name}-{digest.hexdigest()[:16]}.json"
         result = path.with_suffix(".result.json")
@@ -174,7 +176,7 @@ class Check:
             console.print(f"[dim]$ {shlex.join(command)}[/]")
             log = path.with_suffix(".log")
             preload = self.engine.parent.parent / "lib" / "libiomp5.so"
-            environment = {**os.environ, "LD_PRELOAD": str(preload), "TORCHDYNAMO_DISABLE": "1"}
+            environment = {**os.environ, **ENVIRONMENT, "LD_PRELOAD": str(preload)}
             with log.open("w") as output:
                 done = subprocess.run(
                     command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
@@ -196,7 +198,7 @@ class Check:
     def alone(self) -> list[dict]:
         """vLLM's greedy responses without a draft."""
         job = self._job(0.0, logprobs=2)
-        return self._run("serving.engine", "alone", job, None)["responses"]
+        return self._run("serving.engine", "alone", job, [])["responses"]
 
     # Our side
 
@@ -232,7 +234,7 @@ class Check:
             temperature, speculative_config=speculative, hf_overrides=draft.hf_overrides
         )
         name = f"{draft.name}-T{temperature:g}-{sampling}"
-        served = self._run("serving.engine", name, job, draft.draft)
+        served = self._run("serving.engine", name, job, _files(draft))
         responses = served["responses"]
         records = [
             compare.engine_record(r["accepted"], len(r["tokens"]), r["stopped"], HEADS)
@@ -295,11 +297,15 @@ class Check:
             "states": str(states),
             "logits": str(result),
         }
-        found = self._run("serving.speculator", draft.name, job, draft.draft)
+        found = self._run("serving.speculator", draft.name, job, [*_files(draft), states])
         logits = load_file(result)["logits"]
         error = float((logits - expected).abs().max() / expected.std())
         passed = error < LOGIT_ERROR and not found["missing"] and not found["unknown"]
         return Speculator(draft=draft.name, error=error, rows=len(position), passed=passed, **found)
+
+
+def _files(draft: ServedDraft) -> list[Path]:
+    return sorted(draft.draft.iterdir())
 
 
 def _side(record: compare.Record) -> Side:

@@ -146,15 +146,15 @@ class Mismatch:
     Attributes:
         prompt: its index.
         position: of the token in the response.
-        expected: token without a draft.
-        found: token with it; None where the response ended.
+        expected: token without a draft; None where that response ended.
+        found: token with it; None where this response ended.
         gap: log-probability of the expected token minus that of the found one; None where the
             found one is not the second best.
     """
 
     prompt: int
     position: int
-    expected: int
+    expected: int | None
     found: int | None
     gap: float | None
 
@@ -184,10 +184,8 @@ def mismatches(
             (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]),
             min(len(a), len(b)),
         )
-        # One response that continues where the other has ended was not decoded by the same rules.
-        at = min(position, len(b) - 1)
-        token = a[position] if position < len(a) else None
-        probable = dict(map(tuple, best[prompt][at]))
-        gap = probable[b[at]] - probable[token] if token in probable and position == at else None
-        result.append(Mismatch(prompt, position, b[at], token, gap))
+        wanted, token = (row[position] if position < len(row) else None for row in (b, a))
+        probable = dict(map(tuple, best[prompt][position])) if wanted is not None else {}
+        gap = probable[wanted] - probable[token] if token in probable else None
+        result.append(Mismatch(prompt, position, wanted, token, gap))
     return result

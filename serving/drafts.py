@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +28,23 @@ class ServedDraft(Training):
         method: vLLM's name of the algorithm; None where it has a loader but cannot serve.
         hf_overrides: keys that the target's config needs for vLLM to build the draft.
         runs: temperature and drafting of every comparison.
+        max_steps: optimizer steps after which training ends; None for the whole pass.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     runs: tuple[tuple[float, Sampling], ...] = ((0.0, "greedy"),)
+    max_steps: int | None = None
+
+    @property
+    def command(self) -> list[str]:
+        limit = [f"training.max_steps={self.max_steps}"] if self.max_steps else []
+        return [*super().command, *limit]
+
+    @property
+    def steps(self) -> int:
+        return min(super().steps, self.max_steps or super().steps)
 
     @property
     def name(self) -> str:
@@ -66,17 +76,13 @@ class ServedDraft(Training):
             }
         return config
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Tokens of the target."""
-        return json.loads(self.draft_config.read_text())["vocab_size"]
+
+def _draft(name: str, algorithm: str, **options: Any) -> ServedDraft:
+    return ServedDraft(algorithm, "lk_lambda", 0, SERVING / name, epochs=1, batch=2, **options)
 
 
-def _draft(name: str, algorithm: str, batch: int = 2, **options: Any) -> ServedDraft:
-    return ServedDraft(algorithm, "lk_lambda", 0, SERVING / name, 1, batch, **options)
-
-
-#: One pass over the samples each, in 128 steps; fewer where heads have the whole vocabulary.
+#: One pass over the samples. Heads with the whole vocabulary are twelve times the work, and to
+#: see whether they are loaded and read rightly they need not be good: those take fewer steps.
 DRAFTS = (
     _draft(
         "eagle3",
@@ -98,16 +104,16 @@ DRAFTS = (
     _draft(
         "medusa-own-heads",
         "medusa",
-        batch=8,
         changes={"draft_vocab_size": 49152},
         method="medusa",
+        max_steps=32,
     ),
     _draft(
         "mlp_speculator",
         "mlp_speculator",
-        batch=8,
         # vLLM's class has the whole vocabulary; tied, it is a third of the parameters.
         changes={"draft_vocab_size": 49152, "tie_weights": True},
         runs=(),
+        max_steps=32,
     ),
 )

@@ -7,20 +7,20 @@ from elsewhere in this project, whose dependencies that environment does not hav
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: One process, one thread pool: what starts fast and does not contend on a small machine.
+#: Of the process: what starts fast and does not contend on a small machine.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    # Contended cores: a thread that spins for work takes the time of one that has some.
+    "TORCHDYNAMO_DISABLE": "1",
+    # A thread that spins for work takes the core of one that has some.
     "KMP_BLOCKTIME": "0",
 }
 
@@ -178,5 +178,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
     main(Path(sys.argv[1]))

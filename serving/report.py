@@ -30,7 +30,7 @@ class FirstDifference(_Strict):
 
     prompt: int
     position: int
-    expected: int
+    expected: int | None
     found: int | None
     gap: float | None
     near_tie: bool

@@ -10,14 +10,11 @@ its modules and constants.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-
-from serving.engine import ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -119,5 +116,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
     main(Path(sys.argv[1]))
