@@ -70,8 +70,8 @@ console = Console(highlight=False, soft_wrap=True)
 class Training:
     """One `specforge train`: an algorithm, a loss or variant and a seed, below ``parent``.
 
-    ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config; the draft of
-    ``start`` is where it starts from.
+    ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config, ``max_steps``
+    ends a run before its last pass is complete; the draft of ``start`` is where it starts from.
     """
 
     algorithm: str
@@ -80,6 +80,7 @@ class Training:
     parent: Path
     epochs: int | None = None
     batch: int | None = None
+    max_steps: int | None = None
     start: Training | None = None
 
     @property
@@ -143,7 +144,13 @@ class Training:
         # P-EAGLE takes one sample at a time and accumulates.
         accumulates = "accumulation_steps" in self.config["training"]
         size = "accumulation_steps" if accumulates else "batch_size"
-        replaced = {"num_epochs": self.epochs, size: self.batch}
+        replaced = {
+            "num_epochs": self.epochs,
+            size: self.batch,
+            # Of the run, and of the learning rate's schedule.
+            "max_steps": self.max_steps,
+            "total_steps": self.max_steps,
+        }
         return {name: value for name, value in replaced.items() if value is not None}
 
     @property
@@ -151,7 +158,7 @@ class Training:
         """Optimizer steps."""
         training = self.config["training"] | self.budget
         per_step = training["batch_size"] * training.get("accumulation_steps", 1)
-        return self.samples // per_step * training["num_epochs"]
+        return self.max_steps or self.samples // per_step * training["num_epochs"]
 
     @property
     def command(self) -> list[str]:
@@ -182,6 +189,9 @@ class Training:
         sources = [self.config_path, self.draft_config, self.features / "capture.json"]
         sources += [self.vocab_mapping] if self.vocab_mapping else []
         sources += [self.start.made_from] if self.start else []
+        drafts = Path("specforge_lk/drafts")
+        if (drafts / f"{self.algorithm}.py").exists():
+            sources += sorted(drafts.glob("*.py"))
         sources += sorted(Path("patches").glob("specforge/*/*.patch"))
         overlap = Path("specforge_lk/overlap")
         sources += [Path("specforge_lk/losses.py"), *sorted(overlap.glob("*.[pc]*"))]

@@ -1,9 +1,9 @@
 """``make article``: the article's drafts and losses, on SmolLM2-135M-Instruct.
 
-EAGLE-3, MEDUSA, MLP speculator and MTP, with the losses of the article's tables; its relative gains
-over KL beside ours. Per draft every loss has one budget, and `training.loss` alone differs. An MTP
-module is first trained for one position only, as a target's own pretraining leaves it (``untuned``);
-every loss then fine-tunes that module for all positions.
+EAGLE-3, MEDUSA, MLP speculator and MTP, with the losses of the article's tables; its relative
+gains over KL beside ours. Per draft every loss has one budget, and `training.loss` alone differs.
+An MTP module is first trained for one position only, as a target's own pretraining leaves it
+(``untuned``); every loss then fine-tunes that module for all positions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from demo.assets import prepare
 from demo.training import ROOT, RUNS, Training, console, train
 from studies.running import BATCH, STUDY, capture, publish, train_and_evaluate
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,32 @@ class Plan:
 
     Attributes:
         losses: names of losses or of `demo.training.VARIANTS`, baseline first.
-        epochs: passes over the samples.
-        untuned: whether every loss fine-tunes a module trained for one position.
+        tuning_steps: where every loss fine-tunes a module that was trained for one position, for
+            how many steps; otherwise every loss trains for one pass.
     """
 
     losses: tuple[str, ...]
-    epochs: int = 1
-    untuned: bool = False
+    tuning_steps: int | None = None
 
     def trainings(self, algorithm: str, seed: int) -> list[Training]:
         """The runs of one seed; what others start from comes first."""
-        start = None
-        if self.untuned:
-            start = Training(algorithm, "untuned", seed, STUDY / "article", self.epochs, BATCH)
-        losses = [
-            Training(algorithm, loss, seed, STUDY / "article", self.epochs, BATCH, start)
+        parent = STUDY / "article"
+        if self.tuning_steps is None:
+            return [Training(algorithm, loss, seed, parent, 1, BATCH) for loss in self.losses]
+        start = Training(algorithm, "untuned", seed, parent, 1, BATCH)
+        tuned = [
+            Training(algorithm, loss, seed, parent, 1, BATCH, self.tuning_steps, start)
             for loss in self.losses
         ]
-        return [start, *losses] if start else losses
+        return [start, *tuned]
 
 
 LK: Final = ("kl", "lk_alpha", "lk_lambda")
 PLANS: Final = {
     "eagle3": Plan(("kl", "tv", "lk_fixed", "lk_alpha", "lk_lambda")),
-    "medusa": Plan(LK, epochs=2),
-    "mlp_speculator": Plan(LK, epochs=2),
-    "mtp": Plan(LK, untuned=True),
+    "medusa": Plan(LK),
+    "mlp_speculator": Plan(LK),
+    "mtp": Plan(LK, tuning_steps=64),
 }
 
 
@@ -86,7 +86,7 @@ def main(
         trainings = [run for runs in per_seed for run in runs]
         console.print(f"\n[bold]{algorithm}[/]: {len(trainings)} drafts")
         capture(trainings[0], cores)
-        if plan.untuned:
+        if plan.tuning_steps:
             train([runs[0] for runs in per_seed], cores)
         train_and_evaluate(
             trainings, assets.target, benchmarks, report, new_tokens=NEW_TOKENS, cores=cores
