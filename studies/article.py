@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -20,6 +21,8 @@ from demo.assets import prepare
 from demo.training import ROOT, RUNS, Training, console, train
 from studies.running import BATCH, STUDY, capture, publish, train_and_evaluate
 
+#: Optimizer steps from scratch.
+STEPS = 96
 NEW_TOKENS = 16
 
 
@@ -30,7 +33,7 @@ class Plan:
     Attributes:
         losses: names of losses or of `demo.training.VARIANTS`, baseline first.
         tuning_steps: where every loss fine-tunes a module that was trained for one position, for
-            how many steps; otherwise every loss trains for one pass.
+            how many steps; otherwise every loss trains from scratch.
     """
 
     losses: tuple[str, ...]
@@ -38,14 +41,11 @@ class Plan:
 
     def trainings(self, algorithm: str, seed: int) -> list[Training]:
         """The runs of one seed; what others start from comes first."""
-        parent = STUDY / "article"
+        scratch = partial(Training, algorithm, seed=seed, parent=STUDY / "article", batch=BATCH)
         if self.tuning_steps is None:
-            return [Training(algorithm, loss, seed, parent, 1, BATCH) for loss in self.losses]
-        start = Training(algorithm, "untuned", seed, parent, 1, BATCH)
-        tuned = [
-            Training(algorithm, loss, seed, parent, 1, BATCH, self.tuning_steps, start)
-            for loss in self.losses
-        ]
+            return [scratch(loss, max_steps=STEPS) for loss in self.losses]
+        start = scratch("untuned", max_steps=STEPS)
+        tuned = [scratch(loss, max_steps=self.tuning_steps, start=start) for loss in self.losses]
         return [start, *tuned]
 
 
@@ -54,7 +54,7 @@ PLANS: Final = {
     "eagle3": Plan(("kl", "tv", "lk_fixed", "lk_alpha", "lk_lambda")),
     "medusa": Plan(LK),
     "mlp_speculator": Plan(LK),
-    "mtp": Plan(LK, tuning_steps=64),
+    "mtp": Plan(LK, tuning_steps=48),
 }
 
 

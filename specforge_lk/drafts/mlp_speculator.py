@@ -104,6 +104,8 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
     """A recurrent chain of heads; see the module's docstring."""
 
     config_class = MLPSpeculatorConfig
+    #: What the published layout puts before the names of tensors.
+    base_model_prefix = "speculator"
 
     def __init__(self, config: MLPSpeculatorConfig) -> None:
         super().__init__(config)

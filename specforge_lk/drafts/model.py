@@ -111,6 +111,8 @@ class HeadDraftModel(PreTrainedModel, ABC):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write config.json and safetensors in the layout that serving engines load."""
         state = options.pop("state_dict", None) or self.state_dict()
+        # What config.json says of the dtype is read off the model, which export builds in bfloat16.
+        self.to(next(value.dtype for value in state.values() if value.is_floating_point()))
         super().save_pretrained(save_directory, state_dict=self.engine_state(state), **options)
 
     def token_ids(self) -> torch.Tensor:
