@@ -117,6 +117,8 @@ def _train(drafts: Sequence[ServedDraft], cores: int) -> None:
         threads=cores,
     )
     train(drafts, cores)
+    for draft in drafts:
+        draft.write_served()
 
 
 class Check:
@@ -305,7 +307,7 @@ class Check:
 
 
 def _files(draft: ServedDraft) -> list[Path]:
-    return sorted(draft.draft.iterdir())
+    return sorted(draft.served.iterdir())
 
 
 def _side(record: compare.Record) -> Side:

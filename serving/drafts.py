@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from demo.training import CONFIGS, RUNS, Training
+from serving.mimo import write_mimo
 from specforge_lk.report import write_text
 
 SERVING = RUNS / "serving"
@@ -28,27 +29,26 @@ class ServedDraft(Training):
         method: vLLM's name of the algorithm; None where it has a loader but cannot serve.
         hf_overrides: keys that the target's config needs for vLLM to build the draft.
         runs: temperature and drafting of every comparison.
-        max_steps: optimizer steps after which training ends; None for the whole pass.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     runs: tuple[tuple[float, Sampling], ...] = ((0.0, "greedy"),)
-    max_steps: int | None = None
-
-    @property
-    def command(self) -> list[str]:
-        limit = [f"training.max_steps={self.max_steps}"] if self.max_steps else []
-        return [*super().command, *limit]
-
-    @property
-    def steps(self) -> int:
-        return min(super().steps, self.max_steps or super().steps)
 
     @property
     def name(self) -> str:
         return self.parent.name
+
+    @property
+    def served(self) -> Path:
+        """The folder that vLLM is given."""
+        return self.parent / "mimo" if self.algorithm == "mtp" else self.draft
+
+    def write_served(self) -> None:
+        """Write `served` where that is not the exported draft itself."""
+        if self.served != self.draft:
+            write_mimo(self.draft, self.served)
 
     @property
     def config_path(self) -> Path:
@@ -68,7 +68,7 @@ class ServedDraft(Training):
 
     def speculative_config(self, sampling: Sampling) -> dict[str, Any]:
         """vLLM's ``speculative_config`` of this draft."""
-        config = {"method": self.method, "model": str(self.draft), "num_speculative_tokens": HEADS}
+        config = {"method": self.method, "model": str(self.served), "num_speculative_tokens": HEADS}
         if sampling == "probabilistic":
             config |= {
                 "draft_sample_method": "probabilistic",
@@ -81,14 +81,14 @@ def _draft(name: str, algorithm: str, **options: Any) -> ServedDraft:
     return ServedDraft(algorithm, "lk_lambda", 0, SERVING / name, epochs=1, batch=2, **options)
 
 
-#: One pass over the samples. Heads with the whole vocabulary are twelve times the work, and to
-#: see whether they are loaded and read rightly they need not be good: those take fewer steps.
+#: One pass over the samples for EAGLE-3, half of one for MEDUSA. Heads with the whole vocabulary
+#: are twelve times the work; to see whether they are loaded and read rightly they need not be good.
 DRAFTS = (
     _draft(
         "eagle3",
         "eagle3",
         # vLLM numbers a layer's INPUT where SpecForge numbers its output, and reads this key
-        # before eagle_config; as exported otherwise, a draft would be given the wrong layers.
+        # before eagle_config; without it, a draft is served with the wrong layers.
         changes={"eagle_aux_hidden_state_layer_ids": [3, 15, 27]},
         method="eagle3",
         runs=((0.0, "greedy"), (1.0, "probabilistic"), (1.0, "greedy")),
@@ -100,13 +100,23 @@ DRAFTS = (
         changes={"original_lm_head": True},
         method="medusa",
         runs=((0.0, "greedy"), (1.0, "greedy")),
+        max_steps=64,
     ),
     _draft(
         "medusa-own-heads",
         "medusa",
         changes={"draft_vocab_size": 49152},
         method="medusa",
-        max_steps=32,
+        max_steps=16,
+    ),
+    _draft(
+        "mtp",
+        "mtp",
+        method="mtp",
+        # vLLM builds the module from the target's config.
+        hf_overrides={"num_nextn_predict_layers": 1},
+        runs=((0.0, "greedy"), (1.0, "probabilistic")),
+        max_steps=48,
     ),
     _draft(
         "mlp_speculator",
@@ -114,6 +124,6 @@ DRAFTS = (
         # vLLM's class has the whole vocabulary; tied, it is a third of the parameters.
         changes={"draft_vocab_size": 49152, "tie_weights": True},
         runs=(),
-        max_steps=32,
+        max_steps=16,
     ),
 )
