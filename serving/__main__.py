@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from demo.__main__ import RESPONSES, SAMPLES
 from demo.assets import Assets, prepare
-from demo.training import ROOT, RUNS, console, execute, fail, train
+from demo.training import CONFIGS, ROOT, RUNS, console, execute, fail, train
 from serving import compare
-from serving.drafts import DRAFTS, HEADS, SERVING, Sampling, ServedDraft
+from serving.drafts import DRAFTS, FEATURES, HEADS, SERVING, Sampling, ServedDraft
 from serving.engine import ENVIRONMENT
 from serving.report import Comparison, ServingReport, Side, Speculator, show, write
 from specforge_lk.conversations import prompt_ids
@@ -36,9 +36,8 @@ from specforge_lk.decode.target import Target
 from specforge_lk.report import versions, write_text
 
 JOBS = SERVING / "jobs"
-#: Of each benchmark.
-PROMPTS = 16
-NEW_TOKENS = 48
+#: Prompts that we decode at once.
+BATCH = 16
 SEED = 0
 #: Largest difference of logits, relative to their spread, that float32 explains.
 LOGIT_ERROR = 1e-4
@@ -51,6 +50,12 @@ def main(
     drafts: Annotated[str, typer.Option(help="Drafts to check.")] = " ".join(
         draft.name for draft in DRAFTS
     ),
+    given: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR: check this exported draft instead of training one."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each benchmark.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Longest response.")] = 48,
     publish: Annotated[
         Path | None, typer.Option(help="Also write the report here: a .json, .md beside it.")
     ] = None,
@@ -65,26 +70,32 @@ def main(
             f"{' '.join(sorted(unknown))}: name drafts of {', '.join(known)}",
             param_hint="--drafts",
         )
-    chosen = [known[name] for name in drafts.split()]
+    paths = dict(value.split("=", 1) for value in given or [])
+    if unknown := set(paths) - set(drafts.split()):
+        raise typer.BadParameter(
+            f"{' '.join(sorted(unknown))}: not among --drafts", param_hint="--given"
+        )
+    chosen = [
+        replace(known[name], given=Path(paths[name]) if name in paths else None)
+        for name in drafts.split()
+    ]
 
     assets = prepare(RUNS)
     _train(chosen, cores)
-    check = Check(assets, engine)
+    check = Check(assets, engine, prompts, new_tokens)
     report = ServingReport(
         settings={
             "target": str(assets.target),
-            "prompts": f"{PROMPTS} of {' and '.join(assets.benchmarks)} each",
-            "new tokens": NEW_TOKENS,
+            "prompts": f"{prompts} each of {' and '.join(assets.benchmarks)}",
+            "new tokens": new_tokens,
             "drafted tokens per step": HEADS,
             "dtype": "float32",
         },
         versions=versions() | check.engine_versions,
         training={
-            draft.name: {
-                "command": shlex.join(draft.command),
-                "steps": draft.steps,
-                "seconds": draft.seconds,
-            }
+            draft.name: {"draft": str(draft.given)}
+            if draft.given
+            else {"command": shlex.join(draft.command), "steps": draft.steps}
             for draft in chosen
         },
     )
@@ -106,17 +117,18 @@ def main(
 
 
 def _train(drafts: Sequence[ServedDraft], cores: int) -> None:
-    """Capture features and train the drafts that are not there yet."""
-    for draft in drafts:
+    """Capture features and train the drafts that are not there yet; write what vLLM reads."""
+    wanted = [draft for draft in drafts if draft.given is None]
+    for draft in wanted:
         draft.write_config()
-    mapping = next((draft.vocab_mapping for draft in drafts if draft.vocab_mapping), None)
-    execute(
-        *("specforge-lk", "capture", "--config", "configs/smollm2-135m/eagle3.yaml"),
-        *("--responses", RESPONSES, "--limit", SAMPLES, "--out", drafts[0].features),
-        *(("--vocab-mapping", mapping) if mapping else ()),
-        threads=cores,
-    )
-    train(drafts, cores)
+    if wanted:
+        execute(
+            *("specforge-lk", "capture", "--config", CONFIGS / "eagle3.yaml"),
+            *("--responses", RESPONSES, "--limit", SAMPLES, "--out", FEATURES),
+            *("--vocab-mapping", FEATURES.parent / "vocab_mapping.pt"),
+            threads=cores,
+        )
+        train(wanted, cores)
     for draft in drafts:
         draft.write_served()
 
@@ -127,10 +139,13 @@ class Check:
     Args:
         assets: target and benchmarks.
         engine: Python of vLLM's environment.
+        count: prompts of each benchmark.
+        new_tokens: longest response.
     """
 
-    def __init__(self, assets: Assets, engine: Path) -> None:
+    def __init__(self, assets: Assets, engine: Path, count: int, new_tokens: int) -> None:
         self.assets = assets
+        self.count, self.new_tokens = count, new_tokens
         self.engine = engine.absolute()
         if not self.engine.exists():
             fail(f"{engine} does not exist; `make serve-check` makes vLLM's environment")
@@ -148,7 +163,7 @@ class Check:
                 [{"role": "user", "content": user_turns(row, str(path))[0]}],
             )
             for path in self.assets.benchmarks.values()
-            for row in read_rows(str(path))[:PROMPTS]
+            for row in read_rows(str(path))[: self.count]
         ]
 
     @cached_property
@@ -191,7 +206,7 @@ class Check:
         return {
             "target": str(self.assets.target),
             "prompts": self.prompts,
-            "max_tokens": NEW_TOKENS,
+            "max_tokens": self.new_tokens,
             "temperature": temperature,
             **options,
         }
@@ -209,8 +224,8 @@ class Check:
         prefills = Prefills(self.target, draft.capture_layers)
         records: list[compare.Record | None] = [None] * len(self.prompts)
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        for start in range(0, len(order), PROMPTS):
-            batch = order[start : start + PROMPTS]
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
             generations = generate(
                 self.target,
                 draft,
@@ -218,7 +233,7 @@ class Check:
                 heads=HEADS,
                 temperature=temperature,
                 greedy_draft=sampling == "greedy",
-                max_new_tokens=NEW_TOKENS,
+                max_new_tokens=self.new_tokens,
                 prefills=prefills,
                 generator=generator,
             )

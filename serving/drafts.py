@@ -10,14 +10,18 @@ from typing import Any, Literal
 import yaml
 
 from demo.training import CONFIGS, RUNS, Training
-from serving.mimo import write_mimo
+from serving.layouts import write_eagle3, write_mimo
 from specforge_lk.report import write_text
 
 SERVING = RUNS / "serving"
+#: Every draft here reads what EAGLE-3 reads, or a part of it: one capture serves all.
+FEATURES = RUNS / "features" / "train"
 #: Drafted tokens per step, K.
 HEADS = 4
 
 Sampling = Literal["greedy", "probabilistic"]
+#: Algorithms whose exported drafts vLLM reads in another form.
+LAYOUTS = {"eagle3": write_eagle3, "mtp": write_mimo}
 
 
 @dataclass(frozen=True)
@@ -29,26 +33,32 @@ class ServedDraft(Training):
         method: vLLM's name of the algorithm; None where it has a loader but cannot serve.
         hf_overrides: keys that the target's config needs for vLLM to build the draft.
         runs: temperature and drafting of every comparison.
+        given: a draft that was exported before, to check instead of training one.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     runs: tuple[tuple[float, Sampling], ...] = ((0.0, "greedy"),)
+    given: Path | None = None
 
     @property
     def name(self) -> str:
         return self.parent.name
 
     @property
+    def draft(self) -> Path:
+        return self.given or super().draft
+
+    @property
     def served(self) -> Path:
         """The folder that vLLM is given."""
-        return self.parent / "mimo" if self.algorithm == "mtp" else self.draft
+        return self.parent / "served" if self.algorithm in LAYOUTS else self.draft
 
     def write_served(self) -> None:
         """Write `served` where that is not the exported draft itself."""
-        if self.served != self.draft:
-            write_mimo(self.draft, self.served)
+        if self.algorithm in LAYOUTS:
+            LAYOUTS[self.algorithm](self.draft, self.served)
 
     @property
     def config_path(self) -> Path:
@@ -58,8 +68,7 @@ class ServedDraft(Training):
         """Write config.yaml and draft.json of this training from the committed ones."""
         config = yaml.safe_load((CONFIGS / f"{self.algorithm}.yaml").read_text())
         draft = json.loads(Path(config["model"]["draft_model_config"]).read_text()) | self.changes
-        # Every draft here reads what EAGLE-3 reads, or a part of it: one capture serves all.
-        config["data"]["hidden_states_path"] = str(RUNS / "features" / "train")
+        config["data"]["hidden_states_path"] = str(FEATURES)
         config["model"]["draft_model_config"] = str(self.parent / "draft.json")
         if draft.get("draft_vocab_size", draft["vocab_size"]) == draft["vocab_size"]:
             config["model"].pop("vocab_mapping_path", None)
@@ -87,9 +96,6 @@ DRAFTS = (
     _draft(
         "eagle3",
         "eagle3",
-        # vLLM numbers a layer's INPUT where SpecForge numbers its output, and reads this key
-        # before eagle_config; without it, a draft is served with the wrong layers.
-        changes={"eagle_aux_hidden_state_layer_ids": [3, 15, 27]},
         method="eagle3",
         runs=((0.0, "greedy"), (1.0, "probabilistic"), (1.0, "greedy")),
     ),
@@ -107,7 +113,7 @@ DRAFTS = (
         "medusa",
         changes={"draft_vocab_size": 49152},
         method="medusa",
-        max_steps=16,
+        max_steps=8,
     ),
     _draft(
         "mtp",
@@ -116,7 +122,7 @@ DRAFTS = (
         # vLLM builds the module from the target's config.
         hf_overrides={"num_nextn_predict_layers": 1},
         runs=((0.0, "greedy"), (1.0, "probabilistic")),
-        max_steps=48,
+        max_steps=24,
     ),
     _draft(
         "mlp_speculator",
@@ -124,6 +130,6 @@ DRAFTS = (
         # vLLM's class has the whole vocabulary; tied, it is a third of the parameters.
         changes={"draft_vocab_size": 49152, "tie_weights": True},
         runs=(),
-        max_steps=16,
+        max_steps=8,
     ),
 )

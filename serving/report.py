@@ -180,9 +180,9 @@ def markdown(report: ServingReport) -> str:
     lines += [f"- {_difference(c, d)}" for c in report.comparisons for d in c.first_differences]
     if report.speculator is not None:
         lines += ["", *speculator_lines(report.speculator)]
-    lines += ["", "| draft | trained with | steps | seconds |", "|---|---|---|---|"]
+    lines += ["", "| draft | made by | steps |", "|---|---|---|"]
     lines += [
-        f"| {name} | `{t['command']}` | {t['steps']} | {t['seconds']} |"
+        f"| {name} | `{t.get('command', t.get('draft'))}` | {t.get('steps', 'given')} |"
         for name, t in report.training.items()
     ]
     lines += ["", "| setting | |", "|---|---|"]

@@ -1,11 +1,16 @@
 """The comparison of a serving engine with our decoding finds what differs, and nothing else."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from serving import compare
 from serving.compare import Record
+from serving.layouts import write_mimo
 
 HEADS = 4
 
@@ -73,3 +78,42 @@ def test_the_first_differing_token_and_its_gap_are_reported():
     assert near.gap == pytest.approx(0.0005) and near.near_tie
     assert (wrong.found, wrong.gap, wrong.near_tie) == (8, None, False)
     assert longer.position == 2 and not longer.near_tie
+
+
+def test_an_mtp_module_becomes_vllms_mimo(tmp_path):
+    size, heads, prefix = 8, 2, "model.layers.3."
+    weights = {
+        f"{prefix}{name}.weight": torch.randn(shape)
+        for name, shape in {
+            "embed_tokens": (20, size),
+            "enorm": (size,),
+            "hnorm": (size,),
+            "eh_proj": (size, 2 * size),
+            "shared_head.norm": (size,),
+            "shared_head.head": (20, size),
+            "self_attn.q_proj": (size, size),
+            "self_attn.k_proj": (size // 2, size),
+            "self_attn.v_proj": (size // 2, size),
+            "mlp.gate_proj": (16, size),
+        }.items()
+    }
+    config = {"hidden_size": size, "num_attention_heads": heads, "num_hidden_layers": 3}
+    draft, served = tmp_path / "draft", tmp_path / "served"
+    draft.mkdir()
+    save_file(weights, draft / "model.safetensors")
+    (draft / "config.json").write_text(json.dumps(config))
+    write_mimo(draft, served)
+
+    written = load_file(served / "model.safetensors")
+    assert all(name.startswith("model.mtp_layers.0.") for name in written)
+    assert not any("embed_tokens" in name or "shared_head" in name for name in written)
+    embedded, state = torch.randn(2, size), torch.randn(2, size)
+    there = torch.cat([state, embedded], -1) @ written["model.mtp_layers.0.input_proj.weight"].T
+    here = torch.cat([embedded, state], -1) @ weights[f"{prefix}eh_proj.weight"].T
+    torch.testing.assert_close(there, here)
+    # vLLM would not notice that they are missing.
+    assert not written["model.mtp_layers.0.self_attn.k_proj.bias"].any()
+
+    (draft / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    with pytest.raises(ValueError, match="head_dim 16"):
+        write_mimo(draft, served)
