@@ -19,6 +19,8 @@ import numpy as np
 NEAR_TIE = 1e-3
 #: Share of prompts that may differ at temperature 0, near-ties being rare.
 DIFFERING = 1 / 16
+#: Accepted tokens of the first position without which a comparison would say nothing.
+EVIDENCE = 10
 #: Probability that any interval of one comparison misses although nothing differs.
 FAMILY_ERROR = 0.05
 
@@ -106,7 +108,8 @@ class Agreement:
         intervals: [K] of the difference of acceptance per step, engine minus ours; together they
             hold with 95 %.
         differing: prompts whose records differ; None where both sides sampled.
-        passed: whether every interval contains 0, and few enough prompts differ.
+        passed: whether every interval contains 0, few enough prompts differ, and enough tokens
+            were accepted to tell.
     """
 
     engine: Record
@@ -132,6 +135,7 @@ def agreement(engine: Sequence[Record], ours: Sequence[Record], deterministic: b
         for a, b in zip(sums[0].accepted, sums[1].accepted, strict=True)
     ]
     within = all(low <= 0 <= high for low, high in intervals)
+    within = within and sums[1].accepted[0] >= EVIDENCE
     differing = None
     if deterministic:
         differing = sum(a != b for a, b in zip(engine, ours, strict=True))

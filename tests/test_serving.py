@@ -57,6 +57,9 @@ def test_sampled_acceptance_agrees_within_its_intervals():
     assert sum(verdicts) >= 45
     lower = compare.agreement(decode(rng, (0.14, *rates[1:])), ours, deterministic=False)
     assert not lower.passed and lower.intervals[0][1] < 0
+    # Nothing accepted on either side: nothing was compared.
+    nothing = decode(rng, (0, 0, 0, 0))
+    assert not compare.agreement(nothing, nothing, deterministic=True).passed
     # A position that is never accepted has an interval as well.
     never = compare.agreement(decode(rng, (0.2, 0.2, 0, 0)), ours, deterministic=False)
     assert all(low < high for low, high in never.intervals)
