@@ -90,8 +90,8 @@ def _draft(name: str, algorithm: str, loss: str = "lk_lambda", **options: Any) -
     return ServedDraft(algorithm, loss, 0, SERVING / name, epochs=1, batch=2, **options)
 
 
-#: Drafts with the whole vocabulary are twelve times the work of one with 4096 tokens. To see whether
-#: they are loaded and read rightly they need not be good, but some of their tokens must be accepted.
+#: The whole vocabulary is twelve times the work of 4096 tokens. To see whether drafts are loaded
+#: and read rightly they need not be good, but some of their tokens must be accepted.
 DRAFTS = (
     _draft(
         "eagle3",
