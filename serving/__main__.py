@@ -27,7 +27,7 @@ from demo.training import CONFIGS, ROOT, RUNS, console, execute, fail, train
 from serving import compare
 from serving.drafts import DRAFTS, FEATURES, HEADS, SERVING, Sampling, ServedDraft
 from serving.engine import ENVIRONMENT
-from serving.report import Comparison, ServingReport, Side, Speculator, show, write
+from serving.report import Comparison, ServingReport, Side, Speculator, continued, show, write
 from specforge_lk.conversations import prompt_ids
 from specforge_lk.decode.drafts import Draft, load_draft
 from specforge_lk.decode.generate import Prefills, generate
@@ -106,7 +106,8 @@ def main(
         if draft.algorithm == "mlp_speculator":
             console.print(f"\n[bold]{draft.name}[/], loaded into vLLM's class")
             report.speculator = check.speculator(draft)
-        write(report, SERVING / "report.json")
+        write(continued(report, SERVING / "report.json"), SERVING / "report.json")
+    report = continued(report, SERVING / "report.json")
     show(report, console)
     written = write(report, SERVING / "report.json") + (write(report, publish) if publish else [])
     for path in written:
@@ -248,7 +249,10 @@ class Check:
         """Serve the prompts with a draft, decode them here, and compare."""
         speculative = draft.speculative_config(sampling)
         job = self._job(
-            temperature, speculative_config=speculative, hf_overrides=draft.hf_overrides
+            temperature,
+            speculative_config=speculative,
+            hf_overrides=draft.hf_overrides,
+            options=draft.options,
         )
         name = f"{draft.name}-T{temperature:g}-{sampling}"
         served = self._run("serving.engine", name, job, _files(draft))
@@ -291,7 +295,7 @@ class Check:
             counters=served["counters"],
             counters_agree=agree,
             speculative_config=speculative,
-            hf_overrides=draft.hf_overrides,
+            options={"hf_overrides": draft.hf_overrides} | draft.options,
             passed=found.passed and agree and all(m.near_tie for m in mismatches),
         )
 

@@ -36,6 +36,7 @@ class Job:
         temperature: of the target, and of the draft where it samples.
         speculative_config: vLLM's; None to generate without a draft.
         hf_overrides: vLLM's, of the target's config.
+        options: further arguments of vLLM's ``LLM``.
         logprobs: log-probabilities per token to return, the sampled token's among them.
     """
 
@@ -45,6 +46,7 @@ class Job:
     temperature: float
     speculative_config: dict[str, Any] | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     logprobs: int | None = None
 
 
@@ -100,6 +102,7 @@ def run(job: Job) -> Served:
         disable_log_stats=False,
         per_request_spec_decode_metrics="detailed" if job.speculative_config else "none",
         seed=0,
+        **job.options,
     )
     check_expansion()
     sampling = SamplingParams(

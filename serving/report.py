@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -58,7 +58,7 @@ class Comparison(_Strict):
     counters: dict[str, Any]
     counters_agree: bool
     speculative_config: dict[str, Any]
-    hf_overrides: dict[str, Any]
+    options: dict[str, Any]
     passed: bool
 
 
@@ -89,6 +89,26 @@ class ServingReport(_Strict):
         """Whether every part of the check passed."""
         parts = [c.passed for c in self.comparisons]
         return all(parts) and (self.speculator is None or self.speculator.passed)
+
+
+def continued(report: ServingReport, path: Path) -> ServingReport:
+    """``report`` with what the one at ``path`` says of other drafts, found with these settings."""
+    if not path.exists():
+        return report
+    try:
+        old = ServingReport.model_validate_json(path.read_text())
+    except ValidationError:
+        return report
+    if (old.settings, old.versions) != (report.settings, report.versions):
+        return report
+    kept = [c for c in old.comparisons if c.draft not in report.training]
+    return report.model_copy(
+        update={
+            "training": old.training | report.training,
+            "comparisons": kept + report.comparisons,
+            "speculator": report.speculator or old.speculator,
+        }
+    )
 
 
 HEADER = (
