@@ -57,7 +57,7 @@ def save(rows: list[dict], path: Path) -> Path:
 
 def invoke(source: Path, out: Path, *more: str):
     arguments = ["data", "--source", str(source), "--out", str(out), *more]
-    return CliRunner().invoke(app, arguments, env={"HF_HUB_OFFLINE": "1"})
+    return CliRunner().invoke(app, arguments)
 
 
 def run(*args) -> str:
@@ -192,7 +192,8 @@ def test_a_malformed_row_is_named_and_loses_nothing(damage: dict, message: str, 
     assert read(out) == [row for row in wanted(released(6)) if row["source_row"] != 3]
 
 
-def test_bad_sources(tmp_path: Path):
+def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source, out = save(released(2), tmp_path / "set.jsonl"), tmp_path / "out.jsonl"
     (tmp_path / "set.csv").write_text("id\n1\n")
     (tmp_path / "torn.jsonl").write_text('{"id": 1, "conver')

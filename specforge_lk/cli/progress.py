@@ -65,7 +65,11 @@ class ProgressBar:
         """Print a line above the bar, at most one in `NOTE_INTERVAL` seconds."""
         if time.monotonic() - self._last_note > NOTE_INTERVAL:
             self._last_note = time.monotonic()
-            self._progress.console.print(Text(text, "yellow"), soft_wrap=True)
+            self.print(text)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(Text(text, "yellow"), soft_wrap=True)
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
