@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from specforge_lk import published
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -116,6 +118,7 @@ class Report(_Strict):
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     command: list[str] = []
+    published: str | None = Field(None, description="target in the paper's tables to compare with")
 
     def find(self, key: tuple, fingerprint: str) -> Result | None:
         """The result with this key, if it was measured with the same settings and files."""
@@ -232,6 +235,42 @@ def paired_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return _without_constant(header, rows)
 
 
+def published_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of sampled τ beside the paper's, a row per draft and T; no rows without one.
+
+    The mean is there once all three benchmarks are measured.
+    """
+    header = ["T", "draft", "seed", "drafting", "K (paper)"]
+    header += [f"{name} (paper)" for name in (*published.BENCHMARKS, "mean")]
+    measured: dict[tuple, dict[int, float]] = {}
+    for r in sorted(report.results, key=_table_order):
+        benchmark = published.find_benchmark(r.benchmark)
+        if r.tau is not None and benchmark is not None:
+            key = (r.temperature, r.algorithm, r.loss, r.seed, r.draft_sampling, r.heads)
+            measured.setdefault(key, {})[benchmark] = r.tau
+    drafts = published.PUBLISHED.get(report.published or "", {})
+    rows = []
+    for (temperature, algorithm, loss, seed, sampling, heads), taus in measured.items():
+        paper = drafts.get((algorithm, loss), {}).get(temperature)
+        if paper is None:
+            continue
+        count = len(published.BENCHMARKS)
+        ours = [taus.get(benchmark) for benchmark in range(count)]
+        ours.append(mean(taus.values()) if len(taus) == count else None)
+        theirs = [*(paper.each or [None] * count), paper.mean]
+        rows.append(
+            [
+                f"{temperature:g}",
+                f"{algorithm} {loss}",
+                str(seed),
+                sampling,
+                f"{heads} ({published.HEADS[algorithm]})",
+                *(f"{_number(a, 2)} ({_number(b, 2)})" for a, b in zip(ours, theirs, strict=True)),
+            ]
+        )
+    return _without_constant(header, rows)
+
+
 def _over_seeds(values: Sequence[float], form: str = ".3f") -> str:
     """Mean of one value per seed, and the least and the greatest of them."""
     if not values:
@@ -297,6 +336,14 @@ def render_markdown(report: Report) -> str:
             "those of held-out responses. Every seed by itself, with its intervals, is below.",
             _table(*seed_rows(report)),
             "## Every measurement",
+        ]
+    compared = published_rows(report)
+    if compared[1]:
+        parts += [
+            "## Beside the paper",
+            f"Sampled τ with {report.published}, in parentheses that of arXiv 2602.23881: all "
+            "prompts of each benchmark, drafts sampled (`probabilistic`), K as given.",
+            _table(*compared),
         ]
     if report.paired:
         parts += [
