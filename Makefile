@@ -10,7 +10,8 @@ TORCH  ?= torch==2.13.0
 LOSSES ?= kl lk_lambda
 # Object store of server-streamed training; it needs the Debian packages libibverbs1 and librdmacm1.
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
-# Options of `make study`, such as `--algorithms dflash`; `python -m studies.trainers --help`.
+# Options of `make study` and `make article`, such as `--algorithms dflash` or `--drafts medusa`;
+# `python -m studies.trainers --help`, `python -m studies.article --help`.
 STUDY  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
@@ -24,7 +25,7 @@ PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 CHOICE := $(VENV)/.torch-choice
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online study bench lint clean force
+.PHONY: help setup demo test test-online study article bench lint clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +65,9 @@ test-online: $(READY) ## test server-streamed training, with a real Mooncake on 
 
 study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
 	@$(BIN)/python -m studies.trainers $(STUDY)
+
+article: $(READY) ## train the article's drafts with its losses; continues if interrupted
+	@$(BIN)/python -m studies.article $(STUDY)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)
