@@ -61,8 +61,11 @@ class Decoder:
     def __init__(self, requests: int) -> None:
         generator = torch.Generator().manual_seed(0)
         vocab, hot = harness.VOCAB, harness.HOT
-        self.target_logits = 1.5 * torch.randn(vocab, vocab, generator=generator)
-        self.draft_logits = 1.5 * torch.randn(vocab, len(hot), generator=generator)
+        # A draft worth serving: its vocabulary covers most of p, and q resembles p there.
+        self.target_logits = torch.randn(vocab, vocab, generator=generator)
+        self.target_logits[:, hot] += 1
+        noise = torch.randn(vocab, len(hot), generator=generator)
+        self.draft_logits = self.target_logits[:, hot] + 0.7 * noise
         self.worker = harness.make_worker(self.draft_logits, hot)
         self.worker.server_args.max_running_requests = requests
         self.worker._rebuild_topk1_chain_buffers()
