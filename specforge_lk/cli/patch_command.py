@@ -127,13 +127,12 @@ def apply(
         found, series = _find(package, target)
         done = patching.apply(found, series, tests=tests)
     if done.unchanged:
-        _say(f"already applied: {len(series.patches)} patches, nothing to do")
+        _say(f"already applied: {_count(series)}, nothing to do")
         return
     if done.replaced:
         _say(f"reverted {done.replaced} first")
     _say(
-        f"applied {len(series.patches)} patches to {found.package.title} {found.version} in "
-        f"{found.root}: "
+        f"applied {_count(series)} to {found.package.title} {found.version} in {found.root}: "
         f"{len(done.files)} files changed"
     )
 
@@ -159,6 +158,10 @@ def revert(
 def _find(package: str, path: Path | None) -> tuple[patching.Target, patching.Series]:
     target = patching.find_target(patching.PACKAGES[package], path)
     return target, patching.load_series(target.package, target.version)
+
+
+def _count(series: patching.Series) -> str:
+    return "1 patch" if len(series.patches) == 1 else f"{len(series.patches)} patches"
 
 
 @contextmanager
