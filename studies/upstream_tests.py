@@ -2,9 +2,9 @@
 
 The tests are in SpecForge's repository, not in its wheel. So the trees compared are a checkout
 with its ``specforge/`` replaced by that of the released wheel, and the same tree with the series
-applied, tests included. Every test file runs in a process of its own, first in one tree, then in
-the other; an interrupted run continues. The machine may lack GPUs, SGLang and a network: what
-counts is which outcomes differ.
+applied, tests included. Every directory of tests runs in a process of its own, first in one tree,
+then in the other; an interrupted run continues. The machine may lack GPUs, SGLang and a network:
+what counts is which outcomes differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree
@@ -31,7 +31,13 @@ import typer
 from rich.console import Console
 
 from benchmarks.baselines import SPECFORGE, wheel
-from specforge_lk.patching import Series, git_apply, load_series, series_root
+from specforge_lk.patching import (
+    PatchFailedError,
+    Series,
+    git_apply,
+    load_series,
+    series_root,
+)
 
 ROOT = Path(__file__).parent.parent
 WORK = Path("runs/upstream-tests")
@@ -83,23 +89,19 @@ def main(
     os.chdir(ROOT)
     series = load_series(VERSION)
     trees = {"before": _tree(repository, commit, None), "after": _tree(repository, commit, series)}
-    files = sorted(
-        {
-            path.relative_to(tree).as_posix()
-            for tree in trees.values()
-            for path in (tree / "tests").rglob("test_*.py")
-        }
-    )
-    outcomes: dict[str, Outcomes] = {when: {} for when in trees}
-    for number, file in enumerate(files, 1):
-        line = []
+    outcomes = {when: Outcomes() for when in trees}
+    for directory in sorted({path for tree in trees.values() for path in _directories(tree)}):
         for when, tree in trees.items():
-            found = _outcomes(tree, file)
+            found = _outcomes(tree, directory)
             outcomes[when] |= found
-            line.append(f"{when} {_counted(Counter(found.values()))}")
-        console.print(f"[{number}/{len(files)}] {file}: {'; '.join(line)}", markup=False)
+            counts = Counter(found.values())
+            console.print(f"{directory}: {when} {_counted(counts)}", markup=False)
 
-    report = _report(outcomes, _commit(repository, commit))
+    report = {
+        "commit": _git(repository, "show", "--no-patch", "--format=%H of %cs", commit),
+        "plain": _plain(repository, commit, series),
+        **_report(outcomes),
+    }
     _write(WORK / "report.json", report)
     if publish is not None:
         _write(publish, report)
@@ -112,11 +114,7 @@ def _tree(repository: Path, commit: str, series: Series | None) -> Path:
     """The checkout with the wheel's package, patched by ``series``; named by its content."""
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as scratch:
-        root = Path(scratch) / "tree"
-        archive = Path(scratch) / "checkout.tar"
-        _git(repository, "archive", f"--output={archive.resolve()}", commit)
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
+        root = _checkout(repository, commit, Path(scratch))
         shutil.rmtree(root / "specforge")
         shutil.copytree(
             wheel(SPECFORGE) / "specforge",
@@ -135,6 +133,45 @@ def _tree(repository: Path, commit: str, series: Series | None) -> Path:
     return named.resolve()
 
 
+def _checkout(repository: Path, commit: str, directory: Path) -> Path:
+    root, archive = directory / "tree", directory / "checkout.tar"
+    _git(repository, "archive", f"--output={archive.resolve()}", commit)
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    return root
+
+
+def _plain(repository: Path, commit: str, series: Series) -> dict[str, Any]:
+    """How the series fares on the commit's own package, which is not quite the wheel's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = _checkout(repository, commit, Path(scratch))
+        released = wheel(SPECFORGE)
+        sources = {
+            path.relative_to(tree).as_posix()
+            for tree in (root, released)
+            for path in (tree / "specforge").rglob("*.py")
+        }
+        unlike = [
+            path for path in sorted(sources) if _bytes(root / path) != _bytes(released / path)
+        ]
+        touched = {path for patch in series.patches for path in patch.changes}
+        conflicts = {}
+        for patch in series.patches:
+            try:
+                git_apply(root, patch)
+            except PatchFailedError as failure:
+                conflicts[patch.name] = failure.reason
+    return {
+        "unlike the wheel": unlike,
+        "of these patched": sorted(touched.intersection(unlike)),
+        "conflicts": conflicts,
+    }
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
 def _git(repository: Path, *arguments: str) -> str:
     run = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True)
     if run.returncode:
@@ -142,30 +179,44 @@ def _git(repository: Path, *arguments: str) -> str:
     return run.stdout.strip()
 
 
-def _commit(repository: Path, commit: str) -> str:
-    return _git(repository, "show", "--no-patch", "--format=%H of %cs", commit)
+def _directories(tree: Path) -> set[str]:
+    return {
+        path.parent.relative_to(tree).as_posix() for path in (tree / "tests").rglob("test_*.py")
+    }
 
 
-def _outcomes(tree: Path, file: str) -> Outcomes:
-    """Of one test file; {} where the tree has no such file. Kept, so that each runs once."""
-    if not (tree / file).is_file():
-        return {}
-    kept = tree.with_name(f"{tree.name}.outcomes") / f"{file.replace('/', '.')}.json"
-    if not kept.is_file():
-        kept.parent.mkdir(exist_ok=True)
-        _write(kept, _run(tree, file))
-    return json.loads(kept.read_text())
+def _outcomes(tree: Path, directory: str) -> Outcomes:
+    """Of the test files in one directory, not below it. Kept, so that each file runs once."""
+    files = [path.relative_to(tree).as_posix() for path in (tree / directory).glob("test_*.py")]
+    kept = {
+        file: tree.with_name(f"{tree.name}.outcomes") / f"{file.replace('/', '.')}.json"
+        for file in sorted(files)
+    }
+    if waiting := [file for file, path in kept.items() if not path.is_file()]:
+        found = _run(tree, waiting)
+        if found is None:
+            # Something crashed or hung: by themselves, the others are not taken along.
+            found = {
+                file: (_run(tree, [file]) or {file: {file: "error"}})[file] for file in waiting
+            }
+        for file, results in found.items():
+            kept[file].parent.mkdir(exist_ok=True)
+            _write(kept[file], results)
+    return {
+        test: how for path in kept.values() for test, how in json.loads(path.read_text()).items()
+    }
 
 
-def _run(tree: Path, file: str) -> Outcomes:
+def _run(tree: Path, files: Sequence[str]) -> dict[str, Outcomes] | None:
+    """Outcomes by file from one process, or None if it did not come to its end."""
     # The tree comes first, so that it shadows an installed SpecForge.
     path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "junit.xml"
         options = [f"--junitxml={xml}", f"--timeout={TEST_LIMIT}", f"--rootdir={tree}"]
-        quiet = ["-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
+        quiet = ["-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]
         with subprocess.Popen(
-            [sys.executable, "-m", "pytest", *quiet, *options, file],
+            [sys.executable, "-m", "pytest", *quiet, *options, *files],
             cwd=tree,
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "TMPDIR": scratch},
             stdout=subprocess.DEVNULL,
@@ -175,26 +226,28 @@ def _run(tree: Path, file: str) -> Outcomes:
         ) as process:
             try:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(FILE_LIMIT)
+                    process.wait(FILE_LIMIT * len(files))
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-        return _read(xml, file) if xml.is_file() else {file: "error"}
+        return _read(xml, files) if xml.is_file() else None
 
 
-def _read(xml: Path, file: str) -> Outcomes:
-    """Outcomes from pytest's JUnit report; a test with several entries has the worst of them."""
-    module = file.removesuffix(".py").replace("/", ".")
-    outcomes: Outcomes = {}
+def _read(xml: Path, files: Sequence[str]) -> dict[str, Outcomes]:
+    """Outcomes by file from pytest's JUnit report; of a test with several entries the worst."""
+    modules = {file.removesuffix(".py").replace("/", "."): file for file in files}
+    outcomes: dict[str, Outcomes] = {file: {} for file in files}
     for case in ElementTree.parse(xml).iter("testcase"):
-        where = case.get("classname", "")
-        # Without a class it is the file itself, which could not be imported.
-        names = (
-            (file, where.removeprefix(module).strip("."), case.get("name")) if where else (file,)
-        )
+        where, name = case.get("classname", ""), case.get("name", "")
+        # A file that cannot be imported has no class and is named like its module.
+        module = next(m for m in modules if f"{where or name}.".startswith(f"{m}."))
+        file = modules[module]
+        names = (file, where.removeprefix(module).strip("."), name) if where else (file,)
         test = "::".join(filter(None, names))
-        found = [JUNIT[child.tag] for child in case if child.tag in JUNIT]
-        outcomes[test] = max(outcomes.get(test, "passed"), *found, key=OUTCOMES.index)
+        results = [JUNIT[child.tag] for child in case if child.tag in JUNIT]
+        outcomes[file][test] = max(
+            [outcomes[file].get(test, "passed"), *results], key=OUTCOMES.index
+        )
     return outcomes
 
 
@@ -206,7 +259,7 @@ def explanations(folder: Path | None = None) -> dict[str, str]:
     return {test: f"{patch}: {why}" for test, patch, why in rows}
 
 
-def _report(outcomes: Mapping[str, Outcomes], commit: str) -> dict[str, Any]:
+def _report(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     before, after = outcomes["before"], outcomes["after"]
     changed = {
         test: [outcome, after.get(test, ABSENT)]
@@ -218,7 +271,6 @@ def _report(outcomes: Mapping[str, Outcomes], commit: str) -> dict[str, Any]:
     worse = [test for test, (old, new) in changed.items() if _rank(new) > _rank(old)]
     worse += [test for test, outcome in added.items() if outcome in ("failed", "error")]
     return {
-        "commit": commit,
         "specforge": SPECFORGE,
         "patches": [patch.name for patch in load_series(VERSION).patches],
         "environment": {
@@ -282,7 +334,21 @@ def _markdown(report: dict[str, Any]) -> str:
     ]
     lines += ["", "Worse without an explanation in `changed-upstream-tests.txt`: "]
     lines[-1] += ", ".join(f"`{test}`" for test in report["unexplained"]) or "none."
-    lines += ["", "## Tests that fail before and after", ""]
+    plain = report["plain"]
+    lines += [
+        "",
+        "## On the commit's own package",
+        "",
+        f"{len(plain['unlike the wheel'])} source files differ from the wheel's; the series "
+        f"changes {len(plain['of these patched'])} of them: "
+        f"{', '.join(f'`{path}`' for path in plain['of these patched'])}. "
+        f"{len(report['patches']) - len(plain['conflicts'])} of {len(report['patches'])} patches "
+        "apply in order, without fuzz or three-way merge.",
+        *(f"- {patch}: {reason}" for patch, reason in plain["conflicts"].items()),
+        "",
+        "## Tests that fail before and after",
+        "",
+    ]
     lines += [f"- `{test}`: {outcome}" for test, outcome in report["failing in both"].items()]
     return "\n".join(lines) + "\n"
 
