@@ -92,7 +92,7 @@ def main(
     outcomes = {when: Outcomes() for when in trees}
     for directory in sorted({path for tree in trees.values() for path in _directories(tree)}):
         for when, tree in trees.items():
-            found = _outcomes(tree, directory)
+            found = outcomes_in(tree, directory)
             outcomes[when] |= found
             counts = Counter(found.values())
             console.print(f"{directory}: {when} {_counted(counts)}", markup=False)
@@ -100,7 +100,7 @@ def main(
     report = {
         "commit": _git(repository, "show", "--no-patch", "--format=%H of %cs", commit),
         "plain": _plain(repository, commit, series),
-        **_report(outcomes),
+        **compare(outcomes),
     }
     _write(WORK / "report.json", report)
     if publish is not None:
@@ -185,7 +185,7 @@ def _directories(tree: Path) -> set[str]:
     }
 
 
-def _outcomes(tree: Path, directory: str) -> Outcomes:
+def outcomes_in(tree: Path, directory: str) -> Outcomes:
     """Of the test files in one directory, not below it. Kept, so that each file runs once."""
     files = [path.relative_to(tree).as_posix() for path in (tree / directory).glob("test_*.py")]
     kept = {
@@ -251,15 +251,15 @@ def _read(xml: Path, files: Sequence[str]) -> dict[str, Outcomes]:
     return outcomes
 
 
-def explanations(folder: Path | None = None) -> dict[str, str]:
+def explanations() -> dict[str, str]:
     """Why a test is meant to change, by test, from ``changed-upstream-tests.txt``."""
-    path = (folder or series_root() / VERSION) / "changed-upstream-tests.txt"
+    path = series_root() / VERSION / "changed-upstream-tests.txt"
     lines = (line for line in path.read_text().splitlines() if line and not line.startswith("#"))
     rows = (line.split(" | ") for line in lines)
     return {test: f"{patch}: {why}" for test, patch, why in rows}
 
 
-def _report(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
+def compare(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     before, after = outcomes["before"], outcomes["after"]
     changed = {
         test: [outcome, after.get(test, ABSENT)]
