@@ -20,10 +20,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.baselines import SPECFORGE, wheel
-from specforge_lk.patching import git_apply, load_series
+from specforge_lk.patching import PACKAGES, git_apply, load_series
 
 ROOT = Path(__file__).parent.parent
-SERIES = load_series(SPECFORGE.partition("==")[2])
+SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])
 #: The probe of each fix, by the number of the patch; the fixes come first in the series.
 FIXES = {
     1: "without_triton",

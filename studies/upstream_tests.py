@@ -32,6 +32,7 @@ from rich.console import Console
 
 from benchmarks.baselines import SPECFORGE, wheel
 from specforge_lk.patching import (
+    PACKAGES,
     PatchFailedError,
     Series,
     git_apply,
@@ -87,7 +88,7 @@ def main(
         )
     repository, publish = repository.resolve(), publish and publish.resolve()
     os.chdir(ROOT)
-    series = load_series(VERSION)
+    series = load_series(PACKAGES["specforge"], VERSION)
     trees = {"before": _tree(repository, commit, None), "after": _tree(repository, commit, series)}
     outcomes = {when: Outcomes() for when in trees}
     for directory in sorted({path for tree in trees.values() for path in _directories(tree)}):
@@ -253,7 +254,7 @@ def _read(xml: Path, files: Sequence[str]) -> dict[str, Outcomes]:
 
 def explanations() -> dict[str, str]:
     """Why a test is meant to change, by test, from ``changed-upstream-tests.txt``."""
-    path = series_root() / VERSION / "changed-upstream-tests.txt"
+    path = series_root() / "specforge" / VERSION / "changed-upstream-tests.txt"
     lines = (line for line in path.read_text().splitlines() if line and not line.startswith("#"))
     rows = (line.split(" | ") for line in lines)
     return {test: f"{patch}: {why}" for test, patch, why in rows}
@@ -272,7 +273,7 @@ def compare(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     worse += [test for test, outcome in added.items() if outcome in ("failed", "error")]
     return {
         "specforge": SPECFORGE,
-        "patches": [patch.name for patch in load_series(VERSION).patches],
+        "patches": [patch.name for patch in load_series(PACKAGES["specforge"], VERSION).patches],
         "environment": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "transformers", "triton", "sglang")},
