@@ -14,7 +14,7 @@ from specforge_lk.report import Report, Result, published_rows, read_report, ren
 LLAMA = "Llama-3.1-8B-Instruct"
 
 
-def result(benchmark: str, tau: float, **changes) -> Result:
+def result(benchmark: str, tau: float | None, **changes) -> Result:
     fields = {"algorithm": "eagle3", "loss": "lk_lambda", "seed": 0, "temperature": 1.0, "heads": 7}
     fields |= {"draft_sampling": "probabilistic", "alpha_per_head": [], "coverage": None}
     return Result(**{**fields, "benchmark": benchmark, "tau": tau, **changes})
@@ -56,7 +56,7 @@ def test_rows_show_what_is_measured_beside_what_is_published():
         result("alpaca", 9.0),
         result("gsm8k", 9.0, loss="reverse_kl"),
         result("gsm8k", 9.0, temperature=0.7),
-        result("held_out", 9.0, tau=None),
+        result("held_out", None),
     ]
     header, rows = published_rows(Report(results=results, published=LLAMA))
     assert header[3:] == ["MT-bench (paper)", "HumanEval (paper)", "GSM8K (paper)", "mean (paper)"]
