@@ -88,7 +88,7 @@ HEADS = {"eagle3": 7, "mtp": 7, "medusa": 6, "mlp_speculator": 6}
 
 
 def find_target(name: str) -> str | None:
-    """The target of that name, which may be a folder's or a hub id, in any case; None if unknown."""
+    """The target that a folder or hub id is named after, in any case; None if there is none."""
     wanted = PurePath(name).name.casefold()
     return next((target for target in PUBLISHED if target.casefold() == wanted), None)
 

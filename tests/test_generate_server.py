@@ -150,7 +150,7 @@ def test_retry_after_is_waited_for(form: str, server, tmp_path: Path):
     server.fail = fail
     run(server, tmp_path)
     first, second = server.arrivals
-    assert 0.95 <= second - first < 3
+    assert second - first >= 0.95
 
 
 def test_a_server_that_stays_down_loses_nothing(server, tmp_path: Path):

@@ -32,8 +32,9 @@ def run(
         list[str],
         typer.Option(
             help="LOSS=DIR or LOSS@SEED=DIR: a draft exported with `specforge export --to hf` or "
-            "in vLLM's layout, the name of the loss it was trained with and its training seed. Repeatable; on "
-            "held-out responses each is compared with the ones before it, so put baselines first."
+            "in vLLM's layout, the name of the loss it was trained with and its training seed. "
+            "Repeatable; on held-out responses each is compared with the ones before it, so put "
+            "baselines first."
         ),
     ],
     out: Annotated[

@@ -171,8 +171,11 @@ def run(
                             )
                         )
             answered = responses.answered
-    except (OSError, ValueError) as error:
-        console.print(Text(str(error), "red"), soft_wrap=True)
+    except (OSError, ValueError, ImportError) as error:
+        message = str(error)
+        if isinstance(error, ImportError):
+            message += "; install with: pip install 'specforge-lk[data]'"
+        console.print(Text(message, "red"), soft_wrap=True)
         raise typer.Exit(1) from error
     wanted = [answered[row["id"]] for row in rows if row["id"] in answered]
     tokens = sum(row.tokens or 0 for row in wanted)
