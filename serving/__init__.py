@@ -1,0 +1,1 @@
+"""`make serve-check`: drafts that this project exports, loaded and served by vLLM on a CPU."""

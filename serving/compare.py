@@ -1,0 +1,195 @@
+"""What a serving engine did against what our own decoding did, on the same prompts.
+
+At temperature 0 every decision is determined: the same draft, read the same way, is accepted in the
+same places. So the records of every prompt must be the same, not only their sums; near-ties in
+float32 may cost a prompt here and there. Above 0 both sides sample, and the acceptance rates of
+every draft position must agree within an interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+#: Largest difference of the two best log-probabilities that float32 may decide either way.
+NEAR_TIE = 1e-3
+#: Share of prompts that may differ at temperature 0, near-ties being rare.
+DIFFERING = 1 / 16
+#: Accepted tokens of the first position without which a comparison would say nothing.
+EVIDENCE = 10
+#: Probability that any interval of one comparison misses although nothing differs.
+FAMILY_ERROR = 0.05
+
+
+@dataclass(frozen=True)
+class Record:
+    """Accepted drafted tokens of one prompt.
+
+    Attributes:
+        cycles: verification steps.
+        accepted: [K] steps in which position k and all before it were accepted.
+    """
+
+    cycles: int
+    accepted: tuple[int, ...]
+
+
+def engine_record(accepted: Sequence[int], length: int, stopped: bool, heads: int) -> Record:
+    """The record of an engine's response, counted as our decoding counts.
+
+    An engine also counts what it accepted behind the end-of-sequence token that ended a response.
+
+    Args:
+        accepted: drafted tokens accepted, per step.
+        length: tokens of the response, the first of which came from the prompt alone.
+        stopped: whether an end-of-sequence token ended it.
+        heads: drafted tokens per step, K.
+    """
+    counted = list(accepted)
+    if stopped and counted:
+        before = 1 + sum(count + 1 for count in counted[:-1])
+        counted[-1] = min(counted[-1], length - before)
+    reached = tuple(sum(count > head for count in counted) for head in range(heads))
+    return Record(len(counted), reached)
+
+
+def total(records: Sequence[Record]) -> Record:
+    """The sum over prompts."""
+    accepted = np.sum([record.accepted for record in records], axis=0)
+    return Record(sum(record.cycles for record in records), tuple(int(n) for n in accepted))
+
+
+def tau(record: Record) -> float:
+    """Tokens per target step, 1 + accepted / cycles."""
+    return 1 + sum(record.accepted) / record.cycles
+
+
+def wilson(count: int, trials: int, z: float) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927)."""
+    rate, extra = count / trials, z * z / trials
+    centre = rate + extra / 2
+    spread = z * math.sqrt(rate * (1 - rate) / trials + extra / (4 * trials))
+    return (centre - spread) / (1 + extra), (centre + spread) / (1 + extra)
+
+
+def difference(
+    counts: tuple[int, int], trials: tuple[int, int], error: float
+) -> tuple[float, float]:
+    """Interval of the difference of two proportions, first minus second (Newcombe 1998, 10).
+
+    Args:
+        counts: successes of both.
+        trials: trials of both.
+        error: probability of missing the true difference.
+    """
+    z = NormalDist().inv_cdf(1 - error / 2)
+    rates = [count / n for count, n in zip(counts, trials, strict=True)]
+    (low, high), (other_low, other_high) = (
+        wilson(count, n, z) for count, n in zip(counts, trials, strict=True)
+    )
+    gap = rates[0] - rates[1]
+    return (
+        gap - math.hypot(rates[0] - low, other_high - rates[1]),
+        gap + math.hypot(high - rates[0], rates[1] - other_low),
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two sides of one comparison.
+
+    Attributes:
+        engine: sums over the engine's prompts.
+        ours: sums over our prompts.
+        intervals: [K] of the difference of acceptance per step, engine minus ours; together they
+            hold with 95 %.
+        differing: prompts whose records differ; None where both sides sampled.
+        passed: whether every interval contains 0, few enough prompts differ, and enough tokens
+            were accepted to tell.
+    """
+
+    engine: Record
+    ours: Record
+    intervals: list[tuple[float, float]]
+    differing: int | None
+    passed: bool
+
+
+def agreement(engine: Sequence[Record], ours: Sequence[Record], deterministic: bool) -> Agreement:
+    """Compare the records of the same prompts, in the same order.
+
+    Args:
+        engine: of the serving engine.
+        ours: of our own decoding.
+        deterministic: whether nothing was sampled.
+    """
+    sums = total(engine), total(ours)
+    trials = (sums[0].cycles, sums[1].cycles)
+    heads = len(sums[0].accepted)
+    intervals = [
+        difference((a, b), trials, FAMILY_ERROR / heads)
+        for a, b in zip(sums[0].accepted, sums[1].accepted, strict=True)
+    ]
+    within = all(low <= 0 <= high for low, high in intervals)
+    within = within and sums[1].accepted[0] >= EVIDENCE
+    differing = None
+    if deterministic:
+        differing = sum(a != b for a, b in zip(engine, ours, strict=True))
+        within = within and differing <= DIFFERING * len(engine)
+    return Agreement(*sums, intervals, differing, within)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first token in which a response differs from the one without a draft.
+
+    Attributes:
+        prompt: its index.
+        position: of the token in the response.
+        expected: token without a draft; None where that response ended.
+        found: token with it; None where this response ended.
+        gap: log-probability of the expected token minus that of the found one; None where the
+            found one is not the second best.
+    """
+
+    prompt: int
+    position: int
+    expected: int | None
+    found: int | None
+    gap: float | None
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding may have decided."""
+        return self.gap is not None and self.gap <= NEAR_TIE
+
+
+def mismatches(
+    found: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    best: Sequence[Sequence[Sequence[tuple[int, float]]]],
+) -> list[Mismatch]:
+    """First differing token of every response that differs.
+
+    Args:
+        found: responses with a draft.
+        expected: responses without, to the same prompts.
+        best: per expected token, id and log-probability of the most probable ones.
+    """
+    result = []
+    for prompt, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if list(a) == list(b):
+            continue
+        position = next(
+            (i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]),
+            min(len(a), len(b)),
+        )
+        wanted, token = (row[position] if position < len(row) else None for row in (b, a))
+        probable = dict(map(tuple, best[prompt][position])) if wanted is not None else {}
+        gap = probable[wanted] - probable[token] if token in probable else None
+        result.append(Mismatch(prompt, position, wanted, token, gap))
+    return result
