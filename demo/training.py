@@ -42,6 +42,17 @@ CONFIGS = Path("configs/smollm2-135m")
 
 #: The name of a run without `training.loss`: SpecForge's own objective.
 STOCK = "stock"
+#: Runs that are more than a registered loss, and the settings they stand for.
+VARIANTS = {
+    STOCK: (),
+    "lk_fixed": (
+        "training.loss=lk_lambda",
+        "training.loss_options.lambda_scope=fixed",
+        "training.loss_options.lambda_fixed=0.5",
+    ),
+    # A module that knows one position only, as a target's own pretraining leaves it.
+    "untuned": ("training.loss=kl", "training.ttt_length=1"),
+}
 
 #: Settings of glibc's allocator; elsewhere they mean nothing.
 ALLOCATOR = ":".join(
@@ -57,9 +68,10 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Training:
-    """One `specforge train`: an algorithm, a loss and a seed, below ``parent``.
+    """One `specforge train`: an algorithm, a loss or variant and a seed, below ``parent``.
 
-    ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config.
+    ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config, ``max_steps``
+    ends a run before its last pass is complete; the draft of ``start`` is where it starts from.
     """
 
     algorithm: str
@@ -68,6 +80,8 @@ class Training:
     parent: Path
     epochs: int | None = None
     batch: int | None = None
+    max_steps: int | None = None
+    start: Training | None = None
 
     @property
     def name(self) -> str:
@@ -84,6 +98,11 @@ class Training:
     @property
     def log(self) -> Path:
         return self.directory / "train.log"
+
+    @property
+    def made_from(self) -> Path:
+        """Record of the command and of a digest of everything the draft was made from."""
+        return self.directory / "made-from.json"
 
     @property
     def seconds_path(self) -> Path:
@@ -125,7 +144,13 @@ class Training:
         # P-EAGLE takes one sample at a time and accumulates.
         accumulates = "accumulation_steps" in self.config["training"]
         size = "accumulation_steps" if accumulates else "batch_size"
-        replaced = {"num_epochs": self.epochs, size: self.batch}
+        replaced = {
+            "num_epochs": self.epochs,
+            size: self.batch,
+            # Of the run, and of the learning rate's schedule.
+            "max_steps": self.max_steps,
+            "total_steps": self.max_steps,
+        }
         return {name: value for name, value in replaced.items() if value is not None}
 
     @property
@@ -133,13 +158,14 @@ class Training:
         """Optimizer steps."""
         training = self.config["training"] | self.budget
         per_step = training["batch_size"] * training.get("accumulation_steps", 1)
-        return self.samples // per_step * training["num_epochs"]
+        return self.max_steps or self.samples // per_step * training["num_epochs"]
 
     @property
     def command(self) -> list[str]:
-        loss = [] if self.loss == STOCK else [f"training.loss={self.loss}"]
+        objective = VARIANTS.get(self.loss, (f"training.loss={self.loss}",))
+        start = [f"model.draft_checkpoint_path={self.start.draft}"] if self.start else []
         return [
-            *("specforge", "train", "--config", str(self.config_path), *loss),
+            *("specforge", "train", "--config", str(self.config_path), *objective, *start),
             *(f"training.{name}={value}" for name, value in self.budget.items()),
             f"training.seed={self.seed}",
             "training.log_interval=1",
@@ -151,18 +177,21 @@ class Training:
 
     def discard_if_outdated(self) -> None:
         """Remove what another command, other features or other code has left behind."""
-        record = self.directory / "made-from.json"
         current = {"command": self.command, "inputs": self._digest_of_inputs()}
-        if not record.exists() or json.loads(record.read_text()) != current:
+        if not self.made_from.exists() or json.loads(self.made_from.read_text()) != current:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
-            record.write_text(json.dumps(current, indent=1))
+            self.made_from.write_text(json.dumps(current, indent=1))
 
     def _digest_of_inputs(self) -> str:
         """Of everything a trained draft depends on, beside its command line."""
         digest = hashlib.sha256()
         sources = [self.config_path, self.draft_config, self.features / "capture.json"]
         sources += [self.vocab_mapping] if self.vocab_mapping else []
+        sources += [self.start.made_from] if self.start else []
+        drafts = Path("specforge_lk/drafts")
+        if (drafts / f"{self.algorithm}.py").exists():
+            sources += sorted(drafts.glob("*.py"))
         sources += sorted(Path("patches").glob("specforge/*/*.patch"))
         overlap = Path("specforge_lk/overlap")
         sources += [Path("specforge_lk/losses.py"), *sorted(overlap.glob("*.[pc]*"))]
@@ -205,7 +234,7 @@ class Training:
 
 def check_losses(losses: Sequence[str], option: str) -> None:
     """Raise typer.BadParameter unless every loss is registered, and named once."""
-    known = [STOCK, *installed_loss_registry().names]
+    known = [*VARIANTS, *installed_loss_registry().names]
     unknown = [loss for loss in losses if loss not in known]
     if not losses or unknown or len(set(losses)) < len(losses):
         raise typer.BadParameter(

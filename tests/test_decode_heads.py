@@ -17,6 +17,7 @@ from specforge_lk.decode.drafts import DraftError, load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.medusa import MedusaConfig, MedusaModel
 from specforge_lk.drafts.mlp_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from specforge_lk.drafts.model import TargetWeights
 
 BATCH, LENGTH, HEADS, DRAFT_VOCAB = 2, 15, 3, 40
 CLASSES = {
@@ -127,7 +128,7 @@ def test_names_and_shapes_are_the_engine_s(tmp_path):
 def test_untrained_medusa_predicts_as_the_target_did(target):
     config = MedusaConfig.from_dict(head_draft_config("medusa", DRAFT_VOCAB, HEADS))
     draft = MedusaModel(config)
-    draft.start_from(target.head.weight.detach())
+    draft.start_from(TargetWeights(target.head.weight.detach(), {}.__getitem__, ""))
     features = inputs()[1]
     with torch.no_grad():
         expected = target.head(features)[..., :DRAFT_VOCAB]

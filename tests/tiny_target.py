@@ -139,6 +139,72 @@ def head_draft_config(algorithm: str, draft_vocab_size: int, heads: int) -> dict
     }
 
 
+#: Families of MTP targets: a dense layer; one with latent attention and experts; one with experts.
+MTP_FAMILIES = ("llama", "deepseek_v3", "glm4_moe")
+_EXPERTS = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+}
+_FAMILY_SETTINGS = {
+    "llama": {"num_key_value_heads": 2},
+    "deepseek_v3": {**_EXPERTS, **_LATENT},
+    "glm4_moe": {**_EXPERTS, "num_key_value_heads": 2, "head_dim": 8},
+}
+
+
+def family_config(family: str, layers: int = 3) -> dict:
+    """config.json of a tiny target of a family."""
+    return {
+        "model_type": family,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        **_FAMILY_SETTINGS[family],
+    }
+
+
+def build_family(family: str, layers: int = 3):
+    """A random target of a family, its final norm off one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = family_config(family, layers)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 2)
+    return model
+
+
+def mtp_draft_config(family: str, layers: int = 3) -> dict:
+    """config.json of a tiny MTP draft: its target's own."""
+    return {**family_config(family, layers), "architectures": ["MTPDraftModel"]} | {
+        "draft_vocab_size": VOCAB_SIZE
+    }
+
+
 def save_draft(
     path: Path, draft_vocab_size: int = 96, seed: int = 0, with_embedding: bool = False
 ) -> Path:

@@ -192,7 +192,7 @@ class Setup:
         return torch.load(path, weights_only=True)["draft_state_dict"]
 
 
-def algorithm_settings(algorithm: str) -> tuple[dict, dict, dict]:
+def algorithm_settings(algorithm: str, target_config: dict) -> tuple[dict, dict, dict]:
     """A draft's config.json, and what the run config's model and training sections add."""
     if algorithm == "eagle3":
         return draft_config(DRAFT_VOCAB_SIZE), {}, {"ttt_length": HEADS}
@@ -201,18 +201,21 @@ def algorithm_settings(algorithm: str) -> tuple[dict, dict, dict]:
         return peagle_draft_config(DRAFT_VOCAB_SIZE), {}, training
     if algorithm in ("medusa", "mlp_speculator"):
         return head_draft_config(algorithm, DRAFT_VOCAB_SIZE, HEADS), {}, {}
+    # These draft from the whole vocabulary, through the target's own head.
+    whole = {"vocab_mapping_path": ""}
+    if algorithm == "mtp":
+        config = {**target_config, "architectures": ["MTPDraftModel"]}
+        return config, whole, {"ttt_length": HEADS}
     block = HEADS if algorithm == "dspark" else HEADS + 1
     training = {"num_anchors": 8, "objective_chunk_blocks": 3}
-    # These draft from the whole vocabulary, through the target's own head.
-    whole = {"vocab_mapping_path": "", "target_head_dtype": None}
-    return block_draft_config(algorithm, block), whole, training
+    return block_draft_config(algorithm, block), {**whole, "target_head_dtype": None}, training
 
 
 def prepare(root: Path, algorithm: str = "eagle3") -> Setup:
     """Target, run config and conversations; the features are still to be captured."""
-    draft, model_settings, training_settings = algorithm_settings(algorithm)
     setup = Setup(root)
     model = build_model()
+    draft, model_settings, training_settings = algorithm_settings(algorithm, model.config.to_dict())
     # Sharper than random: a head that looks at the wrong position is to show in the figures.
     model.lm_head.weight.data *= 3
     # Shards, for the index that unpatched SpecForge asks for.

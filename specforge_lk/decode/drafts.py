@@ -22,6 +22,7 @@ LOADERS = {
     "DSparkDraftModel": "specforge_lk.decode.dflash:load_dflash",
     "MedusaModel": "specforge_lk.decode.heads:load_heads",
     "MLPSpeculatorPreTrainedModel": "specforge_lk.decode.heads:load_heads",
+    "MTPDraftModel": "specforge_lk.decode.mtp:load_mtp",
 }
 
 
@@ -117,6 +118,9 @@ def read_config(path: Path) -> dict:
             "`specforge export --to hf` and give the exported directory"
         )
     config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("num_nextn_predict_layers"):
+        # A target that was released with an MTP module.
+        config["architectures"] = ["MTPDraftModel"]
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in LOADERS:
         raise DraftError(

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from specforge.algorithms.model_providers import AlgorithmModelParts
     from specforge.algorithms.registry import AlgorithmRegistration
     from specforge.config import Config
+    from specforge.modeling.target.target_head import TargetHead
     from specforge.plugins import DraftRegistration
     from torch import nn
     from transformers import PretrainedConfig
@@ -155,6 +156,7 @@ ALGORITHMS: Final = (
     HeadAlgorithm(
         "mlp_speculator", "MLPSpeculatorPreTrainedModel", "specforge_lk.drafts.mlp_speculator"
     ),
+    HeadAlgorithm("mtp", "MTPDraftModel", "specforge_lk.drafts.mtp", truncates=False),
 )
 
 
@@ -266,6 +268,7 @@ def _build_training_model(
     from specforge.losses import resolve_loss
     from specforge.modeling.target.target_head import TargetHead
 
+    from specforge_lk.drafts.model import TargetWeights
     from specforge_lk.drafts.training import HeadModel
     from specforge_lk.losses import KL, KLOptions
 
@@ -277,8 +280,14 @@ def _build_training_model(
         embedding_key=config.model.embedding_key,
         **_target_head_dtype(config),
     )
+    weights = TargetWeights(
+        head=target_head.fc.weight,
+        read=partial(_tensor, target_head),
+        embedding_key=config.model.embedding_key,
+    )
+    draft.borrow(weights)
     if not config.model.draft_checkpoint_path:
-        draft.start_from(target_head.fc.weight)
+        draft.start_from(weights)
     loss = resolve_loss(config)
     model = HeadModel(
         draft,
@@ -296,6 +305,18 @@ def _build_training_model(
     return AlgorithmModelParts(
         model=model.to(device=_device(), dtype=_torch_dtype(config)), target_head=target_head
     )
+
+
+def _tensor(target_head: TargetHead, key: str) -> torch.Tensor:
+    """A tensor of the target's checkpoint."""
+    import torch
+    from safetensors import safe_open
+
+    _, path = target_head._locate_weight([key])
+    if not path.endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", weights_only=True)[key]
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def _build_step(model: nn.Module, *, target_head: nn.Module, name: str, **options: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from specforge_lk.drafts.model import VOCABULARY, HeadDraftModel
+from specforge_lk.drafts.model import HeadDraftModel, TargetWeights
 
 
 class MedusaConfig(PretrainedConfig):
@@ -106,6 +106,7 @@ class MedusaModel(HeadDraftModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         if isinstance(module, ResidualBlock):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
@@ -120,10 +121,16 @@ class MedusaModel(HeadDraftModel):
         return [self.lm_head] * self.heads if self.config.original_lm_head else list(self.lm_heads)
 
     @torch.no_grad()
-    def initialise(self, rows: torch.Tensor) -> None:
-        """Every unembedding starts as the target's."""
-        for unembedding in set(self._unembeddings):
-            unembedding.weight.copy_(rows)
+    def borrow(self, target: TargetWeights) -> None:
+        """The one unembedding of all heads is the target's."""
+        if self.config.original_lm_head:
+            self.lm_head.weight.copy_(target.head[self.t2d.to(target.head.device)])
+
+    @torch.no_grad()
+    def start_from(self, target: TargetWeights) -> None:
+        """Every unembedding of a head's own starts as the target's."""
+        for unembedding in self._unembeddings:
+            unembedding.weight.copy_(target.head[self.t2d.to(target.head.device)])
 
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
@@ -136,6 +143,6 @@ class MedusaModel(HeadDraftModel):
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """vLLM reads a truncated vocabulary from ``token_map``, [V_d] target ids."""
         if self.config.draft_vocab_size == self.config.vocab_size:
-            return {name: value for name, value in state.items() if name not in VOCABULARY}
+            return state
         ids = torch.arange(len(state["d2t"])) + state["d2t"].cpu()
         return {**state, "token_map": ids}

@@ -104,6 +104,8 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
     """A recurrent chain of heads; see the module's docstring."""
 
     config_class = MLPSpeculatorConfig
+    #: What the published layout puts before the names of tensors.
+    base_model_prefix = "speculator"
 
     def __init__(self, config: MLPSpeculatorConfig) -> None:
         super().__init__(config)
@@ -129,6 +131,7 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
         return nn.ModuleList(built if len(built) > 1 else built * self.config.n_predict)
 
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         # As published: every weight with the variance of one over the inner width.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.inner_dim**-0.5)
@@ -153,9 +156,7 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The published layout; a truncated vocabulary keeps d2t and t2d, which no engine reads."""
-        whole = self.config.draft_vocab_size == self.config.vocab_size
         return {
             name if name in VOCABULARY else f"speculator.{name}": value.clone()
             for name, value in state.items()
-            if not (whole and name in VOCABULARY)
         }

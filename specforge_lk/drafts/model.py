@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,21 @@ from transformers import PreTrainedModel
 VOCABULARY: Final = ("t2d", "d2t")
 
 
+@dataclass(frozen=True)
+class TargetWeights:
+    """What a draft may take over from its target.
+
+    Attributes:
+        head: [V, H] the target's head.
+        read: a tensor of the target's checkpoint by its name.
+        embedding_key: the name of its embedding.
+    """
+
+    head: torch.Tensor
+    read: Callable[[str], torch.Tensor]
+    embedding_key: str
+
+
 class HeadDraftModel(PreTrainedModel, ABC):
     """A draft that proposes a chain from the target's last hidden state.
 
@@ -23,7 +39,7 @@ class HeadDraftModel(PreTrainedModel, ABC):
     predicts token t + 2 + k from h_t and tokens t + 1 … t + 1 + k, or from some of these.
 
     A subclass has ``config.vocab_size`` and ``config.draft_vocab_size``; it implements
-    `head_logits`, and `initialise` where it starts from the target's head.
+    `head_logits`, and `borrow` and `start_from` where it takes something over from the target.
 
     Attributes:
         t2d: [V] bool, tokens of the draft vocabulary.
@@ -35,11 +51,17 @@ class HeadDraftModel(PreTrainedModel, ABC):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         size, kept = config.vocab_size, config.draft_vocab_size
-        # The first tokens, until a mapping is loaded: the whole vocabulary where none is needed.
-        self.register_buffer("t2d", torch.arange(size) < kept)
-        self.register_buffer("d2t", torch.zeros(kept, dtype=torch.long))
-        # Not a module of its own: the target's weights are no weights of the draft.
-        self._target_head: tuple[torch.Tensor, ...] = ()
+        # The first tokens, until a mapping is loaded. The whole vocabulary needs none.
+        truncated = kept < size
+        self.register_buffer("t2d", torch.arange(size) < kept, persistent=truncated)
+        self.register_buffer("d2t", torch.zeros(kept, dtype=torch.long), persistent=truncated)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As transformers does it, and again what no checkpoint has."""
+        super()._init_weights(module)
+        if module is self and len(self.d2t) == len(self.t2d):
+            self.t2d.fill_(True)
+            self.d2t.zero_()
 
     @property
     @abstractmethod
@@ -69,20 +91,16 @@ class HeadDraftModel(PreTrainedModel, ABC):
 
     # The target's part
 
-    def start_from(self, target_head: torch.Tensor) -> None:
-        """Initialise what comes from the target's head [V, H]; again at a change of vocabulary."""
-        self._target_head = (target_head,)
-        self.initialise(target_head[self.t2d.to(target_head.device)])
+    def borrow(self, target: TargetWeights) -> None:
+        """Take over what is the target's and stays so; in every run, before anything else."""
 
-    def initialise(self, rows: torch.Tensor) -> None:
-        """Take over the rows [V_d, H] of the target's head."""
+    def start_from(self, target: TargetWeights) -> None:
+        """Initialise a draft that starts from nothing; its vocabulary is known by then."""
 
     def load_vocab_mapping(self, file_path: str) -> None:
         """Read t2d and d2t from a mapping in SpecForge's format."""
         # SpecForge's, with its checks; it asks of a draft no more than the two buffers.
         Eagle3DraftModel.load_vocab_mapping(self, file_path)
-        if self._target_head:
-            self.start_from(*self._target_head)
 
     # Engines' layout
 
@@ -93,6 +111,8 @@ class HeadDraftModel(PreTrainedModel, ABC):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write config.json and safetensors in the layout that serving engines load."""
         state = options.pop("state_dict", None) or self.state_dict()
+        # What config.json says of the dtype is read off the model, which export builds in bfloat16.
+        self.to(next(value.dtype for value in state.values() if value.is_floating_point()))
         super().save_pretrained(save_directory, state_dict=self.engine_state(state), **options)
 
     def token_ids(self) -> torch.Tensor:

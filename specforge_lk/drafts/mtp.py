@@ -1,0 +1,186 @@
+"""MTP (DeepSeek-V3, arXiv 2412.19437, section 2.2): one decoder layer of the target's own family.
+
+    h'_t = W [norm_e(E x_(t+1)) ; norm_h(h_t)],   g_t = norm(layer(h')_t),   logits = U g_t
+
+h_t is the target's last hidden state and x_(t+1) the token after it; embedding E and head U are the
+target's, frozen. The module is used over and over: g_t and the next token are its next input, as in
+serving engines. Training does the same (test-time training), so that it learns the later heads too.
+
+Names are those of released checkpoints, ``model.layers.<L>.*`` with L the number of the target's
+layers; the config is the target's own, of any family with which transformers builds a decoder of
+layers, a norm and a rotary embedding: Llama, Qwen, GLM-4-MoE, DeepSeek-V3 with MLA and experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from specforge_lk.drafts.model import HeadDraftModel, TargetWeights, shifted
+
+#: Settings that a config of these families has for each layer.
+_PER_LAYER: Final = ("layer_types", "mlp_layer_types")
+
+
+class MTPConfig(PretrainedConfig):
+    """Makes the config of a target's family out of a draft's config.json.
+
+    That is the target's own, with ``architectures`` ``["MTPDraftModel"]``; engines read the number
+    of modules, one, from ``num_nextn_predict_layers``.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The family's config.
+
+        Raises:
+            ValueError: transformers does not know the family, or a setting does not fit MTP.
+        """
+        family = config_dict.get("model_type")
+        if family not in CONFIG_MAPPING:
+            raise ValueError(
+                f"model_type {family!r} is no model family of transformers; an MTP draft has the "
+                "model_type of its target"
+            )
+        for name, wanted in (
+            ("draft_vocab_size", config_dict.get("vocab_size")),
+            ("num_nextn_predict_layers", 1),
+        ):
+            if config_dict.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"{name}={config_dict[name]} must be {wanted}: an MTP draft is one module with "
+                    "the target's vocabulary, used once for each head"
+                )
+        settings = {"num_nextn_predict_layers": 1, **config_dict}
+        return CONFIG_MAPPING[family].from_dict(settings, **options)
+
+
+def decoder_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a decoder that has the module's layer, the one behind the target's last."""
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+    for name in _PER_LAYER:
+        if getattr(single, name, None):
+            setattr(single, name, getattr(single, name)[-1:])
+    if hasattr(single, "first_k_dense_replace"):
+        single.first_k_dense_replace = 0
+    return single
+
+
+class MTPDraftModel(HeadDraftModel):
+    """One module for all heads; see the module's docstring."""
+
+    config_class = MTPConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        decoder = AutoModel.from_config(decoder_config(config))
+        size = config.hidden_size
+        layer = decoder.layers[0]
+        layer.embed_tokens = decoder.embed_tokens
+        layer.enorm, layer.hnorm = copy.deepcopy(decoder.norm), copy.deepcopy(decoder.norm)
+        layer.eh_proj = nn.Linear(2 * size, size, bias=False)
+        layer.shared_head = nn.Module()
+        layer.shared_head.norm = decoder.norm
+        layer.shared_head.head = nn.Linear(size, config.vocab_size, bias=False)
+        self.rotary_emb = decoder.rotary_emb
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleDict({str(config.num_hidden_layers): layer})
+        self._embedding.requires_grad_(False)
+        self._unembedding.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *options: Any, **settings: Any) -> Any:
+        """Load a module from an export or from among a target's weights, dequantised if need be."""
+        config = settings.get("config") or AutoConfig.from_pretrained(source)
+        stored = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+        if stored is not None:
+            # Released in fp8, as DeepSeek-V3 is; trained and exported as ordinary numbers.
+            config = copy.deepcopy(config)
+            config.quantization_config = {**stored, "dequantize": True}
+        return super().from_pretrained(source, *options, **{**settings, "config": config})
+
+    @property
+    def heads(self) -> None:
+        """As many as training.ttt_length says."""
+        return None
+
+    @property
+    def _layer(self) -> nn.Module:
+        (layer,) = self.model.layers.values()
+        return layer
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self._layer.embed_tokens
+
+    @property
+    def _unembedding(self) -> nn.Linear:
+        return self._layer.shared_head.head
+
+    @torch.no_grad()
+    def borrow(self, target: TargetWeights) -> None:
+        """Take over the target's embedding and head."""
+        self._embedding.weight.copy_(target.read(target.embedding_key))
+        self._unembedding.weight.copy_(target.head)
+
+    @torch.no_grad()
+    def start_from(self, target: TargetWeights) -> None:
+        """Start as one that passes the target's state on: g_t = h_t, but for what the layer adds.
+
+        W is [0, 1]. h_t has been scaled by the weight of the target's final norm: norm_h undoes
+        that, norm does it again.
+        """
+        size = self.config.hidden_size
+        scale = target.read(target.embedding_key.replace("embed_tokens", "norm"))
+        self._layer.shared_head.norm.weight.copy_(scale)
+        # Where the weight is about 0 there is nothing to undo.
+        undone = torch.where(scale.abs() > 1e-2, scale, torch.ones_like(scale)).reciprocal()
+        self._layer.hnorm.weight.copy_(undone)
+        self._layer.eh_proj.weight[:, :size] = 0
+        self._layer.eh_proj.weight[:, size:] = torch.eye(size)
+
+    def head_logits(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
+    ) -> Iterator[torch.Tensor]:
+        """Logits of every head, the tokens before being the true ones.
+
+        Every position is the start of a chain. A query of head k sees the first module's keys up
+        to its start, which a serving engine has from the target, and those of its own chain.
+        """
+        layer, (batch, length) = self._layer, tokens.shape
+        state = hidden.to(layer.eh_proj.weight.dtype)
+        chain = torch.eye(length, dtype=torch.bool, device=tokens.device).expand(batch, 1, -1, -1)
+        visible = chain.new_ones(length, length).tril() & mask.bool()[:, None, None]
+        # A row without any key would be nan: padding sees itself.
+        visible = visible | chain
+        positions = torch.arange(length, device=tokens.device).expand(batch, -1)
+        cache = DynamicCache()
+        for head in range(heads):
+            embedded = layer.embed_tokens(shifted(tokens, head))
+            mixed = layer.eh_proj(torch.cat([layer.enorm(embedded), layer.hnorm(state)], dim=-1))
+            output = layer(
+                mixed,
+                attention_mask=self._as_attended(visible, mixed),
+                position_ids=positions + head,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=self.rotary_emb(mixed, positions + head),
+            )
+            state = layer.shared_head.norm(output)
+            yield layer.shared_head.head(state)
+            visible = torch.cat([visible, chain], dim=-1)
+
+    def _as_attended(self, visible: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The mask in the form that the layer's attention takes."""
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        lowest = torch.finfo(states.dtype).min
+        return torch.zeros_like(visible, dtype=states.dtype).masked_fill(~visible, lowest)

@@ -1,0 +1,59 @@
+"""An exported draft of this package is where another training starts from, tensor for tensor."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from specforge.export.to_hf import export_to_hf
+from specforge.modeling.auto import AutoDraftModel
+from specforge.training.model_loading import load_draft_config_source, warm_start_draft_model
+from tiny_target import VOCAB_SIZE, head_draft_config, mtp_draft_config
+
+HEADS, TRUNCATED = 3, 40
+DRAFTS = {
+    "medusa": head_draft_config("medusa", TRUNCATED, HEADS),
+    "medusa, whole vocabulary": head_draft_config("medusa", VOCAB_SIZE, HEADS),
+    "medusa, the target's head": head_draft_config("medusa", TRUNCATED, HEADS)
+    | {"original_lm_head": True},
+    "mlp_speculator": head_draft_config("mlp_speculator", TRUNCATED, HEADS),
+    "mlp_speculator, tied": head_draft_config("mlp_speculator", VOCAB_SIZE, HEADS)
+    | {"tie_weights": True},
+    "mtp": mtp_draft_config("llama"),
+    "mtp, experts": mtp_draft_config("deepseek_v3"),
+}
+
+
+def build(config: dict, folder: Path, seed: int) -> torch.nn.Module:
+    file = folder / "draft.json"
+    file.write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    draft = AutoDraftModel.from_config(load_draft_config_source(str(file)), torch.float32)
+    for parameter in draft.parameters():
+        torch.nn.init.normal_(parameter)
+    return draft
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_exported_draft_is_loaded_whole(name: str, tmp_path: Path) -> None:
+    config = DRAFTS[name]
+    trained = build(config, tmp_path, seed=0)
+    if config["draft_vocab_size"] < VOCAB_SIZE:
+        ids = torch.randperm(VOCAB_SIZE)[:TRUNCATED].sort().values
+        trained.d2t.copy_(ids - torch.arange(TRUNCATED))
+        trained.t2d.zero_()[ids] = True
+    state = {"draft_state_dict": trained.state_dict(), "strategy": name.split(",")[0]}
+    torch.save(state, tmp_path / "training_state.pt")
+    export_to_hf(str(tmp_path), str(tmp_path / "draft.json"), str(tmp_path / "export"))
+
+    fresh = build(config, tmp_path, seed=1)
+    report = warm_start_draft_model(
+        fresh,
+        str(tmp_path / "export"),
+        draft_config=load_draft_config_source(str(tmp_path / "export")),
+        strategy=name.split(",")[0],
+        allow_missing_embedding=True,
+    )
+    assert not report.missing_keys
+    for key, value in trained.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
