@@ -276,6 +276,11 @@ def lk_objective() -> Figures:
         _, loss, gradient = objective(share, **settings)
         figures[f"lambda loss, {share:.0%} of the positions supervised"] = loss
         figures[f"norm of its gradient, {share:.0%} supervised"] = gradient.norm().item()
+    target, _, _ = batch()
+    coverage = target.softmax(-1)[..., :DRAFT_VOCABULARY].sum(-1).mean()
+    outside = (target.argmax(-1) >= DRAFT_VOCABULARY).float().mean()
+    figures["coverage of the draft vocabulary"] = coverage.item()
+    figures["share of positions whose target argmax is outside it"] = outside.item()
     reported = objective(**settings)[0]
     figures["acceptance rate, reported"] = reported
     figures["acceptance rate, sum of min(p, q) in float64"] = exact_alpha().mean().item()
