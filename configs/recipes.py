@@ -189,9 +189,9 @@ _DRAFT_CONFIGS: Final = {
 }
 
 
-def draft_config(target: Target, draft: Draft) -> dict[str, Any]:
-    """config.json of a draft."""
-    return _DRAFT_CONFIGS[draft.algorithm](target.config, draft.draft_vocab_size)
+def draft_config(draft: Draft, target: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a draft, from its target's."""
+    return _DRAFT_CONFIGS[draft.algorithm](target, draft.draft_vocab_size)
 
 
 # ---------------------------------------------------------------------------- run configs
@@ -281,7 +281,7 @@ def files() -> dict[Path, str]:
     for target in TARGETS:
         for draft in target.drafts:
             base = CONFIGS / target.name
-            config = json.dumps(draft_config(target, draft), indent=2) + "\n"
+            config = json.dumps(draft_config(draft, target.config), indent=2) + "\n"
             content[base / f"{draft.algorithm}-draft.json"] = config
             content[base / f"{draft.algorithm}.yaml"] = run_file(target, draft, online=False)
             content[base / f"{draft.algorithm}-online.yaml"] = run_file(target, draft, online=True)
