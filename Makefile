@@ -12,6 +12,10 @@ LOSSES ?= kl lk_lambda
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
 # Options of `make study`, such as `--algorithms dflash`; `python -m studies.trainers --help`.
 STUDY  ?=
+# A git clone of github.com/sgl-project/SpecForge, whose tests `make upstream-tests` runs.
+export SPECFORGE_REPO ?=
+# Options of `make upstream-tests`: `python -m studies.upstream_tests --help`.
+UPSTREAM ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
 # One test process per core, each with one thread: two threads each would contend.
@@ -24,10 +28,10 @@ PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 CHOICE := $(VENV)/.torch-choice
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online study bench lint clean force
+.PHONY: help setup demo test test-online upstream-tests defects study bench lint clean force
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv: torch, SpecForge 0.2.0 with the patches, this plug-in
 
@@ -61,6 +65,12 @@ test: $(READY) ## run the test suite
 test-online: $(READY) ## test server-streamed training, with a real Mooncake on loopback
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
+
+upstream-tests: $(READY) ## run SpecForge's own tests before and after the patches; needs SPECFORGE_REPO
+	@$(BIN)/python -m studies.upstream_tests $(UPSTREAM)
+
+defects: $(READY) ## measure what each fix of the patches changes
+	@$(BIN)/python -m studies.defects
 
 study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
 	@$(BIN)/python -m studies.trainers $(STUDY)
