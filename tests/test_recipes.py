@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,127 @@ def test_draft_is_the_papers(target, draft) -> None:
 
 @pytest.mark.parametrize("online", [False, True], ids=["offline", "online"])
 @each_recipe
-def test_specforge_plans_the_launch(target, draft, online, tmp_path) -> None:
-    place = f"output_dir={tmp_path}"
-    path = path_of(target, draft, online)
-    finished = run("specforge", "train", "-c", path, "--plan", place)
-    assert f"{recipes.GPUS}" in finished.output and "specforge.cli" in finished.output
+def test_specforge_plans_the_launch(target, draft, online) -> None:
+    """`specforge train --plan`, without a process for each."""
+    path = str(path_of(target, draft, online))
+    resolved = resolve_run(load_config(path))
+    plan = build_launch_plan(
+        resolved.config, algorithm=resolved.algorithm, config_path=path, env={}
+    )
+    rendered = plan.render()
+    assert f"--nproc_per_node={recipes.GPUS}" in rendered.replace("-per-node ", "_per_node=")
+    assert ("producer" in rendered) == online
+
+
+# ------------------------------------------------------------------------------- training
+
+#: One recipe of every algorithm, EAGLE-3 beside a dense target and beside one of experts.
+SCALED_DOWN = {
+    ("llama-3.1-8b-instruct", "eagle3"): "llama",
+    ("qwen3-235b-a22b-instruct-2507", "eagle3"): "qwen3_moe",
+    ("llama-3.1-8b-instruct", "medusa"): "llama",
+    ("llama-3.1-8b-instruct", "mlp_speculator"): "llama",
+    ("deepseek-v3-0324", "mtp"): "deepseek_v3",
+}
+
+
+def tiny_model(family: str) -> Any:
+    if family == "qwen3_moe":
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=VOCAB_SIZE,
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+        )
+        return AutoModelForCausalLM.from_config(config).eval()
+    return build_family(family) if family == "deepseek_v3" else build_model()
+
+
+def tiny_facts(model: Any) -> dict[str, Any]:
+    """What target-facts.json holds, of a tiny target."""
+    config = model.config.to_dict()
+    rope = config["rope_parameters"]
+    config.update(rope_theta=rope["rope_theta"], rope_scaling=None)
+    return {name: value for name, value in config.items() if value is not None} | {
+        "rope_scaling": None
+    }
+
+
+def release_with_module(model: Any, draft_config: dict[str, Any], folder: Path) -> None:
+    """Save a target with an MTP module among its weights, as DeepSeek-V3 is released."""
+    (folder / "draft.json").write_text(json.dumps(draft_config))
+    config = load_draft_config_source(str(folder / "draft.json"))
+    torch.manual_seed(1)
+    module = AutoDraftModel.from_config(config, torch.float32)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    module.save_pretrained(folder / "module")
+    weights = folder / "target" / "model.safetensors"
+    layer = f"model.layers.{model.config.num_hidden_layers}."
+    added = load_file(folder / "module" / "model.safetensors")
+    save_file(
+        load_file(weights) | {k: v for k, v in added.items() if k.startswith(layer)}, weights
+    )
+
+
+@pytest.mark.parametrize(("name", "algorithm"), SCALED_DOWN)
+def test_scaled_down_recipe_trains(name: str, algorithm: str, tmp_path: Path) -> None:
+    """Capture and two steps with each of the paper's losses' settings, through the real CLI."""
+    ((target, draft),) = (
+        (t, d) for t, d in RECIPES if (t.name, d.algorithm) == (name, algorithm)
+    )
+    model = tiny_model(SCALED_DOWN[name, algorithm])
+    folder = tmp_path / "target"
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    size = draft.draft_vocab_size and 96
+    small = recipes.draft_config(dataclasses.replace(draft, draft_vocab_size=size), tiny_facts(model))
+    (tmp_path / "draft.json").write_text(json.dumps(small))
+    if algorithm == "mtp":
+        release_with_module(model, small, tmp_path)
+    mapping = tmp_path / "mapping.pt"
+    write_rows(tmp_path / "train.jsonl", conversations(8))
+    overrides = [
+        f"model.target_model_path={folder}",
+        f"model.draft_model_config={tmp_path / 'draft.json'}",
+        "model.torch_dtype=float32",
+        f"data.hidden_states_path={tmp_path / 'features'}",
+        "data.dataloader_num_workers=0",
+        # No flex attention and no FSDP on a CPU.
+        "training.attention_backend=sdpa",
+        "training.fsdp_sharding=NO_SHARD",
+        "deployment.trainer.nproc_per_node=1",
+        "training.batch_size=2",
+        "training.accumulation_steps=2",
+        "training.num_epochs=1",
+        "training.warmup_steps=1",
+        "training.log_interval=1",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    source = f"model.draft_checkpoint_path={folder}"
+    overrides.append(f"model.vocab_mapping_path={mapping}" if size else source)
+    config = path_of(target, draft)
+    data = ["--responses", tmp_path / "train.jsonl", "--device", "cpu"]
+    if size:
+        data += ["--vocab-mapping", mapping]
+    run("specforge-lk", "capture", "--config", config, *data, *overrides)
+    finished = run("specforge", "train", "-c", config, *overrides)
+    assert sorted(finished.steps) == [1, 2]
+    eta = 10 if algorithm == "medusa" else 3
+    for metrics in finished.steps.values():
+        assert metrics["grad_norm"] > 0
+        assert {f"alpha_{head}" for head in range(6)} < set(metrics)
+        assert "alpha_6" not in metrics
+        # Means over two micro-batches, each with a lambda of its own.
+        bound = math.exp(-eta * metrics["alpha_0"])
+        assert bound * (1 - 1e-6) <= metrics["lambda_0"] <= bound * 1.05
