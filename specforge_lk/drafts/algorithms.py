@@ -12,9 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from specforge.algorithms.common.defaults import (
-    empty_options,
     one_loss_token,
     online_needs_input_tools,
+    ploss_decay_options,
 )
 from specforge.algorithms.common.providers import (
     AlgorithmProviders,
@@ -93,13 +93,14 @@ class HeadAlgorithm:
                 attention_backends={"sdpa"},
                 supports_vocab_mapping=self.truncates,
                 supports_registered_losses=True,
+                supports_ploss_decay=True,
             ),
         )
         providers = AlgorithmProviders(
             algorithm_name=self.name,
             step=StepProvider(
                 build=partial(_build_step, name=self.name),
-                options=empty_options,
+                options=ploss_decay_options,
                 resume_contract=partial(_resume_contract, self.name),
                 allowed_missing_checkpoint_keys=_lent,
                 uses_external_target_head=True,
@@ -295,6 +296,7 @@ def _build_training_model(
         # These algorithms' own loss, where training.loss is unset.
         KL(KLOptions()) if loss is None else loss.build(),
         loss is not None and loss.data_parallel,
+        **_decay(config),
     )
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in draft.parameters()) - trained
@@ -305,6 +307,11 @@ def _build_training_model(
     return AlgorithmModelParts(
         model=model.to(device=_device(), dtype=_torch_dtype(config)), target_head=target_head
     )
+
+
+def _decay(config: Config) -> dict[str, float]:
+    decay = config.training.ploss_decay
+    return {} if decay is None else {"decay": decay}
 
 
 def _tensor(target_head: TargetHead, key: str) -> torch.Tensor:

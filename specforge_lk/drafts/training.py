@@ -20,12 +20,13 @@ from torch import nn
 
 from specforge_lk.drafts.model import HeadDraftModel
 
-#: Weight of head k is HEAD_DECAY ** k, as in SpecForge's EAGLE-3 and in the paper (section 5).
+#: Weight of head k is HEAD_DECAY ** k unless training.ploss_decay says otherwise, as in SpecForge's
+#: EAGLE-3 and in the paper (section 5).
 HEAD_DECAY: Final = 0.8
 
 
 class HeadModel(nn.Module):
-    """Draft and loss: sum_k 0.8^k L_k, L_k the mean loss of head k over its supervised positions.
+    """Draft and loss: sum_k decay^k L_k, L_k the mean loss of head k over its supervised positions.
 
     Head k of position t is compared with the target's distribution at t + 1 + k, and supervised
     where the loss mask holds at t + k: SpecForge's convention, in which the mask of a position is
@@ -36,6 +37,7 @@ class HeadModel(nn.Module):
         heads: heads K to train.
         loss: a registered loss.
         loss_data_parallel: average the loss over all ranks.
+        decay: weight of each head's loss over that of the head before.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class HeadModel(nn.Module):
         heads: int,
         loss: DraftLoss,
         loss_data_parallel: bool = False,
+        decay: float = HEAD_DECAY,
     ) -> None:
         super().__init__()
         self.draft_model = draft_model
         self.heads = heads
         self.loss = loss
         self.loss_data_parallel = loss_data_parallel
+        self.decay = decay
 
     def forward(
         self,
@@ -80,7 +84,7 @@ class HeadModel(nn.Module):
             terms = self.loss.terms(logits, goal, head_mask)
             losses.append(reduce_head_loss(self.loss, terms, head_mask, group=group))
             correct.append(token_ids[logits.detach().argmax(-1)] == goal.token_ids)
-        total = sum(HEAD_DECAY**head * loss.loss for head, loss in enumerate(losses))
+        total = sum(self.decay**head * loss.loss for head, loss in enumerate(losses))
         return total, losses, correct
 
 
@@ -91,16 +95,24 @@ class HeadTrainStrategy(DraftTrainStrategy):
         model: a `HeadModel`, wrapped by the backend.
         target_head: SpecForge's frozen ``TargetHead``.
         name: the algorithm's name.
+        ploss_decay: the model's ``decay``: SpecForge logs the loss as the sum of the heads' losses
+            with these weights.
     """
 
     required_features: Final = {"input_ids", "attention_mask", "loss_mask", "hidden_state"}
-    #: SpecForge logs the loss as the sum of the heads' losses with these weights.
-    ploss_decay: Final = HEAD_DECAY
 
-    def __init__(self, model: nn.Module, *, target_head: nn.Module, name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target_head: nn.Module,
+        name: str,
+        ploss_decay: float = HEAD_DECAY,
+    ) -> None:
         self.model = model
         self.target_head = target_head
         self.name = name
+        self.ploss_decay = ploss_decay
 
     def trainable_module(self) -> nn.Module:
         """The module whose parameters are trained."""
