@@ -218,10 +218,7 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
     tokens = prompts * mean_tokens
     trainer = run.deployment.trainer
     batch = (
-        training.batch_size
-        * training.accumulation_steps
-        * trainer.nproc_per_node
-        * trainer.nnodes
+        training.batch_size * training.accumulation_steps * trainer.nproc_per_node * trainer.nnodes
     )
     steps = math.ceil(prompts / batch)
     # The gradient of a weight and that of its input cost a forward pass each; frozen weights have
