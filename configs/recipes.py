@@ -83,7 +83,9 @@ TARGETS: Final = (
     Target("llama-3.3-70b-instruct", "llama3", (Draft("eagle3", 32000, 2, _EAGLE3),)),
     Target("gpt-oss-20b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
     Target("gpt-oss-120b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
-    Target("qwen3-235b-a22b-instruct-2507", "qwen3-instruct", (Draft("eagle3", 64000, 2, _EAGLE3),)),
+    Target(
+        "qwen3-235b-a22b-instruct-2507", "qwen3-instruct", (Draft("eagle3", 64000, 2, _EAGLE3),)
+    ),
     Target("deepseek-v3-0324", "deepseek-v3", (Draft("mtp", None, 1, _MTP),)),
 )
 
