@@ -3,8 +3,9 @@
     python configs/recipes.py
 
 Every file in configs/<target>/ but target-facts.json is written by this script, from the facts
-there and the tables below, and README.md from README.in.md; tests/test_recipes.py asserts that they are up to date. Losses have no
-files of their own: `training.loss` on the command line is all that differs between them.
+there and the tables below, and README.md from README.in.md; tests/test_recipes.py asserts that they
+are up to date. Losses have no files of their own: `training.loss` on the command line is all that
+differs between them.
 """
 
 from __future__ import annotations
@@ -85,13 +86,15 @@ TARGETS: Final = (
             Draft("mlp_speculator", 32000, training=_HEADS),
         ),
     ),
-    Target("llama-3.3-70b-instruct", "llama3", (Draft("eagle3", 32000, 2, _EAGLE3),), 4),
+    Target(
+        "llama-3.3-70b-instruct", "llama3", (Draft("eagle3", 32000, 2, _EAGLE3),), serving_gpus=4
+    ),
     Target("gpt-oss-20b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
-    Target("gpt-oss-120b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),), 2),
+    Target("gpt-oss-120b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),), serving_gpus=2),
     Target(
         "qwen3-235b-a22b-instruct-2507", "qwen3-instruct", (Draft("eagle3", 64000, 2, _EAGLE3),), 8
     ),
-    Target("deepseek-v3-0324", "deepseek-v3", (Draft("mtp", None, 1, _MTP),), 8),
+    Target("deepseek-v3-0324", "deepseek-v3", (Draft("mtp", None, 1, _MTP),), serving_gpus=8),
 )
 
 #: Settings of section 5 that all recipes share.
