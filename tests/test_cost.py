@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.measure import peak_allocated
 from specforge.modeling.auto import AutoDraftModel
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 from specforge.training.model_loading import load_draft_config_source
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_run import HEADS, prepare_with_features
 from typer.testing import CliRunner
 
+from benchmarks.measure import peak_allocated
 from specforge_lk import cost, overlap_terms
 from specforge_lk.cli import app
 

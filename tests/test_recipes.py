@@ -250,23 +250,21 @@ def release_with_module(model: Any, draft_config: dict[str, Any], folder: Path) 
     weights = folder / "target" / "model.safetensors"
     layer = f"model.layers.{model.config.num_hidden_layers}."
     added = load_file(folder / "module" / "model.safetensors")
-    save_file(
-        load_file(weights) | {k: v for k, v in added.items() if k.startswith(layer)}, weights
-    )
+    save_file(load_file(weights) | {k: v for k, v in added.items() if k.startswith(layer)}, weights)
 
 
 @pytest.mark.parametrize(("name", "algorithm"), SCALED_DOWN)
 def test_scaled_down_recipe_trains(name: str, algorithm: str, tmp_path: Path) -> None:
     """Capture and two steps with each of the paper's losses' settings, through the real CLI."""
-    ((target, draft),) = (
-        (t, d) for t, d in RECIPES if (t.name, d.algorithm) == (name, algorithm)
-    )
+    ((target, draft),) = ((t, d) for t, d in RECIPES if (t.name, d.algorithm) == (name, algorithm))
     model = tiny_model(SCALED_DOWN[name, algorithm])
     folder = tmp_path / "target"
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     size = draft.draft_vocab_size and 96
-    small = recipes.draft_config(dataclasses.replace(draft, draft_vocab_size=size), tiny_facts(model))
+    small = recipes.draft_config(
+        dataclasses.replace(draft, draft_vocab_size=size), tiny_facts(model)
+    )
     (tmp_path / "draft.json").write_text(json.dumps(small))
     if algorithm == "mtp":
         release_with_module(model, small, tmp_path)
