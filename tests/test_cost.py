@@ -78,6 +78,26 @@ def test_matrix_products_are_those_that_torch_counts(name: str, tmp_path: Path) 
     assert counted == 2 * (work.trained + work.frozen) * BATCH * LENGTH
 
 
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp_speculator"])
+def test_activations_are_about_what_autograd_keeps(name: str, tmp_path: Path) -> None:
+    """An estimate: norms and residual sums keep more, products that share an input less."""
+    draft = build(name, tmp_path)
+    lent = {parameter.untyped_storage().data_ptr() for parameter in draft.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in lent:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(draft)
+    size = sum(storage.nbytes() for storage in kept.values()) / (BATCH * LENGTH)
+    estimate = cost.work_of(name, draft, HEADS).features * 4
+    assert 0.5 < estimate / size < 1.5, (estimate, size)
+
+
 def test_loss_allocates_the_gradient_and_vectors() -> None:
     rows, kept = 512, 4096
     draft = torch.randn(rows, kept, requires_grad=True)
