@@ -3,8 +3,9 @@
     python configs/recipes.py
 
 Every file in configs/<target>/ but target-facts.json is written by this script, from the facts
-there and the tables below; tests/test_recipes.py asserts that they are up to date. Losses have no
-files of their own: `training.loss` on the command line is all that differs between them.
+there and the tables below, and README.md from README.in.md; tests/test_recipes.py asserts that they
+are up to date. Losses have no files of their own: `training.loss` on the command line is all that
+differs between them.
 """
 
 from __future__ import annotations
@@ -42,11 +43,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class Target:
-    """A target: the folder of its recipes, SpecForge's chat template, and its drafts."""
+    """A target: the folder of its recipes, SpecForge's chat template, and its drafts.
+
+    ``serving_gpus`` is the tensor parallelism of the commands in README.md, to be fitted to the
+    machine; nothing here was run on GPUs.
+    """
 
     name: str
     chat_template: str
     drafts: tuple[Draft, ...]
+    serving_gpus: int = 1
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -80,13 +86,15 @@ TARGETS: Final = (
             Draft("mlp_speculator", 32000, training=_HEADS),
         ),
     ),
-    Target("llama-3.3-70b-instruct", "llama3", (Draft("eagle3", 32000, 2, _EAGLE3),)),
-    Target("gpt-oss-20b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
-    Target("gpt-oss-120b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
     Target(
-        "qwen3-235b-a22b-instruct-2507", "qwen3-instruct", (Draft("eagle3", 64000, 2, _EAGLE3),)
+        "llama-3.3-70b-instruct", "llama3", (Draft("eagle3", 32000, 2, _EAGLE3),), serving_gpus=4
     ),
-    Target("deepseek-v3-0324", "deepseek-v3", (Draft("mtp", None, 1, _MTP),)),
+    Target("gpt-oss-20b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
+    Target("gpt-oss-120b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),), serving_gpus=2),
+    Target(
+        "qwen3-235b-a22b-instruct-2507", "qwen3-instruct", (Draft("eagle3", 64000, 2, _EAGLE3),), 8
+    ),
+    Target("deepseek-v3-0324", "deepseek-v3", (Draft("mtp", None, 1, _MTP),), serving_gpus=8),
 )
 
 #: Settings of section 5 that all recipes share.
@@ -119,10 +127,13 @@ def _rope(target: dict[str, Any]) -> dict[str, Any]:
 
 
 def _eagle3(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
-    """One dense decoder layer; beside experts as wide as those that a token activates."""
+    """One dense decoder layer; beside experts as wide as those that a token activates.
+
+    No `eagle_aux_hidden_state_layer_ids`: SpecForge counts a layer's output there, vLLM its input.
+    Unnamed, all take the same three: the outputs of layers 1, L // 2 - 1 and L - 4.
+    """
     experts = target.get("num_experts_per_tok", 1)
     width = target.get("moe_intermediate_size", target["intermediate_size"])
-    layers = target["num_hidden_layers"]
     same = (
         "hidden_size",
         "num_attention_heads",
@@ -144,10 +155,7 @@ def _eagle3(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
         "attention_bias": False,
         "tie_word_embeddings": False,
         "draft_vocab_size": draft_vocab_size,
-        "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": [1, layers // 2 - 1, layers - 4],
-            "use_aux_hidden_state": True,
-        },
+        "eagle_config": {"use_aux_hidden_state": True},
     }
 
 
@@ -277,9 +285,77 @@ def run_file(target: Target, draft: Draft, online: bool) -> str:
     return header + yaml.safe_dump(config, sort_keys=False, width=100)
 
 
+# -------------------------------------------------------------------------------- serving
+
+#: Tokens drafted per round in the paper's evaluation.
+_DRAFTED: Final = {"eagle3": 7, "mtp": 7, "medusa": 6, "mlp_speculator": 6}
+_PROPER: Final = {"draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
+
+
+def vllm_command(target: Target, draft: Draft) -> str | None:
+    """Command that serves an exported draft with vLLM 0.32; None where it cannot."""
+    if draft.algorithm == "mlp_speculator":
+        return None
+    speculative = {
+        "method": draft.algorithm,
+        "model": f"runs/{target.name}/{draft.algorithm}/export",
+        "num_speculative_tokens": _DRAFTED[draft.algorithm],
+        # Its MEDUSA takes the likeliest token of every head whatever is asked for.
+        **({} if draft.algorithm == "medusa" else _PROPER),
+    }
+    lines = [
+        f"vllm serve {target.facts['hub_id']} --tensor-parallel-size {target.serving_gpus}",
+        f"  --speculative-config '{json.dumps(speculative)}'",
+    ]
+    return " \\\n".join(lines)
+
+
+def sglang_command(target: Target, draft: Draft) -> str | None:
+    """Command that serves an exported draft with SGLang 0.5.14; None where it cannot."""
+    algorithm = {"eagle3": "EAGLE3", "mtp": "NEXTN"}.get(draft.algorithm)
+    if algorithm is None:
+        return None
+    steps = _DRAFTED[draft.algorithm]
+    lines = [
+        f"python -m sglang.launch_server --model-path {target.facts['hub_id']} "
+        f"--tp {target.serving_gpus}",
+        f"  --speculative-algorithm {algorithm} "
+        f"--speculative-draft-model-path runs/{target.name}/{draft.algorithm}/export",
+        f"  --speculative-num-steps {steps} --speculative-eagle-topk 1 "
+        f"--speculative-num-draft-tokens {steps + 1}",
+    ]
+    # 0.5.14 refuses it where the draft vocabulary is not the target's.
+    if draft.draft_vocab_size is None:
+        lines.append("  --speculative-use-rejection-sampling")
+    return " \\\n".join(lines)
+
+
+def readme() -> str:
+    """configs/README.md: its text, and the serving commands of every recipe."""
+    text = (CONFIGS / "README.in.md").read_text()
+    rows = ["| target | draft | draft vocabulary | offline | streamed |", "|---|---|---|---|---|"]
+    commands = []
+    for target in TARGETS:
+        for draft in target.drafts:
+            stem = f"{target.name}/{draft.algorithm}"
+            rows.append(
+                f"| {target.facts['hub_id']} | {_TITLES[draft.algorithm]} "
+                f"| {draft.draft_vocab_size or target.config['vocab_size']} "
+                f"| [{draft.algorithm}.yaml]({stem}.yaml) "
+                f"| [{draft.algorithm}-online.yaml]({stem}-online.yaml) |"
+            )
+            vllm, sglang = vllm_command(target, draft), sglang_command(target, draft)
+            if vllm or sglang:
+                shown = "\n".join(command for command in (vllm, sglang) if command)
+                commands.append(
+                    f"{_TITLES[draft.algorithm]}, {target.name}:\n\n```sh\n{shown}\n```\n"
+                )
+    return text.replace("{recipes}", "\n".join(rows)).replace("{serving}", "\n".join(commands))
+
+
 def files() -> dict[Path, str]:
     """Every file of the recipes with its content."""
-    content = {}
+    content = {CONFIGS / "README.md": readme()}
     for target in TARGETS:
         for draft in target.drafts:
             base = CONFIGS / target.name

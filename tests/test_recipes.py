@@ -50,7 +50,7 @@ def eagle3_parameters(hidden: int, heads: int, kv_heads: int, head_dim: int, wid
 
 
 LLAMA_8B = 4096
-#: DeepSeek-V3's technical report (arXiv 2412.19437): 11.5 B unique parameters in the module.
+#: Beside the embedding and the head, which the target lends.
 MTP_PARAMETERS = (
     7168 * 1536 + 1536 + 1536 * 128 * 192  # queries, through rank 1536
     + 7168 * (512 + 64) + 512 + 512 * 128 * (128 + 128)  # keys and values, through rank 512

@@ -63,7 +63,7 @@ def _figure(value: float, unit: str) -> str:
     """1,234 or 1.23 G with the unit; bytes in powers of 1000."""
     if not unit:
         return f"{value:,.0f}"
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
