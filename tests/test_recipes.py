@@ -231,11 +231,10 @@ def tiny_model(family: str) -> Any:
 def tiny_facts(model: Any) -> dict[str, Any]:
     """What target-facts.json holds, of a tiny target."""
     config = model.config.to_dict()
-    rope = config["rope_parameters"]
-    config.update(rope_theta=rope["rope_theta"], rope_scaling=None)
-    return {name: value for name, value in config.items() if value is not None} | {
-        "rope_scaling": None
-    }
+    theta = config["rope_parameters"]["rope_theta"]
+    left_out = ("architectures", "rope_parameters", "transformers_version", "dtype")
+    known = {name: value for name, value in config.items() if name not in left_out}
+    return {**known, "rope_theta": theta, "rope_scaling": None}
 
 
 def release_with_module(model: Any, draft_config: dict[str, Any], folder: Path) -> None:
