@@ -217,7 +217,8 @@ def tiny_model(family: str) -> Any:
             moe_intermediate_size=16,
             num_experts=4,
             num_experts_per_tok=2,
-            num_hidden_layers=6,
+            # The three captured layers are to differ.
+            num_hidden_layers=8,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
