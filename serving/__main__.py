@@ -99,19 +99,20 @@ def main(
             for draft in chosen
         },
     )
+    path = SERVING / "report.json"
     for draft in chosen:
         for temperature, sampling in draft.runs:
             console.print(f"\n[bold]{draft.name}[/], T = {temperature:g}, {sampling} drafting")
             report.comparisons.append(check.compare(draft, temperature, sampling))
+            write(continued(report, path), path)
         if draft.algorithm == "mlp_speculator":
             console.print(f"\n[bold]{draft.name}[/], loaded into vLLM's class")
             report.speculator = check.speculator(draft)
-        write(continued(report, SERVING / "report.json"), SERVING / "report.json")
-    report = continued(report, SERVING / "report.json")
+    report = continued(report, path)
     show(report, console)
-    written = write(report, SERVING / "report.json") + (write(report, publish) if publish else [])
-    for path in written:
-        console.print(f"  {path}")
+    written = write(report, path) + (write(report, publish) if publish else [])
+    for file in written:
+        console.print(f"  {file}")
     if not report.passed:
         fail("vLLM does not serve every draft as it decodes here")
     console.print(f"[bold green]passed[/] in {(time.monotonic() - began) / 60:.0f} minutes")
