@@ -323,11 +323,11 @@ def sglang_command(target: Target, draft: Draft) -> str | None:
         f"--speculative-draft-model-path runs/{target.name}/{draft.algorithm}/export",
         f"  --speculative-num-steps {steps} --speculative-eagle-topk 1 "
         f"--speculative-num-draft-tokens {steps + 1}",
+        "  --speculative-use-rejection-sampling",
     ]
-    # 0.5.14 refuses it where the draft vocabulary is not the target's.
-    if draft.draft_vocab_size is None:
-        lines.append("  --speculative-use-rejection-sampling")
-    return " \\\n".join(lines)
+    # 0.5.14 refuses that where the draft vocabulary is not the target's; the patch lifts it.
+    patched = draft.draft_vocab_size is not None
+    return ("specforge-lk patch apply --package sglang\n" if patched else "") + " \\\n".join(lines)
 
 
 def readme() -> str:
