@@ -151,7 +151,7 @@ def _per_step(side: Side) -> str:
 def speculator_lines(found: Speculator) -> list[str]:
     """The MLP speculator's part as sentences."""
     verdict = "ok" if found.passed else "FAILED"
-    refused = f"refuses to serve it: “{found.refusal}”" if found.refusal else "accepts it"
+    refused = f"refuses to serve it: “{found.refusal.strip()}”" if found.refusal else "accepts it"
     return [
         f"MLP speculator: vLLM {refused}. Its class loads {found.exported} exported tensors, "
         f"{len(found.missing)} parameters missing, {len(found.unknown)} tensors unknown; logits of "
