@@ -10,8 +10,13 @@ TORCH  ?= torch==2.13.0
 LOSSES ?= kl lk_lambda
 # Object store of server-streamed training; it needs the Debian packages libibverbs1 and librdmacm1.
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
-# Options of `make study`, such as `--algorithms dflash`; `python -m studies.trainers --help`.
+# Options of `make study` and `make article`, such as `--algorithms dflash` or `--drafts medusa`;
+# `python -m studies.trainers --help`, `python -m studies.article --help`.
 STUDY  ?=
+# A git clone of github.com/sgl-project/SpecForge, whose tests `make upstream-tests` runs.
+export SPECFORGE_REPO ?=
+# Options of `make upstream-tests`: `python -m studies.upstream_tests --help`.
+UPSTREAM ?=
 # Options of `make serve-check`, such as `--drafts eagle3`; `python -m serving --help` lists them.
 SERVE  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
@@ -31,10 +36,11 @@ VLLM_VENV  := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online serve-check study bench lint clean force
+.PHONY: help setup demo test test-online serve-check upstream-tests defects study article bench lint clean \
+        force
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv: torch, SpecForge 0.2.0 with the patches, this plug-in
 
@@ -69,6 +75,12 @@ test-online: $(READY) ## test server-streamed training, with a real Mooncake on 
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
 
+upstream-tests: $(READY) ## run SpecForge's own tests before and after the patches; needs SPECFORGE_REPO
+	@$(BIN)/python -m studies.upstream_tests $(UPSTREAM)
+
+defects: $(READY) ## measure what each fix of the patches changes
+	@$(BIN)/python -m studies.defects
+
 $(VLLM_READY): serving/requirements.txt
 	@echo "==> virtual environment $(VLLM_VENV): $(VLLM)"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -82,6 +94,9 @@ serve-check: $(READY) $(VLLM_READY) ## serve exported drafts with vLLM on the CP
 
 study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
 	@$(BIN)/python -m studies.trainers $(STUDY)
+
+article: $(READY) ## train the article's drafts with its losses; continues if interrupted
+	@$(BIN)/python -m studies.article $(STUDY)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)

@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.baselines import SPECFORGE, WHEELS, wheel
 from benchmarks.measure import Results, distribution
 from benchmarks.progress import cells_of
-from specforge_lk.patching import git_apply, load_series
+from specforge_lk import patching
 
 SOURCES: Final = ("baselines", "training_step", "step_worker")
 ROOT: Final = Path(__file__).parent.parent
@@ -100,8 +100,9 @@ def _unpatched() -> Path:
         temporary = directory.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(wheel(SPECFORGE), temporary)
-        first = load_series(SPECFORGE.partition("==")[2]).patches[0]
-        git_apply(temporary, first, "specforge/*")
+        version = SPECFORGE.partition("==")[2]
+        first = patching.load_series(patching.SPECFORGE, version).patches[0]
+        patching.git_apply(temporary, first, "specforge/*")
         temporary.rename(directory)
     return directory
 

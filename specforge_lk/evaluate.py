@@ -499,7 +499,7 @@ def _digest(source: str) -> str:
         digest.update(path.read_bytes())
     elif path.is_dir():
         for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".jinja"):
+            if file.suffix in (".json", ".safetensors", ".jinja", ".bin", ".pt"):
                 digest.update(file.name.encode())
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
@@ -520,6 +520,7 @@ def run(
     out: Path,
     track: Track,
     command: Sequence[str] = (),
+    published: str | None = None,
 ) -> Report:
     """Measure every draft on everything asked for, writing ``out`` after each measurement.
 
@@ -536,6 +537,7 @@ def run(
         out: report.json to write or to continue.
         track: opens a progress display.
         command: command line, for the report.
+        published: target of `specforge_lk.published` to compare with.
     """
     for draft in drafts:
         limit = draft.model.max_heads
@@ -552,6 +554,7 @@ def run(
         **asdict(settings),
     }
     report.versions, report.command = versions(), list(command)
+    report.published = published
     common = [_MEASUREMENT, _digest(target_path), report.settings["dtype"], asdict(settings)]
     identities = [_digest(draft.path) for draft in drafts]
 

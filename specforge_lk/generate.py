@@ -1,4 +1,6 @@
-"""Sample a target's responses to prompts with local transformers, resumably.
+"""Sample a target's responses to prompts, resumably, with local transformers.
+
+`specforge_lk.server` does the same with a server.
 
 All the randomness of a response is one vector of uniforms drawn from (seed, prompt id) before the
 first token. So a response does not depend on which prompts share its batch, beyond the rounding
@@ -8,16 +10,14 @@ of the arithmetic, and an interrupted run continues as if it had not stopped.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specforge_lk.conversations import prompt_ids, read_rows
+from specforge_lk.line_file import LineFile, open_lines
 
 if TYPE_CHECKING:
     import torch
@@ -25,23 +25,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: from the whole vocabulary, neither top-k nor top-p.
+    """How responses are drawn.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
         max_new_tokens: Longest response, the end-of-turn token included.
         seed: Non-negative; with the prompt's id it decides a response.
+        top_p: Below 1, only the most likely tokens with this much probability (servers only).
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 160
     seed: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def number(self, key: str) -> int:
+        """A number below 2^63 that belongs to the seed and one prompt's id."""
+        digest = hashlib.sha256(f"{self.seed}:{key}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -69,46 +78,43 @@ def read_prompts(path: Path) -> list[dict[str, str]]:
     return list(prompts.values())
 
 
+class Answered(NamedTuple):
+    """What is remembered of a response in the file: a set has hundreds of thousands of them."""
+
+    prompt: int
+    tokens: int | None
+    finished: bool
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Answered:
+        """Of a conversation row."""
+        ids = row.get("response_ids")
+        prompt = row["conversations"][0]["content"]
+        return cls(hash(prompt), None if ids is None else len(ids), row["finished"])
+
+
+class ResponseFile:
+    """A response file by the ids of its rows, and the way to add more."""
+
+    def __init__(self, lines: LineFile) -> None:
+        self._lines = lines
+        self.answered = {row["id"]: Answered.of(row) for row in read_rows(lines.path)}
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows; when this returns they survive a crash."""
+        self._lines.append(rows)
+        self.answered.update({row["id"]: Answered.of(row) for row in rows})
+
+
 @contextlib.contextmanager
 def open_responses(path: Path, settings: dict[str, Any]) -> Iterator[ResponseFile]:
-    """Open a response file to continue it, alone.
-
-    A last line torn by a crash is cut off. ``settings`` are kept beside the file and must be
-    equal when it is continued.
+    """Open a response file to continue it, alone; see `open_lines`.
 
     Raises:
         ValueError: the file was begun with other settings, or another process writes to it.
     """
-    if path.suffix == ".gz":
-        raise ValueError(f"{path}: a compressed file cannot be continued; name it .jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another process") from error
-        stream.seek(0)
-        content = stream.read()
-        whole = content.rfind(b"\n") + 1
-        stream.truncate(whole)
-        _check_settings(path.with_name(f"{path.name}.settings.json"), settings, new=whole == 0)
-        yield ResponseFile(stream, {row["id"]: row for row in read_rows(path)})
-
-
-class ResponseFile:
-    """The rows of a response file by id, and the way to add more."""
-
-    def __init__(self, stream: Any, rows: dict[str, dict[str, Any]]) -> None:
-        self._stream = stream
-        self.rows = rows
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows; when this returns they survive a crash."""
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._stream.write(lines.encode("utf-8"))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self.rows.update({row["id"]: row for row in rows})
+    with open_lines(path, settings) as lines:
+        yield ResponseFile(lines)
 
 
 def pending(prompts: list[dict[str, str]], done: ResponseFile) -> list[dict[str, str]]:
@@ -118,13 +124,13 @@ def pending(prompts: list[dict[str, str]], done: ResponseFile) -> list[dict[str,
         ValueError: a response in the file answers another prompt of the same id.
     """
     for prompt in prompts:
-        row = done.rows.get(prompt["id"])
-        if row and row["conversations"][0]["content"] != prompt["prompt"]:
+        known = done.answered.get(prompt["id"])
+        if known and known.prompt != hash(prompt["prompt"]):
             raise ValueError(
                 f"the response {prompt['id']!r} belongs to another prompt; "
                 "write to a new file, or give changed prompts new ids"
             )
-    return [prompt for prompt in prompts if prompt["id"] not in done.rows]
+    return [prompt for prompt in prompts if prompt["id"] not in done.answered]
 
 
 def generate(
@@ -148,8 +154,9 @@ def generate(
     Raises:
         ValueError: a prompt and its response exceed the target's context.
     """
-    messages = [[{"role": "user", "content": prompt["prompt"]}] for prompt in prompts]
-    encoded = [prompt_ids(tokenizer, conversation) for conversation in messages]
+    encoded = [
+        prompt_ids(tokenizer, [{"role": "user", "content": prompt["prompt"]}]) for prompt in prompts
+    ]
     context = getattr(model.config, "max_position_embeddings", None)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if context and len(ids) + sampling.max_new_tokens > context:
@@ -159,24 +166,29 @@ def generate(
             )
     keys = [prompt["id"] for prompt in prompts]
     responses = _sample(model, encoded, keys, sampling, _end_ids(model, tokenizer), advance)
-    return [
-        {
-            "id": prompt["id"],
-            "conversations": [
-                *conversation,
-                {
-                    "role": "assistant",
-                    "content": tokenizer.decode(
-                        response.ids[:-1] if response.finished else response.ids,
-                        clean_up_tokenization_spaces=False,
-                    ),
-                },
-            ],
-            "finished": response.finished,
-            "response_ids": response.ids,
-        }
-        for prompt, conversation, response in zip(prompts, messages, responses, strict=True)
+    texts = [
+        tokenizer.decode(
+            response.ids[:-1] if response.finished else response.ids,
+            clean_up_tokenization_spaces=False,
+        )
+        for response in responses
     ]
+    return [
+        conversation_row(prompt, text, response.finished, response.ids)
+        for prompt, text, response in zip(prompts, texts, responses, strict=True)
+    ]
+
+
+def conversation_row(
+    prompt: dict[str, str], text: str, finished: bool, ids: list[int] | None
+) -> dict[str, Any]:
+    """Return a row of a response file; see `specforge_lk.conversations`."""
+    messages = [
+        {"role": "user", "content": prompt["prompt"]},
+        {"role": "assistant", "content": text},
+    ]
+    row = {"id": prompt["id"], "conversations": messages, "finished": finished}
+    return row if ids is None else {**row, "response_ids": ids}
 
 
 def _sample(
@@ -260,8 +272,7 @@ def _uniforms(sampling: Sampling, key: str) -> torch.Tensor:
     """Uniform numbers [max_new_tokens] in [0, 1) that belong to one prompt."""
     import torch
 
-    digest = hashlib.sha256(f"{sampling.seed}:{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(sampling.number(key))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
@@ -273,34 +284,26 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids or ())
 
 
-def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
-    if not new:
-        if not path.exists():
-            raise ValueError(
-                f"{path} is missing, so the settings of the responses beside it are unknown; "
-                "write to a new file"
-            )
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted(settings.keys() | before.keys()):
-            if settings.get(name) != before.get(name):
-                raise ValueError(
-                    f"the file was begun with {name}={before.get(name)!r}, not "
-                    f"{settings.get(name)!r}; use the same value, or write to a new file"
-                )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def settings_of(target: str, dtype: str, sampling: Sampling) -> dict[str, Any]:
-    """Return what must stay equal while one response file is written."""
-    return {"target": target, "dtype": dtype, **asdict(sampling)}
+    """Return what must stay equal while one response file is written.
+
+    Args:
+        target: Folder or hub id, or the name that a server has for it.
+        dtype: Of local weights; ``server`` where a server decides.
+        sampling: How responses are drawn.
+    """
+    settings = {"target": target, "dtype": dtype, **asdict(sampling)}
+    if sampling.top_p == 1:  # files begun before there was top_p do not have it
+        del settings["top_p"]
+    return settings
 
 
 __all__ = [
+    "Answered",
     "Response",
     "ResponseFile",
     "Sampling",
+    "conversation_row",
     "generate",
     "open_responses",
     "pending",

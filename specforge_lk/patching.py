@@ -1,21 +1,23 @@
-"""Apply, check and revert the SpecForge patch series.
+"""Apply, check and revert a patch series of SpecForge or SGLang (``PACKAGES``).
 
-The series of a SpecForge version is ``patches/specforge/<version>/``: a file ``series`` that names
-``git format-patch`` files in order. A *target* is the directory that holds the ``specforge``
-package: site-packages, a checkout or an unpacked wheel.
+The series of a version is ``patches/<package>/<version>/``: a file ``series`` that names
+``git format-patch`` files in order. A *target* is what it is applied to: site-packages, an
+unpacked wheel or a checkout of the package's repository.
 
 How nothing is ever half done:
 
 - The whole series is first applied by ``git apply`` (no fuzz, no three-way merge) to a copy of the
   files concerned. The target is written only when every patch applied.
-- ``specforge/.specforge-lk/`` in the target receives the original bytes, the new files and, last,
+- ``.specforge-lk/`` in the package receives the original bytes, the new files and, last,
   ``manifest.json`` with the sha256 of every file before and after. Only then are the new files
   renamed over the old ones. The state of a target is read from these hashes, not from a flag, so
-  it is right after a crash at any point, and both ``apply`` and ``revert`` recover from one.
+  it is right after a crash at any point, kill -9 included, and both ``apply`` and ``revert``
+  recover from one. ``revert`` restores copies of the originals and removes the manifest last.
+- ``apply`` and ``revert`` of one target wait for each other.
 - Renaming also leaves alone a package cache whose files pip or uv linked into the environment.
 
 The RECORD of an installed wheel stays as it is, so ``revert`` gives back an identical tree. Hence
-``pip uninstall specforge`` on a patched install leaves the files that the series added and
+``pip uninstall`` of a patched install leaves the files that the series added and
 ``.specforge-lk/`` behind: revert first. ``pip install --force-reinstall`` needs only a new apply.
 """
 
@@ -27,6 +29,7 @@ import csv
 import email
 import email.policy
 import enum
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -37,11 +40,40 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PACKAGE = "specforge"
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution that has patch series, and where its repository keeps what they change.
+
+    ``name`` is that of the distribution, of the import package and of the folder in ``patches/``.
+    The import package is in the directory ``source`` of the repository, which holds
+    pyproject.toml too; ``tests`` is the directory of the package's own tests.
+    """
+
+    name: str
+    title: str
+    source: str
+    tests: str
+
+    @property
+    def path(self) -> str:
+        """The import package in the repository, and so in the patches."""
+        return (Path(self.source) / self.name).as_posix()
+
+
+#: Every package that ``specforge-lk patch`` knows, by name.
+PACKAGES: Mapping[str, Package] = {
+    package.name: package
+    for package in (
+        Package("specforge", "SpecForge", source=".", tests="tests"),
+        Package("sglang", "SGLang", source="python", tests="test"),
+    )
+}
+SPECFORGE = PACKAGES["specforge"]
 _DIFF_HEADER = re.compile(
     r"^diff --git a/(?P<old>.+) b/(?P<new>.+)\n(?P<mode>(?:new|deleted) file)?", re.MULTILINE
 )
@@ -52,7 +84,7 @@ class PatchError(Exception):
 
 
 class TargetError(PatchError):
-    """No SpecForge of a known version where it was looked for."""
+    """No package of a known version where it was looked for."""
 
 
 class UnknownVersionError(TargetError):
@@ -68,7 +100,7 @@ class RefusedError(PatchError):
 
 
 class ForeignEditsError(RefusedError):
-    """``files`` hold edits that neither SpecForge nor the series made."""
+    """``files`` hold edits that neither the package nor the series made."""
 
     def __init__(self, files: Iterable[str], remedy: str) -> None:
         self.files = tuple(files)
@@ -99,8 +131,9 @@ class Patch:
 
 @dataclass(frozen=True)
 class Series:
-    """The patches for one SpecForge version, in the order in which they apply."""
+    """The patches for one version of a package, in the order in which they apply."""
 
+    package: Package
     version: str
     patches: tuple[Patch, ...]
 
@@ -111,20 +144,34 @@ class Series:
 
 @dataclass(frozen=True)
 class Target:
-    """A directory that holds ``specforge/``; ``record`` maps the paths of a wheel to its hashes."""
+    """The package in ``root``; ``record`` maps the paths of a wheel to their hashes.
 
+    ``checkout``: ``root`` is laid out as the repository is, else as site-packages are.
+    """
+
+    package: Package
     root: Path
     version: str
+    checkout: bool
     record: Mapping[str, str] | None = None
+
+    def locate(self, path: str) -> str:
+        """Where a path of the repository is, relative to ``root``."""
+        return path if self.checkout else path.removeprefix(f"{self.package.source}/")
+
+    @property
+    def package_dir(self) -> Path:
+        return self.root / self.locate(self.package.path)
 
     @property
     def state_dir(self) -> Path:
-        return self.root / PACKAGE / ".specforge-lk"
+        return self.package_dir / ".specforge-lk"
 
     @property
     def takes_tests(self) -> bool:
-        """Whether ``tests/`` beside the package is SpecForge's own (a checkout has pyproject)."""
-        return (self.root / "pyproject.toml").is_file() and (self.root / "tests").is_dir()
+        """Whether the tests beside the package are its own (a checkout has pyproject.toml)."""
+        has_project = (self.package_dir.parent / "pyproject.toml").is_file()
+        return self.checkout and has_project and (self.root / self.package.tests).is_dir()
 
 
 @dataclass(frozen=True)
@@ -157,7 +204,7 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """``current``: what is applied is today's series; ``problem``: which files are foreign."""
+    """``current``: what is applied is today's series; ``problem``: what is wrong and the remedy."""
 
     state: State
     current: bool = False
@@ -186,11 +233,14 @@ class _Manifest:
         path = target.state_dir / "manifest.json"
         if not path.is_file():
             return None
-        manifest = cls(**json.loads(path.read_text("utf-8")))
+        try:
+            manifest = cls(**json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RefusedError(f"{path} is damaged ({error}): {_reinstall(target)}") from error
         if manifest.version != target.version:
             raise TargetError(
-                f"{target.state_dir} belongs to SpecForge {manifest.version}, but {target.root} "
-                f"holds {target.version}: delete {target.root / PACKAGE} and reinstall SpecForge"
+                f"{target.state_dir} belongs to {target.package.title} {manifest.version}, but "
+                f"{target.root} holds {target.version}: {_reinstall(target)}"
             )
         return manifest
 
@@ -213,34 +263,35 @@ class _Manifest:
 def series_root() -> Path:
     """Where the series live: inside the installed wheel, or at the root of the repository."""
     package = Path(__file__).resolve().parent
-    installed = package / "patches" / PACKAGE
-    return installed if installed.is_dir() else package.parent / "patches" / PACKAGE
+    installed = package / "patches"
+    return installed if installed.is_dir() else package.parent / "patches"
 
 
-def known_versions() -> list[str]:
-    """SpecForge versions that have a series."""
-    return sorted(path.parent.name for path in series_root().glob("*/series"))
+def known_versions(package: Package) -> list[str]:
+    """Versions of the package that have a series."""
+    return sorted(path.parent.name for path in series_root().glob(f"{package.name}/*/series"))
 
 
-def load_series(version: str) -> Series:
-    """Read the series of a SpecForge version; UnknownVersionError lists the known ones."""
-    if version not in known_versions():
+def load_series(package: Package, version: str) -> Series:
+    """Read the series of a version; UnknownVersionError lists the known ones."""
+    if version not in known_versions(package):
         raise UnknownVersionError(
-            f"no patch series for SpecForge {version}; known versions: "
-            f"{', '.join(known_versions()) or 'none'}"
+            f"no patch series for {package.title} {version}; known versions: "
+            f"{', '.join(known_versions(package)) or 'none'}"
         )
-    folder = series_root() / version
+    folder = series_root() / package.name / version
     lines = (line.partition("#")[0].strip() for line in (folder / "series").read_text().split("\n"))
-    return Series(version, tuple(_load_patch(folder / line) for line in lines if line))
+    return Series(package, version, tuple(_load_patch(folder / line) for line in lines if line))
 
 
-def find_target(path: Path | None = None) -> Target:
-    """The SpecForge in ``path``, or by default the installed one, found without importing it."""
+def find_target(package: Package, path: Path | None = None) -> Target:
+    """The package in ``path``, or by default the installed one, found without importing it."""
+    name, title = package.name, package.title
     if path is None:
-        spec = importlib.util.find_spec(PACKAGE)
+        spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise TargetError(
-                "SpecForge is not installed in this environment: install specforge, "
+                f"{title} is not installed in this environment: install {name}, "
                 "or name a checkout with --target"
             )
         path = Path(spec.origin).parent.parent
@@ -248,42 +299,48 @@ def find_target(path: Path | None = None) -> Target:
         inside = path.resolve().is_relative_to(Path(sys.prefix).resolve())
         if sys.prefix != sys.base_prefix and not inside:
             raise TargetError(
-                f"SpecForge in {path} is outside this virtual environment: install specforge "
+                f"{title} in {path} is outside this virtual environment: install {name} "
                 f"here, or confirm with --target {path}"
             )
     root = path.resolve()
-    if not (root / PACKAGE / "__init__.py").is_file():
+    checkout = (root / package.path / "__init__.py").is_file()
+    if not checkout and not (root / name / "__init__.py").is_file():
         raise TargetError(
-            f"{path} holds no {PACKAGE}/ package: "
-            "--target takes the directory that contains specforge/"
+            f"{path} holds no {name}/ package: --target takes the directory that contains "
+            f"{' or '.join(dict.fromkeys((f'{name}/', f'{package.path}/')))}"
         )
-    found = sorted(root.glob(f"{PACKAGE}-*.dist-info"))
+    found = sorted(root.glob(f"{name}-*.dist-info"))
     if len(found) > 1:
         names = ", ".join(info.name for info in found)
-        raise TargetError(f"{root} holds several versions ({names}): reinstall SpecForge")
+        raise TargetError(f"{root} holds several versions ({names}): reinstall {title}")
     if found:
         metadata = email.message_from_bytes((found[0] / "METADATA").read_bytes())
-        return Target(root, metadata["Version"], _read_record(found[0] / "RECORD"))
-    return Target(root, _checkout_version(root))
+        record = _read_record(found[0] / "RECORD", name)
+        return Target(package, root, metadata["Version"], checkout, record)
+    project = root / package.source if checkout else root
+    return Target(package, root, _checkout_version(project, name), checkout)
 
 
 def plan(target: Target, series: Series, *, tests: bool | None = None) -> Plan:
     """Apply the series to a copy of the target's files, as they were before any patching.
 
     Args:
-        tests: whether hunks outside ``specforge/`` take part. None: as they were applied, else
-            only in a checkout with a ``tests/`` directory.
+        tests: whether hunks outside the package take part. None: as they were applied, else
+            only in a checkout that has the package's tests.
     """
     manifest = _Manifest.read(target)
     if tests is None:
         tests = manifest.tests if manifest else target.takes_tests
+    package = target.package
     paths = {path for patch in series.patches for path in patch.changes}
-    paths = {path for path in paths if tests or path.startswith(f"{PACKAGE}/")}
-    before = {path: _original(target, manifest, path) for path in sorted(paths)}
-    if foreign := [path for path, data in before.items() if _is_foreign(target, path, data)]:
+    paths = {path for path in paths if tests or path.startswith(f"{package.path}/")}
+    # Patches, and so the copy, are laid out as the repository is; the target may not be.
+    places = {path: target.locate(path) for path in sorted(paths)}
+    before = {path: _original(target, manifest, place) for path, place in places.items()}
+    if foreign := [p for path, p in places.items() if _is_foreign(target, p, before[path])]:
         remedy = (
-            "not what SpecForge's wheel holds; reinstall it with "
-            f"`pip install --force-reinstall --no-deps specforge=={target.version}`"
+            f"not what {package.title}'s wheel holds; reinstall it with "
+            f"`pip install --force-reinstall --no-deps {package.name}=={target.version}`"
         )
         return Plan(tests, failure=ForeignEditsError(foreign, remedy))
 
@@ -295,7 +352,7 @@ def plan(target: Target, series: Series, *, tests: bool | None = None) -> Plan:
         passed: list[str] = []
         try:
             for patch in series.patches:
-                git_apply(root, patch, None if tests else f"{PACKAGE}/*")
+                git_apply(root, patch, None if tests else f"{package.path}/*")
                 passed.append(patch.name)
         except PatchFailedError as failure:
             return Plan(tests, tuple(passed), failure=failure)
@@ -304,9 +361,9 @@ def plan(target: Target, series: Series, *, tests: bool | None = None) -> Plan:
             after = _read(root / path)
             if after != data:
                 # git writes by the mode in the patch; a file that was there keeps its own mode.
-                kept = target.root / path if data is not None else root / path
+                kept = target.root / places[path] if data is not None else root / path
                 mode = kept.stat().st_mode & 0o777 if kept.is_file() else 0o644
-                changes[path] = Change(data, after, mode)
+                changes[places[path]] = Change(data, after, mode)
     return Plan(tests, tuple(passed), changes)
 
 
@@ -314,11 +371,21 @@ def status(target: Target, series: Series) -> Status:
     """What the target holds now. Runs git only where there is no record of an apply."""
     manifest = _Manifest.read(target)
     state, foreign = manifest.survey(target) if manifest else (State.PRISTINE, ())
-    if manifest is None or state is State.PRISTINE:
-        failure = plan(target, series).failure
-        return Status(State.FOREIGN, False, str(failure)) if failure else Status(State.PRISTINE)
-    problem = f"changed after apply: {', '.join(foreign)}" if foreign else None
-    return Status(state, state is State.APPLIED and manifest.holds(series), problem)
+    problem = None
+    if state is State.PRISTINE:
+        if failure := plan(target, series).failure:
+            return Status(State.FOREIGN, False, str(failure))
+        if target.state_dir.exists():
+            problem = (
+                f"an interrupted command left {target.state_dir}, but no file is changed: "
+                "`revert` removes it, and so does `apply`"
+            )
+    elif state is State.PARTIAL:
+        problem = "a command was interrupted: `revert` takes all of it back, `apply` finishes it"
+    elif foreign:
+        problem = f"changed after apply: {', '.join(foreign)}"
+    current = manifest is not None and state is State.APPLIED and manifest.holds(series)
+    return Status(state, current, problem)
 
 
 def apply(target: Target, series: Series, *, tests: bool | None = None) -> Applied:
@@ -331,24 +398,28 @@ def apply(target: Target, series: Series, *, tests: bool | None = None) -> Appli
         ForeignEditsError: files differ from the wheel's RECORD or were edited after an apply.
         PatchFailedError: a patch does not apply with zero fuzz.
     """
-    manifest = _Manifest.read(target)
-    replaced = None
-    if manifest:
-        state, foreign = manifest.survey(target)
-        if foreign:
-            raise ForeignEditsError(foreign, "changed after apply; `revert --force` discards that")
-        if state is State.APPLIED and manifest.holds(series) and tests in (None, manifest.tests):
-            return Applied(unchanged=True)
-        replaced = {State.APPLIED: "an earlier series", State.PARTIAL: "an interrupted apply"}.get(
-            state
-        )
-    dry = plan(target, series, tests=tests)
-    if dry.failure:
-        raise dry.failure
-    if manifest:
-        _restore(target, manifest)
-    _install(target, series, dry)
-    return Applied(False, tuple(dry.changes), replaced)
+    with _alone(target):
+        manifest = _Manifest.read(target)
+        replaced = None
+        if manifest:
+            state, foreign = manifest.survey(target)
+            if foreign:
+                remedy = "changed after apply; `revert --force` discards that"
+                raise ForeignEditsError(foreign, remedy)
+            applied = state is State.APPLIED and manifest.holds(series)
+            if applied and tests in (None, manifest.tests):
+                return Applied(unchanged=True)
+            replaced = {
+                State.APPLIED: "an earlier series",
+                State.PARTIAL: "an interrupted apply",
+            }.get(state)
+        dry = plan(target, series, tests=tests)
+        if dry.failure:
+            raise dry.failure
+        if manifest:
+            _restore(target, manifest)
+        _install(target, series, dry)
+        return Applied(False, tuple(dry.changes), replaced)
 
 
 def revert(target: Target, *, force: bool = False) -> tuple[str, ...]:
@@ -357,16 +428,17 @@ def revert(target: Target, *, force: bool = False) -> tuple[str, ...]:
     Raises:
         ForeignEditsError: a patched file was edited after apply, and ``force`` is not set.
     """
-    manifest = _Manifest.read(target)
-    if manifest is None:
-        # An apply that crashed before its manifest was written has changed no file.
-        shutil.rmtree(target.state_dir, ignore_errors=True)
-        return ()
-    foreign = manifest.survey(target)[1]
-    if foreign and not force:
-        raise ForeignEditsError(foreign, "changed after apply; --force discards these edits")
-    _restore(target, manifest)
-    return tuple(manifest.files)
+    with _alone(target):
+        manifest = _Manifest.read(target)
+        if manifest is None:
+            # What a crash before the manifest was written, or after it was removed, left.
+            _discard(target.state_dir)
+            return ()
+        foreign = manifest.survey(target)[1]
+        if foreign and not force:
+            raise ForeignEditsError(foreign, "changed after apply; --force discards these edits")
+        _restore(target, manifest)
+        return tuple(manifest.files)
 
 
 def git_apply(root: Path, patch: Patch, include: str | None = None, *options: str) -> None:
@@ -413,30 +485,36 @@ def _load_patch(path: Path) -> Patch:
     )
 
 
-def _read_record(path: Path) -> dict[str, str] | None:
+def _read_record(path: Path, package: str) -> dict[str, str] | None:
     """Hashes in a wheel's RECORD; None if it lists no package, as for an editable install."""
     if not path.is_file():
         return None
     with path.open(newline="", encoding="utf-8") as lines:
         record = {row[0]: row[1] for row in csv.reader(lines) if row}
-    return record if f"{PACKAGE}/__init__.py" in record else None
+    return record if f"{package}/__init__.py" in record else None
 
 
-def _checkout_version(root: Path) -> str:
-    """The version in pyproject.toml, or in the file it points setuptools to."""
+def _checkout_version(root: Path, package: str) -> str:
+    """The version in pyproject.toml, or in the file it points setuptools or setuptools-scm to."""
     path = root / "pyproject.toml"
     if not path.is_file():
         raise TargetError(
-            f"{root}: version unknown, neither specforge-*.dist-info nor pyproject.toml is there"
+            f"{root}: version unknown, neither {package}-*.dist-info nor pyproject.toml is there"
         )
     data = tomllib.loads(path.read_text("utf-8"))
-    dynamic = data.get("tool", {}).get("setuptools", {}).get("dynamic", {}).get("version", {})
-    version = data.get("project", {}).get("version")
-    if version is None and isinstance(file := dynamic.get("file"), str):
-        version = (root / file).read_text("utf-8").strip()
-    if version is None:
-        raise TargetError(f"{path}: no project.version and no setuptools dynamic version file")
-    return version
+    if version := data.get("project", {}).get("version"):
+        return version
+    tools = data.get("tool", {})
+    if file := tools.get("setuptools_scm", {}).get("version_file"):
+        # Written when the checkout is installed or built: __version__ = version = '0.5.14'
+        found = re.search(r"^__version__\b.*= *['\"](.+)['\"]", _text(root / file), re.MULTILINE)
+        if found is None:
+            raise TargetError(f"{root / file}: no __version__; `pip install -e {root}` writes it")
+        return found[1]
+    dynamic = tools.get("setuptools", {}).get("dynamic", {}).get("version", {})
+    if isinstance(file := dynamic.get("file"), str) and (version := _text(root / file).strip()):
+        return version
+    raise TargetError(f"{path}: no project.version and no file that it names holds one")
 
 
 def _original(target: Target, manifest: _Manifest | None, path: str) -> bytes | None:
@@ -451,14 +529,18 @@ def _backup(target: Target, path: str, digest: str | None) -> bytes | None:
     if _sha256(data) != digest:
         raise RefusedError(
             f"the backup {target.state_dir / 'original' / path} is missing or damaged: "
-            f"delete {target.root / PACKAGE} and reinstall SpecForge"
+            f"{_reinstall(target)}"
         )
     return data
 
 
+def _reinstall(target: Target) -> str:
+    return f"delete {target.package_dir} and reinstall {target.package.title}"
+
+
 def _is_foreign(target: Target, path: str, data: bytes | None) -> bool:
     """Whether an installed file differs from RECORD; a checkout's files are left to git."""
-    if target.record is None or not path.startswith(f"{PACKAGE}/"):
+    if target.record is None or not path.startswith(f"{target.package.name}/"):
         return False
     recorded = target.record.get(path)
     if recorded is None or data is None:
@@ -471,7 +553,7 @@ def _is_foreign(target: Target, path: str, data: bytes | None) -> bool:
 def _install(target: Target, series: Series, dry: Plan) -> None:
     """Write backups, new files and manifest to the state directory, then rename into place."""
     root, state = target.root, target.state_dir
-    shutil.rmtree(state, ignore_errors=True)
+    _discard(state)
     # What an apply writes is not the checkout's business.
     _write(state / ".gitignore", b"*\n")
     parents = {parent for path in dry.changes for parent in Path(path).parents}
@@ -515,15 +597,32 @@ def _restore(target: Target, manifest: _Manifest) -> None:
             _remove(root / path)
             continue
         staged = state / "staged" / path
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(state / "original" / path, staged)
+        _write(staged, data)
+        shutil.copystat(state / "original" / path, staged)
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged, root / path)
     for directory in manifest.directories:
         with contextlib.suppress(OSError):  # not empty: holds files of somebody else
             (root / directory).rmdir()
     (state / "manifest.json").unlink()
-    shutil.rmtree(state)
+    _discard(state)
+
+
+def _discard(state: Path) -> None:
+    if state.exists():
+        shutil.rmtree(state)
+
+
+@contextlib.contextmanager
+def _alone(target: Target) -> Iterator[None]:
+    """Wait for other commands on this target. The lock of a killed process goes with it."""
+    directory = os.open(target.package_dir, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def _remove(path: Path) -> None:
@@ -538,6 +637,10 @@ def _remove(path: Path) -> None:
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.is_file() else ""
 
 
 def _write(path: Path, data: bytes, mode: int = 0o644) -> None:

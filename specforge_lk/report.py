@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from specforge_lk import published
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -116,6 +118,10 @@ class Report(_Strict):
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     command: list[str] = []
+    published: str | None = Field(None, description="target in the paper's tables to compare with")
+    gains: dict[str, str] = Field(
+        {}, description="by algorithm, the target whose gains in the paper to put beside these"
+    )
 
     def find(self, key: tuple, fingerprint: str) -> Result | None:
         """The result with this key, if it was measured with the same settings and files."""
@@ -232,6 +238,42 @@ def paired_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return _without_constant(header, rows)
 
 
+def published_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of sampled τ beside the paper's, a row per draft and T; no rows without one.
+
+    The mean is there once all three benchmarks are measured.
+    """
+    header = ["T", "draft", "seed", "drafting", "K (paper)"]
+    header += [f"{name} (paper)" for name in (*published.BENCHMARKS, "mean")]
+    measured: dict[tuple, dict[int, float]] = {}
+    for r in sorted(report.results, key=_table_order):
+        benchmark = published.find_benchmark(r.benchmark)
+        if r.tau is not None and benchmark is not None:
+            key = (r.temperature, r.algorithm, r.loss, r.seed, r.draft_sampling, r.heads)
+            measured.setdefault(key, {})[benchmark] = r.tau
+    drafts = published.PUBLISHED.get(report.published or "", {})
+    rows = []
+    for (temperature, algorithm, loss, seed, sampling, heads), taus in measured.items():
+        paper = drafts.get((algorithm, loss), {}).get(temperature)
+        if paper is None:
+            continue
+        count = len(published.BENCHMARKS)
+        ours = [taus.get(benchmark) for benchmark in range(count)]
+        ours.append(mean(taus.values()) if len(taus) == count else None)
+        theirs = [*(paper.each or [None] * count), paper.mean]
+        rows.append(
+            [
+                f"{temperature:g}",
+                f"{algorithm} {loss}",
+                str(seed),
+                sampling,
+                f"{heads} ({published.HEADS[algorithm]})",
+                *(f"{_number(a, 2)} ({_number(b, 2)})" for a, b in zip(ours, theirs, strict=True)),
+            ]
+        )
+    return _without_constant(header, rows)
+
+
 def _over_seeds(values: Sequence[float], form: str = ".3f") -> str:
     """Mean of one value per seed, and the least and the greatest of them."""
     if not values:
@@ -273,6 +315,58 @@ def seed_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return _without_constant(header, rows, ("drafting",))
 
 
+#: What the paper's gains are over.
+_GAIN_BASELINE = "kl"
+
+
+def gain_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the gains over KL in percent, ours beside the paper's.
+
+    Of τ, and of τ - 1, what the draft adds. Ours are means over training seeds, with the least and
+    the greatest: of the exact expected τ on held-out responses, and of sampled τ, the mean of the
+    benchmarks.
+    """
+    header = ["T", "draft", "paper: τ", "τ - 1", "expected τ", "expected τ - 1", "sampled τ"]
+    rows = []
+    for algorithm, target in report.gains.items():
+        paper = published.PUBLISHED[target]
+        drafts = dict.fromkeys(
+            (r.temperature, r.loss)
+            for r in sorted(report.results, key=lambda r: r.temperature)
+            if r.algorithm == algorithm and r.loss != _GAIN_BASELINE
+        )
+        for temperature, loss in drafts:
+            pair = [(algorithm, loss), (algorithm, _GAIN_BASELINE)]
+            theirs = [paper.get(draft, {}).get(temperature) for draft in pair]
+            row = [f"{temperature:g}", f"{algorithm} {loss}"]
+            for base in (0, 1):
+                means = [tau.mean for tau in theirs if tau is not None]
+                row.append(f"{_percent(*means, base):+.1f}" if len(means) == 2 else "–")
+            for held_out, base in ((True, 0), (True, 1), (False, 0)):
+                a, b = (_tau_by_seed(report, draft, temperature, held_out) for draft in pair)
+                gains = [_percent(a[seed], b[seed], base) for seed in a if seed in b]
+                row.append(_over_seeds(gains, "+.1f"))
+            rows.append(row)
+    return header, rows
+
+
+def _tau_by_seed(
+    report: Report, draft: tuple[str, str], temperature: float, held_out: bool
+) -> dict[int, float]:
+    """By training seed: expected τ on held-out responses, or the mean sampled τ of benchmarks."""
+    found: dict[int, list[float]] = {}
+    for r in report.results:
+        tau = r.tau_expected if held_out else r.tau
+        if (r.algorithm, r.loss) == draft and r.temperature == temperature and tau is not None:
+            found.setdefault(r.seed, []).append(tau)
+    return {seed: mean(taus) for seed, taus in found.items()}
+
+
+def _percent(value: float, baseline: float, base: float) -> float:
+    """Gain of ``value - base`` over ``baseline - base``, in percent."""
+    return 100 * ((value - base) / (baseline - base) - 1)
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -297,6 +391,24 @@ def render_markdown(report: Report) -> str:
             "those of held-out responses. Every seed by itself, with its intervals, is below.",
             _table(*seed_rows(report)),
             "## Every measurement",
+        ]
+    compared = published_rows(report)
+    if compared[1]:
+        parts += [
+            "## Beside the paper",
+            f"Sampled τ with {report.published}, in parentheses that of arXiv 2602.23881: all "
+            "prompts of each benchmark, drafts sampled (`probabilistic`), K as given.",
+            _table(*compared),
+        ]
+    if report.gains:
+        sources = ", ".join(f"{name}: {target}" for name, target in report.gains.items())
+        parts += [
+            "## Gains over KL beside the paper's",
+            "In percent, of τ and of τ - 1, what the draft adds to it. The paper's (arXiv "
+            f"2602.23881, tables 1 and 2): {sources}. Ours: means over training seeds, with the "
+            "least and the greatest, of expected τ on held-out responses and of sampled τ, the "
+            "mean of the benchmarks.",
+            _table(*gain_rows(report)),
         ]
     if report.paired:
         parts += [

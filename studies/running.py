@@ -11,7 +11,7 @@ from pathlib import Path
 
 from demo.__main__ import HELD_OUT, RESPONSES, SAMPLES
 from demo.training import RUNS, Training, console, execute, record, train
-from specforge_lk.report import Report, read_report, write_all
+from specforge_lk.report import read_report, write_all
 
 STUDY = RUNS / "study"
 HEADS = 4
@@ -56,11 +56,16 @@ def train_and_evaluate(
     record(report, trainings)
 
 
-def publish(report: Path, path: Path, command: Sequence[str]) -> Report:
-    """Write the report, its tables and its chart at ``path``, without the arrays."""
+def publish(
+    report: Path, path: Path, command: Sequence[str], gains: Mapping[str, str] | None = None
+) -> None:
+    """Write the report, its tables and its chart at ``path``, without the arrays.
+
+    ``gains`` names by algorithm the target whose gains in the paper to put beside these.
+    """
     content = read_report(report)
     # Every algorithm was evaluated by a command of its own: this one makes them all.
     content.command = list(command)
+    content.gains = dict(gains or {})
     for written in write_all(content, path):
         console.print(f"  {written}")
-    return content

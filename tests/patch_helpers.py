@@ -1,4 +1,4 @@
-"""A tiny SpecForge and patches made for it, so that patch handling is tested in milliseconds."""
+"""A tiny package and patches made for it, so that patch handling is tested in milliseconds."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ def write_tree(root: Path, files: dict[str, str]) -> None:
         (root / path).write_text(text)
 
 
-def write_wheel(root: Path) -> Path:
+def write_wheel(
+    root: Path,
+    name: str = "specforge",
+    version: str = VERSION,
+    files: dict[str, str] = FILES,
+) -> Path:
     """An installed wheel: the package, METADATA and a RECORD with true hashes."""
-    write_tree(root, FILES)
-    info = f"specforge-{VERSION}.dist-info"
+    write_tree(root, files)
+    info = f"{name}-{version}.dist-info"
     record = ""
-    for path, text in FILES.items():
+    for path, text in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
         record += f"{path},sha256={digest.rstrip(b'=').decode()},{len(text)}\n"
-    metadata = f"Metadata-Version: 2.1\nName: specforge\nVersion: {VERSION}\n"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     write_tree(
         root, {f"{info}/METADATA": metadata, f"{info}/RECORD": record + f"{info}/RECORD,,\n"}
     )
@@ -49,14 +54,19 @@ def write_checkout(root: Path) -> Path:
     return root
 
 
-def write_series(folder: Path, work: Path, steps: list[tuple[str, dict[str, str | None]]]) -> None:
-    """Commit each step (subject, path -> text, None deletes) on FILES and format the commits."""
+def write_series(
+    folder: Path,
+    work: Path,
+    steps: list[tuple[str, dict[str, str | None]]],
+    base: dict[str, str] = FILES,
+) -> None:
+    """Commit each step (subject, path -> text, None deletes) on base and format the commits."""
 
     def git(*args: str) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
         subprocess.run(["git", *identity, *args], cwd=work, check=True, capture_output=True)
 
-    write_tree(work, FILES)
+    write_tree(work, base)
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "base")

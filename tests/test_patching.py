@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -40,7 +42,7 @@ STEPS = [
 @pytest.fixture(autouse=True)
 def series_root(tmp_path, monkeypatch):
     root = tmp_path / "patches"
-    write_series(root / "0.2.0", tmp_path / "authoring", STEPS)
+    write_series(root / "specforge/0.2.0", tmp_path / "authoring", STEPS)
     monkeypatch.setattr(patching, "series_root", lambda: root)
     return root
 
@@ -173,34 +175,7 @@ def test_a_checkout_deep_inside_another_repository(tmp_path, monkeypatch):
     assert ".specforge-lk" not in listed.stdout
 
 
-@pytest.mark.parametrize("survivors", range(4))
-@pytest.mark.parametrize("way_out", ["apply", "revert"])
-def test_a_crash_at_any_rename_is_recovered(wheel, monkeypatch, survivors, way_out):
-    """Rename 0 publishes the manifest: before it nothing is touched, after it all is undone."""
-    before = tree_hashes(wheel)
-    real, calls = os.replace, []
-
-    def crash(source, destination):
-        calls.append(destination)
-        if len(calls) > survivors:
-            raise KeyboardInterrupt
-        real(source, destination)
-
-    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
-        crashing.setattr(os, "replace", crash)
-        patching.apply(patching.find_target(wheel), patching.load_series("0.2.0"))
-
-    touched = survivors >= 2
-    assert state(wheel)["state"] == ("partially applied" if touched else "pristine")
-    if way_out == "apply":
-        result = patch("apply", wheel)
-        assert ("reverted an interrupted apply" in result.output) is touched
-        assert state(wheel)["state"] == "applied"
-    assert patch("revert", wheel).exit_code == 0
-    assert tree_hashes(wheel) == before
-
-
-def test_a_crash_in_revert_is_recovered(wheel, monkeypatch):
+def test_a_full_disk_in_revert_is_recovered(wheel, monkeypatch):
     before = tree_hashes(wheel)
     patch("apply", wheel)
     with monkeypatch.context() as crashing:
@@ -232,7 +207,7 @@ def test_a_newer_series_replaces_the_applied_one(wheel, series_root, tmp_path):
     before = tree_hashes(wheel)
     patch("apply", wheel)
     newer = [("Another fix", {"specforge/loss.py": LOSS.replace("line9 = 9", "line9 = 99")})]
-    write_series(series_root / "0.2.0", tmp_path / "authoring2", newer)
+    write_series(series_root / "specforge/0.2.0", tmp_path / "authoring2", newer)
     assert state(wheel)["current"] is False
     assert "reverted an earlier series first" in patch("apply", wheel).output
     assert (wheel / "specforge/loss.py").read_text() == newer[0][1]["specforge/loss.py"]
@@ -244,7 +219,7 @@ def test_a_newer_series_replaces_the_applied_one(wheel, series_root, tmp_path):
 def test_a_newer_series_that_fails_leaves_the_applied_one(wheel, series_root):
     patch("apply", wheel)
     before = tree_hashes(wheel)
-    first = next((series_root / "0.2.0").glob("0001*"))
+    first = next((series_root / "specforge/0.2.0").glob("0001*"))
     first.write_text(first.read_text().replace("-line6 = 6", "-line6 = 7"))
     assert patch("apply", wheel).exit_code == 1
     assert tree_hashes(wheel) == before
@@ -277,6 +252,76 @@ def test_missing_git_is_named(wheel, monkeypatch, tmp_path):
     assert "install git" in result.output
 
 
+def test_a_damaged_manifest_is_named_and_nothing_is_touched(wheel):
+    patch("apply", wheel)
+    manifest = wheel / "specforge/.specforge-lk/manifest.json"
+    manifest.write_text(manifest.read_text()[:40])
+    before = tree_hashes(wheel)
+    for command in ("status", "apply", "revert"):
+        result = patch(command, wheel)
+        assert result.exit_code == 1
+        assert f"{manifest} is damaged" in result.output
+    assert tree_hashes(wheel) == before
+
+
+def test_commands_on_one_target_wait_for_each_other(wheel):
+    directory = os.open(wheel / "specforge", os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    found = patching.find_target(patching.SPECFORGE, wheel)
+    series = patching.load_series(found.package, found.version)
+    with ThreadPoolExecutor() as pool:
+        first, second = (pool.submit(patching.apply, found, series) for _ in range(2))
+        with pytest.raises(TimeoutError):
+            first.result(timeout=0.3)
+        os.close(directory)
+        assert {first.result().unchanged, second.result().unchanged} == {False, True}
+
+
+@pytest.mark.parametrize("layout", ["wheel", "checkout"])
+def test_another_package_whose_repository_has_it_in_a_directory(tmp_path, series_root, layout):
+    """SGLang's patches say python/sglang; site-packages have sglang. Its tests are in test/."""
+    base = {"python/sglang/worker.py": "".join(f"line{i} = {i}\n" for i in range(9))}
+    fixed = {
+        "python/sglang/worker.py": base["python/sglang/worker.py"].replace("4 = 4", "4 = 44"),
+        "python/sglang/added/__init__.py": "",
+        "test/test_worker.py": "assert True\n",
+    }
+    write_series(series_root / "sglang/0.5.14", tmp_path / "sglang", [("Fix", fixed)], base)
+    package, target = base | {"python/sglang/__init__.py": ""}, tmp_path / "target"
+    if layout == "wheel":
+        write_wheel(
+            target, "sglang", "0.5.14", {p.removeprefix("python/"): package[p] for p in package}
+        )
+    else:
+        project = '[project]\nname = "sglang"\ndynamic = ["version"]\n'
+        scm = '[tool.setuptools_scm]\nversion_file = "sglang/_version.py"\n'
+        version = {"python/sglang/_version.py": "__version__ = version = '0.5.14'\n"}
+        write_tree(target, package | version | {"python/pyproject.toml": project + scm})
+        (target / "test").mkdir()
+    before = tree_hashes(target)
+
+    sglang = ("--package", "sglang")
+    assert patch("check", target, *sglang).exit_code == 0
+    assert patch("apply", target, *sglang).exit_code == 0
+    source = target / ("sglang" if layout == "wheel" else "python/sglang")
+    assert (source / "worker.py").read_text() == fixed["python/sglang/worker.py"]
+    assert (source / "added/__init__.py").exists()
+    assert (target / "test/test_worker.py").exists() is (layout == "checkout")
+    report = json.loads(patch("status", target, *sglang, "--json").stdout)
+    assert (report["package"], report["state"], report["current"]) == ("sglang", "applied", True)
+    assert patch("revert", target, *sglang).exit_code == 0
+    assert tree_hashes(target) == before
+    assert "directory that contains specforge/" in patch("status", target).output
+
+
+def test_a_checkout_without_its_version_file_is_named(tmp_path):
+    scm = '[project]\nname = "sglang"\n[tool.setuptools_scm]\nversion_file = "sglang/_version.py"\n'
+    write_tree(tmp_path, {"python/sglang/__init__.py": "", "python/pyproject.toml": scm})
+    result = patch("status", tmp_path, "--package", "sglang")
+    assert result.exit_code == 2
+    assert f"{tmp_path}/python/sglang/_version.py: no __version__" in result.output
+
+
 def only_specforge_is(directory, monkeypatch):
     monkeypatch.delitem(sys.modules, "specforge", raising=False)  # another test may import it
     monkeypatch.syspath_prepend(str(directory))
@@ -286,7 +331,7 @@ def test_the_default_target_is_found_without_importing_it(wheel, monkeypatch):
     write_tree(wheel, {"specforge/__init__.py": "raise RuntimeError('imported')\n"})
     only_specforge_is(wheel, monkeypatch)
     monkeypatch.setattr("sys.prefix", str(wheel.parent))
-    assert patching.find_target().root == wheel.resolve()
+    assert patching.find_target(patching.SPECFORGE).root == wheel.resolve()
 
 
 def test_another_environment_is_never_the_default_target(wheel, monkeypatch, tmp_path):

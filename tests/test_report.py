@@ -81,6 +81,23 @@ def test_seeds_are_summarised(tmp_path):
         assert row in summary
 
 
+def test_gains_stand_beside_the_paper_s(tmp_path):
+    held_out = KL.model_copy(update={"benchmark": "held_out", "tau": None, "tau_expected": 1.5})
+    results = []
+    for seed, gain in ((0, 1.1), (1, 1.2)):
+        for result in (KL, held_out):
+            value = {"seed": seed, "heads": 2, "alpha_per_head": [0.4, 0.2]}
+            results.append(result.model_copy(update=value))
+            name = "tau" if result is KL else "tau_expected"
+            raised = {name: getattr(result, name) * gain, "loss": "lk_lambda"}
+            results.append(result.model_copy(update=value | raised))
+    report = Report(results=results, gains={"eagle3": "Llama-3.1-8B-Instruct"})
+    markdown = write_all(report, tmp_path / "study.json")[1].read_text()
+    # 4.02 over 3.86 = (3.48 + 4.52 + 4.02) / (3.39 + 4.31 + 3.88), in the paper.
+    ours = "+15.0 [+10.0, +20.0] | +45.0 [+30.0, +60.0] | +15.0 [+10.0, +20.0]"
+    assert f"| 1 | eagle3 lk_lambda | +3.8 | +5.1 | {ours} |" in markdown
+
+
 def test_a_report_holds_one_result_per_measurement():
     report = Report()
     report.put(KL)

@@ -9,17 +9,13 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_patch_series import (
-    SERIES,
-    apply_until,
-    wheel,  # noqa: F401 (a fixture)
-)
+from test_patch_series import SERIES, apply_until, unpack
 from training_run import EPOCH, Finished, Setup, prepare_with_features
 
 #: P-EAGLE cannot train offline before the patches; its loss is compared instead.
@@ -30,13 +26,15 @@ COMPARED = ("loss", "grad_norm", "ploss_", "acc_", "lr")
 
 
 @pytest.fixture(scope="module")
-def unpatched(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def unpatched(
+    pristine_wheel: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """SpecForge 0.2.0 with the first patch."""
-    tree = tmp_path_factory.mktemp("unpatched")
-    zipfile.ZipFile(wheel).extractall(tree)
+    wheel = pristine_wheel(f"specforge=={SERIES.version}")
+    tree = unpack(wheel, tmp_path_factory.mktemp("unpatched"), SERIES)
     first = SERIES.patches[0]
     assert "Triton" in first.name
-    apply_until(tree, first)
+    apply_until(tree, SERIES, first)
     return tree
 
 

@@ -7,7 +7,7 @@ import importlib
 import typer
 
 #: Subcommand -> module that defines a typer ``app``; the order is that of ``--help``.
-_COMMANDS = ("patch", "generate", "capture", "eval", "toy")
+_COMMANDS = ("patch", "data", "generate", "capture", "eval", "cost", "toy")
 
 app = typer.Typer(
     name="specforge-lk",

@@ -31,9 +31,10 @@ def run(
     draft: Annotated[
         list[str],
         typer.Option(
-            help="LOSS=DIR or LOSS@SEED=DIR: a draft exported with `specforge export --to hf`, "
-            "the name of the loss it was trained with and its training seed. Repeatable; on "
-            "held-out responses each is compared with the ones before it, so put baselines first."
+            help="LOSS=DIR or LOSS@SEED=DIR: a draft exported with `specforge export --to hf` or "
+            "in vLLM's layout, the name of the loss it was trained with and its training seed. "
+            "Repeatable; on held-out responses each is compared with the ones before it, so put "
+            "baselines first."
         ),
     ],
     out: Annotated[
@@ -90,6 +91,14 @@ def run(
             "not say and training did not use the default."
         ),
     ] = None,
+    compare_with: Annotated[
+        str | None,
+        typer.Option(
+            help="Target in the paper's tables to show τ beside, such as Llama-3.1-8B-Instruct. "
+            "[default: the one that has --target's name, if any] Drafts are found by algorithm "
+            "and LOSS, benchmarks by name: mt-bench, humaneval, gsm8k."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Use float32 for figures to report.")
     ] = Dtype.FLOAT32,
@@ -117,6 +126,14 @@ def run(
         layers = tuple(int(layer) for layer in aux_layers.split(",")) if aux_layers else None
     except ValueError:
         raise typer.BadParameter(f"--aux-layers {aux_layers!r} is not like 1,14,26") from None
+
+    from specforge_lk.published import PUBLISHED, find_target
+
+    published = find_target(compare_with or target)
+    if compare_with and published is None:
+        raise typer.BadParameter(
+            f"--compare-with {compare_with!r} is none of {', '.join(PUBLISHED)}"
+        )
 
     from rich.console import Console
 
@@ -174,6 +191,7 @@ def run(
             out=out,
             track=lambda what, total: ProgressBar(what, total, "tok/s"),
             command=["specforge-lk", *map(shlex.quote, sys.argv[1:])],
+            published=published,
         )
     except torch.OutOfMemoryError as error:
         errors.print("[red]out of memory: lower --batch-size or --max-length[/red]")
@@ -213,12 +231,15 @@ def _print(report: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from specforge_lk.report import paired_rows, result_rows
+    from specforge_lk.report import paired_rows, published_rows, result_rows
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a log file wraps nothing
     tables = [("Acceptance", result_rows(report))]
+    compared = published_rows(report)
+    if compared[1]:
+        tables.append((f"τ with {report.published}, measured (paper)", compared))
     if report.paired:
         tables.append(("Paired differences on held-out responses", paired_rows(report)))
     for title, (header, rows) in tables:

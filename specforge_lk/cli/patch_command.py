@@ -1,7 +1,8 @@
-"""``specforge-lk patch``: apply the patch series to SpecForge, inspect it, take it back."""
+"""``specforge-lk patch``: apply a patch series to SpecForge or SGLang, inspect it, take it back."""
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +19,28 @@ from specforge_lk import patching
 app = typer.Typer(
     no_args_is_help=True,
     help=(
-        "Patch SpecForge: the installed one, or with --target a checkout or an unpacked wheel.\n\n"
+        "Patch SpecForge, or with --package another: the installed one, or with --target a "
+        "checkout or an unpacked wheel.\n\n"
         "Exit codes: 0 done or nothing to do; 1 refused, nothing was written (a patch does not "
-        "apply, files hold foreign edits), or a file could not be written; 2 no SpecForge of a "
+        "apply, files hold foreign edits), or a file could not be written; 2 no package of a "
         "known version, a bad patch series, or no git."
     ),
 )
+PackageName = enum.StrEnum("PackageName", list(patching.PACKAGES))
+DEFAULT = PackageName(patching.SPECFORGE.name)
+PackageOption = Annotated[
+    PackageName,
+    typer.Option(
+        "--package",
+        help="What to patch: specforge, to train; sglang, to serve drafts with a truncated "
+        "vocabulary by rejection sampling.",
+    ),
+]
 TargetOption = Annotated[
     Path | None,
     typer.Option(
         "--target",
-        help="Directory that contains specforge/. Default: the installed SpecForge.",
+        help="Directory that contains the package, or its checkout. Default: the installed one.",
         show_default=False,
     ),
 ]
@@ -36,8 +48,8 @@ TestsOption = Annotated[
     bool | None,
     typer.Option(
         "--tests/--no-tests",
-        help="Also the hunks outside specforge/, which are SpecForge's own tests and documents. "
-        "Default: only in a checkout with a tests/ directory.",
+        help="Also the hunks outside the package, which are its own tests and documents. "
+        "Default: only in a checkout that has its tests.",
         show_default=False,
     ),
 ]
@@ -45,20 +57,21 @@ TestsOption = Annotated[
 
 @app.command("status")
 def show_status(
+    package: PackageOption = DEFAULT,
     target: TargetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the version, the state of the target and the patches of the series.
 
-    The state is pristine, applied, partially applied (an apply or revert was interrupted, run it
-    again) or foreign edits. Exit code 0 whatever the state.
+    The state is pristine, applied, partially applied (an apply or revert was interrupted: apply
+    finishes it, revert takes it back) or foreign edits. Exit code 0 whatever the state.
     """
     with _errors():
-        found = patching.find_target(target)
-        series = patching.load_series(found.version)
+        found, series = _find(package, target)
         status = patching.status(found, series)
     if as_json:
         report = {
+            "package": package,
             "target": str(found.root),
             "version": found.version,
             "state": status.state.value,
@@ -72,7 +85,7 @@ def show_status(
         typer.echo(json.dumps(report, indent=2))
         return
     older = status.state is patching.State.APPLIED and not status.current
-    _say(f"SpecForge {found.version} in {found.root}")
+    _say(f"{found.package.title} {found.version} in {found.root}")
     _say(f"state: {status.state}{', but of another series: apply replaces it' if older else ''}")
     if status.problem:
         _say(status.problem, "red")
@@ -83,14 +96,15 @@ def show_status(
 
 
 @app.command("check")
-def check(target: TargetOption = None, tests: TestsOption = None) -> None:
+def check(
+    package: PackageOption = DEFAULT, target: TargetOption = None, tests: TestsOption = None
+) -> None:
     """Try the whole series on a copy and name each patch OK or failed. Writes nothing.
 
     On a patched target the copy is of the original files. Exit code 1 if the series does not apply.
     """
     with _errors():
-        found = patching.find_target(target)
-        series = patching.load_series(found.version)
+        found, series = _find(package, target)
         dry = patching.plan(found, series, tests=tests)
         for name in dry.passed:
             _say(f"OK      {name}")
@@ -101,29 +115,31 @@ def check(target: TargetOption = None, tests: TestsOption = None) -> None:
 
 
 @app.command("apply")
-def apply(target: TargetOption = None, tests: TestsOption = None) -> None:
+def apply(
+    package: PackageOption = DEFAULT, target: TargetOption = None, tests: TestsOption = None
+) -> None:
     """Apply the whole series, or nothing.
 
     Applying again does nothing. An older series in the target is reverted first, and so is what
     an interrupted apply left.
     """
     with _errors():
-        found = patching.find_target(target)
-        series = patching.load_series(found.version)
+        found, series = _find(package, target)
         done = patching.apply(found, series, tests=tests)
     if done.unchanged:
-        _say(f"already applied: {len(series.patches)} patches, nothing to do")
+        _say(f"already applied: {_count(series)}, nothing to do")
         return
     if done.replaced:
         _say(f"reverted {done.replaced} first")
     _say(
-        f"applied {len(series.patches)} patches to SpecForge {found.version} in {found.root}: "
+        f"applied {_count(series)} to {found.package.title} {found.version} in {found.root}: "
         f"{len(done.files)} files changed"
     )
 
 
 @app.command("revert")
 def revert(
+    package: PackageOption = DEFAULT,
     target: TargetOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Discard edits made to patched files after apply.")
@@ -131,12 +147,21 @@ def revert(
 ) -> None:
     """Restore every file byte for byte and remove the files that the series added."""
     with _errors():
-        found = patching.find_target(target)
+        found = patching.find_target(patching.PACKAGES[package], target)
         files = patching.revert(found, force=force)
     if files:
         _say(f"reverted {len(files)} files in {found.root}")
     else:
         _say(f"nothing is applied in {found.root}, nothing to do")
+
+
+def _find(package: str, path: Path | None) -> tuple[patching.Target, patching.Series]:
+    target = patching.find_target(patching.PACKAGES[package], path)
+    return target, patching.load_series(target.package, target.version)
+
+
+def _count(series: patching.Series) -> str:
+    return "1 patch" if len(series.patches) == 1 else f"{len(series.patches)} patches"
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import torch
 
 from specforge_lk.decode.target import Target
 
-#: ``architectures[0]`` of a draft's config.json -> function(path, config, target, layers) -> Draft.
+#: Architecture of a draft, see `architecture` -> function(path, config, target, layers) -> Draft.
 LOADERS = {
     "LlamaForCausalLMEagle3": "specforge_lk.decode.eagle3:load_eagle3",
+    "Eagle3LlamaForCausalLM": "specforge_lk.decode.eagle3:load_eagle3",
     "PEagleDraftModel": "specforge_lk.decode.peagle:load_peagle",
     "DFlashDraftModel": "specforge_lk.decode.dflash:load_dflash",
     "DominoDraftModel": "specforge_lk.decode.dflash:load_dflash",
@@ -105,6 +106,14 @@ class Draft(Protocol):
         ...
 
 
+#: What vLLM takes the architecture from where ``architectures`` does not say: other keys' values.
+_IMPLIED = {
+    ("speculators_model_type", "eagle3"): "Eagle3LlamaForCausalLM",
+    ("model_type", "medusa"): "MedusaModel",
+    ("model_type", "mlp_speculator"): "MLPSpeculatorPreTrainedModel",
+}
+
+
 class DraftError(ValueError):
     """A draft checkpoint that cannot be evaluated; the message says what to change."""
 
@@ -118,23 +127,34 @@ def read_config(path: Path) -> dict:
             "`specforge export --to hf` and give the exported directory"
         )
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("num_nextn_predict_layers"):
-        # A target that was released with an MTP module.
-        config["architectures"] = ["MTPDraftModel"]
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture not in LOADERS:
+    name = architecture(config)
+    if name not in LOADERS:
         raise DraftError(
-            f"{file}: architectures {architecture!r} is not a known draft; "
+            f"{file}: architectures {name!r} is not a known draft; "
             f"known are {', '.join(sorted(LOADERS))}"
         )
     return config
+
+
+def architecture(config: dict) -> str | None:
+    """Name of a draft's architecture, a key of `LOADERS` if it is known."""
+    if config.get("num_nextn_predict_layers"):
+        # An MTP module, maybe among the target's own layers.
+        return "MTPDraftModel"
+    named = (config.get("architectures") or [None])[0]
+    if named in LOADERS:
+        return named
+    for (key, value), implied in _IMPLIED.items():
+        if config.get(key) == value:
+            return implied
+    return "MedusaModel" if named is None and "medusa_num_heads" in config else named
 
 
 def load_draft(path: str | Path, target: Target, layers: tuple[int, ...] | None = None) -> Draft:
     """Load an exported draft for a target.
 
     Args:
-        path: directory written by ``specforge export --to hf``.
+        path: directory written by ``specforge export --to hf``, or in the layout of an engine.
         target: the target it drafts for; lends its embeddings when the draft has none.
         layers: captured target layers, overriding the draft's config.
 
@@ -143,21 +163,32 @@ def load_draft(path: str | Path, target: Target, layers: tuple[int, ...] | None 
     """
     path = Path(path)
     config = read_config(path)
-    module, function = LOADERS[config["architectures"][0]].split(":")
+    module, function = LOADERS[architecture(config)].split(":")
     return getattr(importlib.import_module(module), function)(path, config, target, layers)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files in an exported draft's directory."""
+    """All tensors in a draft's directory, as safetensors or else as torch files, sharded or not."""
     from safetensors.torch import load_file
 
+    def load_torch(file: Path) -> dict[str, torch.Tensor]:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
     files = sorted(path.glob("*.safetensors"))
+    if index := next(path.glob("*.safetensors.index.json"), None):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [path / name for name in sorted(shards)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise DraftError(f"draft {path}: {', '.join(missing)} of {index.name} is missing")
+    load = load_file
+    if not files:
+        files, load = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt")]), load_torch
     if not files:
         raise DraftError(
             f"draft {path}: no *.safetensors file; export the checkpoint with "
             "`specforge export --to hf` and give the exported directory"
         )
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in load(file).items()}
 
 
 def draft_vocabulary(

@@ -1,4 +1,4 @@
-"""EAGLE-3 drafts as SpecForge exports them: inference with a key/value cache, in plain torch.
+"""EAGLE-3 drafts of SpecForge and of engines: inference with a key/value cache, in plain torch.
 
 One decoder layer reads, at position t, the embedding of token t + 1 beside a hidden state of
 position t: the projected target features where the target has been (head 1), the layer's own
@@ -29,10 +29,11 @@ class _Attention(nn.Module):
         super().__init__()
         query = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(2 * config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        bias = bool(config.attention_bias)
+        self.q_proj = nn.Linear(2 * config.hidden_size, query, bias=bias)
+        self.k_proj = nn.Linear(2 * config.hidden_size, shared, bias=bias)
+        self.v_proj = nn.Linear(2 * config.hidden_size, shared, bias=bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=bias)
 
 
 class _MLP(nn.Module):
@@ -62,7 +63,7 @@ class Eagle3Draft(nn.Module):
 
     Args:
         config: a transformers LlamaConfig with ``draft_vocab_size``.
-        capture_layers: the three target layers its features come from.
+        capture_layers: the target layers its features come from, three as a rule.
         draft_ids: [V_d] target ids of the draft vocabulary; None for the whole vocabulary.
     """
 
@@ -81,6 +82,11 @@ class Eagle3Draft(nn.Module):
         feature_size = getattr(config, "target_hidden_size", config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = nn.Linear(len(capture_layers) * feature_size, config.hidden_size, bias=False)
+        self.input_norm = (
+            nn.RMSNorm(self.fc.in_features, config.rms_norm_eps)
+            if getattr(config, "norm_before_fc", False)
+            else None
+        )
         self.fc_norm = (
             nn.ModuleList(nn.RMSNorm(feature_size, config.rms_norm_eps) for _ in capture_layers)
             if getattr(config, "fc_norm", False)
@@ -91,6 +97,8 @@ class Eagle3Draft(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", draft_ids, persistent=False)
         self._normalize = bool(getattr(config, "norm_output", True))
+        self._normalize_residual = bool(getattr(config, "norm_before_residual", False))
+        self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._activation = ACT2FN[config.hidden_act]
         self._rotary = LlamaRotaryEmbedding(config)
         self._scale = config.head_dim**-0.5
@@ -113,6 +121,8 @@ class Eagle3Draft(nn.Module):
     def _finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The rest of the layer after attention [B, n, heads, head_dim]."""
         layer = self.midlayer
+        if self._normalize_residual:
+            hidden = layer.hidden_norm(hidden)
         hidden = hidden + layer.self_attn.o_proj(attended.flatten(-2))
         inner = layer.post_attention_layernorm(hidden)
         gated = self._activation(layer.mlp.gate_proj(inner)) * layer.mlp.up_proj(inner)
@@ -120,6 +130,8 @@ class Eagle3Draft(nn.Module):
 
     def _features(self, features: torch.Tensor) -> torch.Tensor:
         features = features.to(self.fc.weight.dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
         if self.fc_norm is not None:
             chunks = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat(
@@ -128,7 +140,7 @@ class Eagle3Draft(nn.Module):
         return self.fc(features)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(self.norm(hidden) if self._normalize else hidden)
+        logits = self.lm_head(self.norm(hidden) if self._normalize else hidden) * self._logit_scale
         check_finite(
             logits, "the draft", "its training diverged or its file is damaged: use another one"
         )
@@ -282,7 +294,17 @@ class Checkpoint:
 def read_checkpoint(
     path: Path, config: dict, target: Target, layers: tuple[int, ...] | None
 ) -> Checkpoint:
-    """Read ``specforge export --to hf`` output of an EAGLE-family draft; see `load_draft`."""
+    """Read a draft of the EAGLE family in SpecForge's names; see `load_draft`."""
+    return _checked(path, config, read_weights(path), target, layers)
+
+
+def _checked(
+    path: Path,
+    config: dict,
+    weights: dict[str, torch.Tensor],
+    target: Target,
+    layers: tuple[int, ...] | None,
+) -> Checkpoint:
     from transformers import LlamaConfig
 
     if "draft_vocab_size" not in config:
@@ -301,21 +323,19 @@ def read_checkpoint(
             f"{path / 'config.json'}: vocab_size {parsed.vocab_size}, but the target's LM head "
             f"has {target.vocab_size} rows; give the target the draft was trained for"
         )
-    weights = read_weights(path)
     missing = {"lm_head.weight", "fc.weight", "norm.weight"} - set(weights)
     if missing:
         raise DraftError(f"draft {path}: tensors {sorted(missing)} are missing; export again")
     ids = draft_vocabulary(path, weights, parsed.draft_vocab_size, parsed.vocab_size)
-    eagle_config = config.get("eagle_config") or {}
     count = target.num_layers
-    layers = layers or tuple(
-        eagle_config.get("eagle_aux_hidden_state_layer_ids") or (1, count // 2 - 1, count - 4)
-    )
-    if len(layers) != 3 or any(not 0 <= layer < count for layer in layers):
+    layers = layers or _captured_layers(path, config) or (1, count // 2 - 1, count - 4)
+    width = getattr(parsed, "target_hidden_size", parsed.hidden_size)
+    needed = weights["fc.weight"].shape[1] // width
+    if len(layers) != needed or any(not 0 <= layer < count for layer in layers):
         raise DraftError(
             f"draft {path}: captured layers {list(layers)} do not fit a target of {count} layers; "
             "set eagle_config.eagle_aux_hidden_state_layer_ids in its config.json, or --aux-layers "
-            "(three layers, as in model.aux_hidden_state_layer_ids of the training)"
+            f"({needed} layers, as in model.aux_hidden_state_layer_ids of the training)"
         )
     tensors = {name: value for name, value in weights.items() if name not in ("d2t", "t2d")}
     return Checkpoint(parsed, layers, ids, tensors)
@@ -324,6 +344,65 @@ def read_checkpoint(
 def load_eagle3(
     path: Path, config: dict, target: Target, layers: tuple[int, ...] | None
 ) -> Eagle3Draft:
-    """Build an `Eagle3Draft` from ``specforge export --to hf`` output; see `load_draft`."""
-    read = read_checkpoint(path, config, target, layers)
+    """Build an `Eagle3Draft`; see `load_draft`.
+
+    Its folder is that of ``specforge export --to hf``, or in vLLM's layout: other names of the
+    same tensors, and config.json as vLLM or its `speculators` package has it.
+    """
+    config = _specforge_config(path, config)
+    weights = {_specforge_name(name): tensor for name, tensor in read_weights(path).items()}
+    read = _checked(path, config, weights, target, layers)
     return read.load_into(Eagle3Draft(read.config, read.layers, read.draft_ids), path, target)
+
+
+def _captured_layers(path: Path, config: dict) -> tuple[int, ...] | None:
+    """The layers k that a config names, if any.
+
+    SpecForge and SGLang count them in eagle_config, from 0. vLLM reads another place and counts
+    from 1: its layer k + 1 is the input of decoder layer k + 1, which is the output of layer k.
+    """
+    eagle = config.get("eagle_config") or {}
+    ours = eagle.get("eagle_aux_hidden_state_layer_ids")
+    theirs = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get("layer_ids")
+    named = [list(ours)] if ours else []
+    named += [[layer - 1 for layer in theirs]] if theirs else []
+    if len(named) == 2 and named[0] != named[1]:
+        raise DraftError(
+            f"{path / 'config.json'}: eagle_config names the captured layers {ours} (from 0), and "
+            f"vLLM's setting {theirs} (from 1) names others; say which with --aux-layers"
+        )
+    return tuple(named[0]) if named else None
+
+
+def _specforge_config(path: Path, config: dict) -> dict:
+    """A config with SpecForge's meaning of every setting.
+
+    Raises:
+        DraftError: it asks for what is not decoded here.
+    """
+    config, speculators = dict(config), "speculators_model_type" in config
+    if not speculators and "LlamaForCausalLMEagle3" in config["architectures"]:
+        return config
+    if speculators:
+        inner = config.get("transformer_layer_config") or {}
+        # The layer's own sizes come from the inner config; vLLM's default of one setting differs.
+        config = {"norm_before_residual": True, **config, **inner}
+    layers, kind = config.get("num_hidden_layers", 1), config.get("model_type", "llama")
+    unsupported = {
+        "num_hidden_layers": layers if layers != 1 else None,
+        "model_type": kind if kind not in ("llama", "eagle") else None,
+        # In vLLM the state that is fed back is the one after the norm then.
+        "norm_output": config.pop("norm_output", None),
+    }
+    for name, value in unsupported.items():
+        if value:
+            raise DraftError(f"{path / 'config.json'}: {name} {value!r} is not supported here")
+    if config.get("draft_vocab_size") is None:
+        config["draft_vocab_size"] = config.get("vocab_size")
+    return config
+
+
+def _specforge_name(name: str) -> str:
+    """Name of a tensor in SpecForge's exports."""
+    name = name.removeprefix("model.")
+    return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name

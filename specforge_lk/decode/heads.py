@@ -7,6 +7,7 @@ since; they keep no cache. MEDUSA's heads do not even look at the tokens.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, read_weights
+from specforge_lk.decode.drafts import DraftError, Proposal, architecture, read_weights
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
@@ -112,7 +113,8 @@ class MedusaDraft(_HeadDraft):
     ) -> None:
         super().__init__(config["num_heads"], last_layer, draft_ids)
         size, rows = config["hidden_size"], _unembedding(weights).shape[0]
-        layers, bias = config["num_hidden_layers"], bool(config.get("medusa_fc_bias"))
+        layers, bias = config["num_hidden_layers"], "blocks.0.layers.0.bias" in weights
+        self._logit_scale = float(config.get("logit_scale") or 1.0)
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {"layers": nn.ModuleList(nn.Linear(size, size, bias) for _ in range(layers))}
@@ -133,7 +135,7 @@ class MedusaDraft(_HeadDraft):
         for layer in self.blocks[head]["layers"]:
             hidden = hidden + F.silu(layer(hidden))
         unembedding = self.lm_head if hasattr(self, "lm_head") else self.lm_heads[head]
-        return unembedding(hidden), state
+        return unembedding(hidden) * self._logit_scale, state
 
 
 class MLPSpeculatorDraft(_HeadDraft):
@@ -183,16 +185,71 @@ def _unembedding(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return weights.get("lm_head.weight", weights.get("lm_heads.0.weight"))
 
 
-#: By architecture: class, the tensor with a row per draft token, and what a config must say,
-#: the target's hidden size first.
+def _medusa_layout(config: dict, weights: dict, target: Target) -> tuple[dict, dict]:
+    """Config and tensors of a MEDUSA draft under vLLM's names, an entry for all that is needed.
+
+    Older drafts name the counts medusa_num_*, and number their tensors: head 0 has 0.0.linear,
+    0.1.linear, … and last its unembedding.
+    """
+    for name in ("num_heads", "num_hidden_layers"):
+        older = config.get(f"medusa_{name.replace('hidden_', '')}")
+        config = {name: older, **config} if older is not None else config
+    config = {"vocab_size": target.vocab_size, "hidden_size": target.head.in_features, **config}
+    renamed = {}
+    for name, tensor in weights.items():
+        if numbered := _NUMBERED.fullmatch(name):
+            head, layer, linear, kind = numbered.groups()
+            name = f"blocks.{head}.layers.{layer}.{kind}" if linear else f"lm_heads.{head}.{kind}"
+        renamed[name] = tensor
+    own = {name for name in renamed if name.startswith("lm_heads.")}
+    if config.get("original_lm_head"):
+        first = renamed.get("lm_heads.0.weight", target.head.weight.detach())
+        renamed = {"lm_head.weight": first, **{k: v for k, v in renamed.items() if k not in own}}
+    elif own:
+        renamed.pop("lm_head.weight", None)
+    if "token_map" in renamed:
+        kept, size = renamed["token_map"].long(), config["vocab_size"]
+        if (config.get("truncated_vocab_size") or size) < size:
+            # Unembeddings may still be those of the whole vocabulary.
+            for name in [name for name in renamed if name.startswith("lm_head")]:
+                if len(renamed[name]) == size > len(kept):
+                    renamed[name] = renamed[name][kept]
+        elif (rows := _unembedding(renamed)) is not None and len(rows) == size:
+            del renamed["token_map"]
+    return config, renamed
+
+
+def _mlp_speculator_layout(config: dict, weights: dict, target: Target) -> tuple[dict, dict]:
+    """Tensors of an MLP speculator with an entry for every head, where tied ones are kept once."""
+    if not config.get("tie_weights") or not config.get("n_predict"):
+        return config, weights
+    filled = dict(weights)
+    for name, tensor in weights.items():
+        part, head, kind = name.split(".") if name.count(".") == 2 else (None, None, None)
+        if (part in ("emb", "ln", "head") and head == "0") or (part == "proj" and head == "1"):
+            for other in range(int(head) + 1, config["n_predict"]):
+                filled.setdefault(f"{part}.{other}.{kind}", tensor)
+    return config, filled
+
+
+#: By architecture: class, layout, the tensor with a row per draft token, and what a config must
+#: say, the target's hidden size first.
 _KINDS = {
-    "MedusaModel": (MedusaDraft, _unembedding, ("hidden_size", "num_heads", "num_hidden_layers")),
+    "MedusaModel": (
+        MedusaDraft,
+        _medusa_layout,
+        _unembedding,
+        ("hidden_size", "num_heads", "num_hidden_layers"),
+    ),
     "MLPSpeculatorPreTrainedModel": (
         MLPSpeculatorDraft,
+        _mlp_speculator_layout,
         lambda weights: weights.get("head.0.weight"),
         ("emb_dim", "n_predict"),
     ),
 }
+#: Tensors of older MEDUSA drafts.
+_NUMBERED = re.compile(r"(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
 #: What layouts add to the names of an MLP speculator's and a MEDUSA draft's tensors.
 _PREFIXES = ("speculator.", "medusa_heads.")
 _VOCABULARY = ("d2t", "t2d", "token_map")
@@ -202,7 +259,10 @@ def load_heads(
     path: Path, config: dict, target: Target, layers: tuple[int, ...] | None
 ) -> _HeadDraft:
     """Build a MEDUSA draft or an MLP speculator from an engine's layout; see `load_draft`."""
-    kind, unembedding, needed = _KINDS[config["architectures"][0]]
+    kind, layout, unembedding, needed = _KINDS[architecture(config)]
+    config, weights = layout(
+        config, {_bare(name): value for name, value in read_weights(path).items()}, target
+    )
     file = path / "config.json"
     if missing := [name for name in (*needed, "vocab_size") if config.get(name) is None]:
         raise DraftError(f"{file}: {', '.join(missing)} is missing; export again")
@@ -217,7 +277,6 @@ def load_heads(
                 f"{file}: {name} {config[name]}, but the target's is {wanted}; give the target "
                 "the draft was trained for"
             )
-    weights = {_bare(name): value for name, value in read_weights(path).items()}
     rows = unembedding(weights)
     if rows is None:
         raise DraftError(f"draft {path}: it has no unembedding; export again")

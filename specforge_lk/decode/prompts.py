@@ -32,12 +32,13 @@ def read_rows(source: str) -> list[dict]:
 
 
 def user_turns(row: dict, source: str) -> list[str]:
-    """User messages of a benchmark row: MT-bench ``turns``, or one ``prompt`` or ``question``."""
-    if isinstance(row.get("turns"), list) and row["turns"]:
-        return [str(turn) for turn in row["turns"]]
-    for key in ("prompt", "question"):
-        if isinstance(row.get(key), str):
-            return [row[key]]
+    """User messages of a benchmark row: its ``turns``, ``prompt`` or ``question``, one or many."""
+    for key in ("turns", "prompt", "question"):
+        found = row.get(key)
+        if isinstance(found, list) and found:
+            return [str(turn) for turn in found]
+        if isinstance(found, str):
+            return [found]
     raise DataError(
         f"{source}: a row with the fields {sorted(row)} has none of turns, prompt, question; "
         "rename the field that holds the prompt"

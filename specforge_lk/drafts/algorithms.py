@@ -12,9 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from specforge.algorithms.common.defaults import (
-    empty_options,
     one_loss_token,
     online_needs_input_tools,
+    ploss_decay_options,
 )
 from specforge.algorithms.common.providers import (
     AlgorithmProviders,
@@ -93,13 +93,14 @@ class HeadAlgorithm:
                 attention_backends={"sdpa"},
                 supports_vocab_mapping=self.truncates,
                 supports_registered_losses=True,
+                supports_ploss_decay=True,
             ),
         )
         providers = AlgorithmProviders(
             algorithm_name=self.name,
             step=StepProvider(
                 build=partial(_build_step, name=self.name),
-                options=empty_options,
+                options=ploss_decay_options,
                 resume_contract=partial(_resume_contract, self.name),
                 allowed_missing_checkpoint_keys=_lent,
                 uses_external_target_head=True,

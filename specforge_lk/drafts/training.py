@@ -20,12 +20,13 @@ from torch import nn
 
 from specforge_lk.drafts.model import HeadDraftModel
 
-#: Weight of head k is HEAD_DECAY ** k, as in SpecForge's EAGLE-3 and in the paper (section 5).
+#: Weight of head k is HEAD_DECAY ** k unless ``training.ploss_decay`` is set, as in SpecForge's
+#: EAGLE-3 and in the paper (section 5).
 HEAD_DECAY: Final = 0.8
 
 
 class HeadModel(nn.Module):
-    """Draft and loss: sum_k 0.8^k L_k, L_k the mean loss of head k over its supervised positions.
+    """Draft and loss: sum_k γ^k L_k, L_k the mean loss of head k over its supervised positions.
 
     Head k of position t is compared with the target's distribution at t + 1 + k, and supervised
     where the loss mask holds at t + k: SpecForge's convention, in which the mask of a position is
@@ -58,6 +59,7 @@ class HeadModel(nn.Module):
         attention_mask: torch.Tensor,
         loss_mask: torch.Tensor,
         target: TargetDistribution,
+        decay: float,
     ) -> tuple[torch.Tensor, list[HeadLoss], list[torch.Tensor]]:
         """Loss, heads, and per head whether the likeliest draft token is the target's, [B, L].
 
@@ -67,6 +69,7 @@ class HeadModel(nn.Module):
             attention_mask: [B, L].
             loss_mask: [B, L].
             target: [B, L] the target's distribution one position later.
+            decay: γ.
         """
         length = tokens.shape[1]
         padded = target.pad(self.heads)
@@ -80,7 +83,7 @@ class HeadModel(nn.Module):
             terms = self.loss.terms(logits, goal, head_mask)
             losses.append(reduce_head_loss(self.loss, terms, head_mask, group=group))
             correct.append(token_ids[logits.detach().argmax(-1)] == goal.token_ids)
-        total = sum(HEAD_DECAY**head * loss.loss for head, loss in enumerate(losses))
+        total = sum(decay**head * loss.loss for head, loss in enumerate(losses))
         return total, losses, correct
 
 
@@ -91,16 +94,24 @@ class HeadTrainStrategy(DraftTrainStrategy):
         model: a `HeadModel`, wrapped by the backend.
         target_head: SpecForge's frozen ``TargetHead``.
         name: the algorithm's name.
+        ploss_decay: the weight of head k is ploss_decay ** k. SpecForge logs the loss as the sum
+            of the heads' losses with these weights.
     """
 
     required_features: Final = {"input_ids", "attention_mask", "loss_mask", "hidden_state"}
-    #: SpecForge logs the loss as the sum of the heads' losses with these weights.
-    ploss_decay: Final = HEAD_DECAY
 
-    def __init__(self, model: nn.Module, *, target_head: nn.Module, name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target_head: nn.Module,
+        name: str,
+        ploss_decay: float = HEAD_DECAY,
+    ) -> None:
         self.model = model
         self.target_head = target_head
         self.name = name
+        self.ploss_decay = ploss_decay
 
     def trainable_module(self) -> nn.Module:
         """The module whose parameters are trained."""
@@ -122,6 +133,7 @@ class HeadTrainStrategy(DraftTrainStrategy):
             attention_mask=tensors["attention_mask"],
             loss_mask=tensors["loss_mask"],
             target=self._target(following),
+            decay=self.ploss_decay,
         )
         ratios = head_metrics(heads)
         counts = torch.stack([head.mask.sum() for head in heads])

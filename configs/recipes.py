@@ -1,0 +1,372 @@
+"""Writes the recipes of the paper's six targets (arXiv 2602.23881, section 5).
+
+    python configs/recipes.py
+
+Every file in configs/<target>/ but target-facts.json is written by this script, from the facts
+there and the tables below, and README.md from README.in.md; tests/test_recipes.py asserts that they
+are up to date. Losses have no files of their own: `training.loss` on the command line is all that
+differs between them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+CONFIGS: Final = Path(__file__).parent
+HEADS: Final = 6
+#: Sequences per optimizer step: MICRO_BATCH * ACCUMULATION on each of the GPUs.
+GLOBAL_BATCH: Final = 64
+GPUS: Final = 8
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft of one target.
+
+    Attributes:
+        algorithm: ``training.strategy``.
+        draft_vocab_size: V_d; None keeps the target's vocabulary.
+        micro_batch: sequences per GPU at a time.
+        training: settings beside those that all recipes share.
+    """
+
+    algorithm: str
+    draft_vocab_size: int | None
+    micro_batch: int = 4
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target: the folder of its recipes, SpecForge's chat template, and its drafts.
+
+    ``serving_gpus`` is the tensor parallelism of the commands in README.md, to be fitted to the
+    machine; nothing here was run on GPUs.
+    """
+
+    name: str
+    chat_template: str
+    drafts: tuple[Draft, ...]
+    serving_gpus: int = 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the target, see ``source`` in it."""
+        return json.loads((CONFIGS / self.name / "target-facts.json").read_text())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The part of the target's config.json that drafts depend on."""
+        return self.facts["config"]
+
+
+_EAGLE3: Final = {"ttt_length": HEADS, "attention_backend": "flex_attention"}
+_HEADS: Final = {"attention_backend": "sdpa"}
+_MTP: Final = {
+    # One epoch from the pretrained module; its 256 experts are sharded over the GPUs.
+    "num_epochs": 1,
+    "fsdp_sharding": "FULL_SHARD",
+    "ttt_length": HEADS,
+    "attention_backend": "sdpa",
+}
+
+TARGETS: Final = (
+    Target(
+        "llama-3.1-8b-instruct",
+        "llama3",
+        (
+            Draft("eagle3", 32000, training=_EAGLE3),
+            # The paper's eta for MEDUSA, and what lk_lambda has there unless told otherwise.
+            Draft("medusa", 32000, training=_HEADS),
+            Draft("mlp_speculator", 32000, training=_HEADS),
+        ),
+    ),
+    Target(
+        "llama-3.3-70b-instruct", "llama3", (Draft("eagle3", 32000, 2, _EAGLE3),), serving_gpus=4
+    ),
+    Target("gpt-oss-20b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),)),
+    Target("gpt-oss-120b", "gpt-oss", (Draft("eagle3", 32000, training=_EAGLE3),), serving_gpus=2),
+    Target(
+        "qwen3-235b-a22b-instruct-2507", "qwen3-instruct", (Draft("eagle3", 64000, 2, _EAGLE3),), 8
+    ),
+    Target("deepseek-v3-0324", "deepseek-v3", (Draft("mtp", None, 1, _MTP),), serving_gpus=8),
+)
+
+#: Settings of section 5 that all recipes share.
+SHARED: Final = {
+    "num_epochs": 10,
+    "learning_rate": 4e-4,
+    "lr_scheduler": "cosine",
+    "warmup_steps": 100,
+    "adam_betas": [0.9, 0.95],
+    "max_grad_norm": 0.5,
+    "ploss_decay": 0.8,
+    "save_interval": 5000,
+    "log_interval": 50,
+    "seed": 0,
+}
+
+
+# -------------------------------------------------------------------------- draft configs
+
+
+def _rope(target: dict[str, Any]) -> dict[str, Any]:
+    """The target's rotary base, and its scaling where engines compute it as SpecForge does.
+
+    For YaRN they do not (gpt-oss has truncate: false, which SpecForge's drafts lack); samples end
+    before the length from which YaRN extends.
+    """
+    scaling = target["rope_scaling"]
+    kept = scaling if scaling and scaling.get("rope_type") == "llama3" else None
+    return {"rope_theta": target["rope_theta"], "rope_scaling": kept}
+
+
+def _eagle3(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
+    """One dense decoder layer; beside experts as wide as those that a token activates.
+
+    No `eagle_aux_hidden_state_layer_ids`: SpecForge counts a layer's output there, vLLM its input.
+    Unnamed, all take the same three: the outputs of layers 1, L // 2 - 1 and L - 4.
+    """
+    experts = target.get("num_experts_per_tok", 1)
+    width = target.get("moe_intermediate_size", target["intermediate_size"])
+    same = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "vocab_size",
+        "max_position_embeddings",
+        "initializer_range",
+    )
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        **{name: target[name] for name in same},
+        "intermediate_size": experts * width,
+        "num_hidden_layers": 1,
+        **_rope(target),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "draft_vocab_size": draft_vocab_size,
+        "eagle_config": {"use_aux_hidden_state": True},
+    }
+
+
+def _medusa(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
+    return {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": target["hidden_size"],
+        "vocab_size": target["vocab_size"],
+        "draft_vocab_size": draft_vocab_size,
+        "num_heads": HEADS,
+        "num_hidden_layers": 1,
+    }
+
+
+def _mlp_speculator(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
+    """Tied: six embeddings of the whole vocabulary would be most of the draft."""
+    return {
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "model_type": "mlp_speculator",
+        "vocab_size": target["vocab_size"],
+        "draft_vocab_size": draft_vocab_size,
+        "emb_dim": target["hidden_size"],
+        "inner_dim": target["hidden_size"],
+        "n_predict": HEADS,
+        "tie_weights": True,
+        "scale_input": True,
+    }
+
+
+def _mtp(target: dict[str, Any], _draft_vocab_size: None) -> dict[str, Any]:
+    """The target's own config."""
+    return {"architectures": ["MTPDraftModel"], **target}
+
+
+_DRAFT_CONFIGS: Final = {
+    "eagle3": _eagle3,
+    "medusa": _medusa,
+    "mlp_speculator": _mlp_speculator,
+    "mtp": _mtp,
+}
+
+
+def draft_config(draft: Draft, target: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a draft, from its target's."""
+    return _DRAFT_CONFIGS[draft.algorithm](target, draft.draft_vocab_size)
+
+
+# ---------------------------------------------------------------------------- run configs
+
+
+def run_config(target: Target, draft: Draft, online: bool) -> dict[str, Any]:
+    """Run config of a draft, from captured features or streamed from capture servers."""
+    runs, algorithm = f"runs/{target.name}", draft.algorithm
+    name = f"{algorithm}-online" if online else algorithm
+    hub_id = target.facts["hub_id"]
+    model = {
+        "target_model_path": hub_id,
+        "draft_model_config": f"configs/{target.name}/{algorithm}-draft.json",
+        "target_head_dtype": "float32",
+        "torch_dtype": "bfloat16",
+    }
+    if draft.draft_vocab_size:
+        model["vocab_mapping_path"] = f"{runs}/vocab_mapping.pt"
+    else:
+        model["draft_checkpoint_path"] = hub_id
+    features = f"{runs}/features/{'eagle3' if algorithm == 'eagle3' else 'last'}"
+    source = (
+        {"train_data_path": f"{runs}/train.jsonl", "cache_dir": f"{runs}/cache"}
+        if online
+        else {"hidden_states_path": features}
+    )
+    deployment: dict[str, Any] = {"trainer": {"nnodes": 1, "nproc_per_node": GPUS}}
+    if online:
+        deployment["mode"] = "disaggregated"
+        deployment["disaggregated"] = {
+            "control_dir": f"{runs}/{name}/control",
+            "consumer_state_dir": f"{runs}/{name}/consumer-state",
+            "backend": "mooncake",
+            "server_urls": ["http://127.0.0.1:30000"],
+            "mooncake_metadata_server": "http://127.0.0.1:35880/metadata",
+            "mooncake_master_server_addr": "127.0.0.1:35551",
+            "mooncake_protocol": "tcp",
+        }
+    return {
+        "model": model,
+        "data": {**source, "max_length": 2048, "chat_template": target.chat_template},
+        "training": {
+            "strategy": algorithm,
+            "loss": "lk_lambda",
+            "loss_data_parallel": True,
+            **SHARED,
+            **draft.training,
+            "batch_size": draft.micro_batch,
+            "accumulation_steps": GLOBAL_BATCH // (draft.micro_batch * GPUS),
+            **({"role": "auto"} if online else {}),
+        },
+        "deployment": deployment,
+        "run_id": f"{target.name}-{name}",
+        "output_dir": f"{runs}/{name}",
+    }
+
+
+_HEADER: Final = """\
+# {title} for {hub_id}, {how}.
+# Written by configs/recipes.py; change it there. How to run it: configs/README.md.
+# The paper's baseline and its other loss: training.loss=kl, training.loss=lk_alpha.
+# {batch} sequences per step = batch_size x accumulation_steps x GPUs.
+"""
+_TITLES: Final = {
+    "eagle3": "EAGLE-3 draft",
+    "medusa": "MEDUSA heads",
+    "mlp_speculator": "MLP speculator",
+    "mtp": "MTP module",
+}
+
+
+def run_file(target: Target, draft: Draft, online: bool) -> str:
+    """A run config as YAML."""
+    header = _HEADER.format(
+        title=_TITLES[draft.algorithm],
+        hub_id=target.facts["hub_id"],
+        how="streamed from capture servers" if online else "trained from captured features",
+        batch=GLOBAL_BATCH,
+    )
+    config = run_config(target, draft, online)
+    return header + yaml.safe_dump(config, sort_keys=False, width=100)
+
+
+# -------------------------------------------------------------------------------- serving
+
+#: Tokens drafted per round in the paper's evaluation.
+_DRAFTED: Final = {"eagle3": 7, "mtp": 7, "medusa": 6, "mlp_speculator": 6}
+_PROPER: Final = {"draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
+
+
+def vllm_command(target: Target, draft: Draft) -> str | None:
+    """Command that serves an exported draft with vLLM 0.32; None where it cannot."""
+    if draft.algorithm == "mlp_speculator":
+        return None
+    speculative = {
+        "method": draft.algorithm,
+        "model": f"runs/{target.name}/{draft.algorithm}/export",
+        "num_speculative_tokens": _DRAFTED[draft.algorithm],
+        # Its MEDUSA takes the likeliest token of every head whatever is asked for.
+        **({} if draft.algorithm == "medusa" else _PROPER),
+    }
+    lines = [
+        f"vllm serve {target.facts['hub_id']} --tensor-parallel-size {target.serving_gpus}",
+        f"  --speculative-config '{json.dumps(speculative)}'",
+    ]
+    return " \\\n".join(lines)
+
+
+def sglang_command(target: Target, draft: Draft) -> str | None:
+    """Command that serves an exported draft with SGLang 0.5.14; None where it cannot."""
+    algorithm = {"eagle3": "EAGLE3", "mtp": "NEXTN"}.get(draft.algorithm)
+    if algorithm is None:
+        return None
+    steps = _DRAFTED[draft.algorithm]
+    lines = [
+        f"python -m sglang.launch_server --model-path {target.facts['hub_id']} "
+        f"--tp {target.serving_gpus}",
+        f"  --speculative-algorithm {algorithm} "
+        f"--speculative-draft-model-path runs/{target.name}/{draft.algorithm}/export",
+        f"  --speculative-num-steps {steps} --speculative-eagle-topk 1 "
+        f"--speculative-num-draft-tokens {steps + 1}",
+        "  --speculative-use-rejection-sampling",
+    ]
+    # 0.5.14 refuses that where the draft vocabulary is not the target's; the patch lifts it.
+    patched = draft.draft_vocab_size is not None
+    return ("specforge-lk patch apply --package sglang\n" if patched else "") + " \\\n".join(lines)
+
+
+def readme() -> str:
+    """configs/README.md: its text, and the serving commands of every recipe."""
+    text = (CONFIGS / "README.in.md").read_text()
+    rows = ["| target | draft | draft vocabulary | offline | streamed |", "|---|---|---|---|---|"]
+    commands = []
+    for target in TARGETS:
+        for draft in target.drafts:
+            stem = f"{target.name}/{draft.algorithm}"
+            rows.append(
+                f"| {target.facts['hub_id']} | {_TITLES[draft.algorithm]} "
+                f"| {draft.draft_vocab_size or target.config['vocab_size']} "
+                f"| [{draft.algorithm}.yaml]({stem}.yaml) "
+                f"| [{draft.algorithm}-online.yaml]({stem}-online.yaml) |"
+            )
+            vllm, sglang = vllm_command(target, draft), sglang_command(target, draft)
+            if vllm or sglang:
+                shown = "\n".join(command for command in (vllm, sglang) if command)
+                commands.append(
+                    f"{_TITLES[draft.algorithm]}, {target.name}:\n\n```sh\n{shown}\n```\n"
+                )
+    return text.replace("{recipes}", "\n".join(rows)).replace("{serving}", "\n".join(commands))
+
+
+def files() -> dict[Path, str]:
+    """Every file of the recipes with its content."""
+    content = {CONFIGS / "README.md": readme()}
+    for target in TARGETS:
+        for draft in target.drafts:
+            base = CONFIGS / target.name
+            config = json.dumps(draft_config(draft, target.config), indent=2) + "\n"
+            content[base / f"{draft.algorithm}-draft.json"] = config
+            content[base / f"{draft.algorithm}.yaml"] = run_file(target, draft, online=False)
+            content[base / f"{draft.algorithm}-online.yaml"] = run_file(target, draft, online=True)
+    return content
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.write_text(text)
+        print(path.relative_to(CONFIGS.parent))

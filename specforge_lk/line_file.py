@@ -1,0 +1,109 @@
+"""JSONL files that are written over hours and continued after any crash, nothing lost or doubled.
+
+What `LineFile.append` has returned from is on disk. A line that a crash tore is cut off when the
+file is opened again. The settings that the rows depend on are kept beside the file and must be
+equal then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_BLOCK = 1 << 20
+
+
+class LineFile:
+    """A JSONL file open for appending; see `open_lines`."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self.path = path
+        self._stream = stream
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows; when this returns they survive a crash."""
+        self._stream.write(b"".join(_line(row) for row in rows))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def last(self) -> dict[str, Any] | None:
+        """The last row; None if there is none."""
+        end = self._stream.seek(0, os.SEEK_END)
+        if not end:
+            return None
+        start = _after_newline(self._stream, end - 1)
+        self._stream.seek(start)
+        return json.loads(self._stream.read(end - start))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # a lone surrogate has no UTF-8, but it has a JSON escape
+        return f"{json.dumps(row)}\n".encode()
+
+
+@contextlib.contextmanager
+def open_lines(path: Path, settings: dict[str, Any]) -> Iterator[LineFile]:
+    """Open a JSONL file to begin or continue it, alone.
+
+    Args:
+        path: the file; its folder is made if need be.
+        settings: what the rows depend on.
+
+    Raises:
+        ValueError: the file was begun with other settings, another process writes to it, or it is
+            compressed.
+    """
+    if path.suffix == ".gz":
+        raise ValueError(f"{path}: a compressed file cannot be continued; name it .jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path} is being written by another process") from error
+        whole = _after_newline(stream, stream.seek(0, os.SEEK_END))
+        stream.truncate(whole)
+        _check_settings(path.with_name(f"{path.name}.settings.json"), settings, new=whole == 0)
+        yield LineFile(path, stream)
+
+
+def _after_newline(stream: BinaryIO, end: int) -> int:
+    """Position behind the last newline before ``end``; 0 if there is none."""
+    while end:
+        start = max(0, end - _BLOCK)
+        stream.seek(start)
+        found = stream.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
+    if not new:
+        if not path.exists():
+            raise ValueError(
+                f"{path} is missing, so the settings of the rows beside it are unknown; "
+                "write to a new file"
+            )
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name in sorted(settings.keys() | before.keys()):
+            if settings.get(name) != before.get(name):
+                raise ValueError(
+                    f"the file was begun with {name}={before.get(name)!r}, not "
+                    f"{settings.get(name)!r}; use the same value, or write to a new file"
+                )
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+__all__ = ["LineFile", "open_lines"]

@@ -1,0 +1,155 @@
+"""The formulas of the cost sheet against what modules, files and the allocator show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from specforge.modeling.auto import AutoDraftModel
+from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
+from specforge.training.model_loading import load_draft_config_source
+from tiny_target import HIDDEN_SIZE, draft_config, head_draft_config, mtp_draft_config
+from torch.utils.flop_counter import FlopCounterMode
+from training_run import HEADS, prepare_with_features
+from typer.testing import CliRunner
+
+from benchmarks.measure import peak_allocated
+from specforge_lk import cost, overlap_terms
+from specforge_lk.cli import app
+
+ROOT = Path(__file__).parent.parent
+BATCH, LENGTH, KEPT = 2, 24, 96
+DRAFTS = {
+    "eagle3": draft_config(KEPT),
+    "medusa": head_draft_config("medusa", KEPT, HEADS),
+    "mlp_speculator": head_draft_config("mlp_speculator", KEPT, HEADS),
+    "mlp_speculator, tied": head_draft_config("mlp_speculator", KEPT, HEADS)
+    | {"tie_weights": True},
+    "mtp": mtp_draft_config("llama"),
+    "mtp, experts": mtp_draft_config("deepseek_v3"),
+}
+#: Operators of linear layers and of experts; attention's have other names.
+MATRIX_PRODUCTS = {"mm", "addmm", "_grouped_mm"}
+
+
+def build(name: str, folder: Path) -> torch.nn.Module:
+    (folder / "draft.json").write_text(json.dumps(DRAFTS[name]))
+    config = load_draft_config_source(str(folder / "draft.json"))
+    return AutoDraftModel.from_config(config, torch.float32)
+
+
+def forward(draft: torch.nn.Module) -> None:
+    """All heads' logits, as training computes them."""
+    tokens = torch.randint(KEPT, (BATCH, LENGTH))
+    hidden = torch.randn(BATCH, LENGTH, HIDDEN_SIZE)
+    if not isinstance(draft, LlamaForCausalLMEagle3):
+        list(draft.head_logits(hidden, tokens, torch.ones_like(tokens), HEADS))
+        return
+    state = draft.project_hidden_states(hidden.repeat(1, 1, 3))
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    attention = draft.prepare_decoder_attention_mask(mask, state, BATCH, LENGTH, 0)
+    cache = [[], []]
+    for _ in range(HEADS):
+        state = draft.backbone(
+            input_embeds=draft.embed_input_ids(tokens),
+            hidden_states=state,
+            cache_hidden=cache,
+            attention_mask=attention,
+            position_ids=torch.arange(LENGTH).expand(BATCH, -1),
+            past_key_values=None,
+            use_cache=True,
+        )
+        draft.compute_logits(state)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_matrix_products_are_those_that_torch_counts(name: str, tmp_path: Path) -> None:
+    draft = build(name, tmp_path)
+    work = cost.work_of(name.split(",")[0], draft, HEADS)
+    with FlopCounterMode(display=False) as counter:
+        forward(draft)
+    counted = sum(
+        flops
+        for operator, flops in counter.get_flop_counts()["Global"].items()
+        if str(operator).split(".")[-1] in MATRIX_PRODUCTS
+    )
+    assert counted == 2 * (work.trained + work.frozen) * BATCH * LENGTH
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp_speculator"])
+def test_activations_are_about_what_autograd_keeps(name: str, tmp_path: Path) -> None:
+    """An estimate: norms and residual sums keep more, products that share an input less."""
+    draft = build(name, tmp_path)
+    lent = {parameter.untyped_storage().data_ptr() for parameter in draft.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in lent:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(draft)
+    size = sum(storage.nbytes() for storage in kept.values()) / (BATCH * LENGTH)
+    estimate = cost.work_of(name, draft, HEADS).features * 4
+    assert 0.5 < estimate / size < 1.5, (estimate, size)
+
+
+def test_loss_allocates_the_gradient_and_vectors() -> None:
+    rows, kept = 512, 4096
+    draft = torch.randn(rows, kept, requires_grad=True)
+    target = torch.randn(rows, kept)
+    normalizer = target.logsumexp(-1) + 0.1
+
+    def step() -> None:
+        draft.grad = None
+        terms = overlap_terms(draft, target, normalizer)
+        (terms.kl.mean() - terms.log_alpha.mean()).backward()
+
+    step()
+    draft.grad = None
+    assert peak_allocated(step) / rows == pytest.approx(kept * draft.element_size(), rel=0.02)
+
+
+def test_ratios_of_unfused_losses_are_the_measured_ones() -> None:
+    cells = json.loads((ROOT / "benchmarks/results/operation.json").read_text())["cells"]
+    wanted = {"tokens": 1024, "vocabulary": 32000, "dtype": "float32", "supervised": 1.0}
+    (cell,) = (cell for cell in cells if cell["cell"] == wanted)
+    tensor = 1024 * 32000 * 4
+    for name, ratio in (
+        ("specforge kl", cost.UNFUSED_KL),
+        ("specforge lk_lambda", cost.UNFUSED_LAMBDA),
+    ):
+        measured = cell["implementations"][name]["memory"]["allocated"]
+        assert measured / tensor == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize(("algorithm", "captured"), [("eagle3", 3), ("medusa", 0)])
+def test_features_have_the_bytes_of_a_captured_file(algorithm, captured, tmp_path) -> None:
+    setup = prepare_with_features(tmp_path, algorithm=algorithm)
+    record = torch.load(sorted(setup.features.glob("*.ckpt"))[0], weights_only=True)
+    size = sum(tensor.nbytes for tensor in record.values())
+    per_token = cost.feature_bytes(algorithm, HIDDEN_SIZE, captured, 4)
+    assert size == per_token * len(record["input_ids"])
+
+
+def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """660,000 prompts of 500 tokens in batches of 64: 10,313 steps per epoch."""
+    monkeypatch.chdir(ROOT)
+    path = "configs/llama-3.1-8b-instruct/eagle3.yaml"
+    done = CliRunner().invoke(app, ["cost", "--config", path, "--mean-tokens", "500", "--json"])
+    assert not done.exit_code, done.output
+    lines = {line["name"]: line for line in json.loads(done.output)}
+    assert lines["tokens per epoch"]["value"] == 330_000_000
+    assert lines["steps per epoch"]["value"] == 10_313
+    assert lines["steps in all"]["value"] == 103_130
+    assert lines["captured features per token"]["value"] == 4 * 4096 * 2 + 16
+    assert lines["an epoch"]["value"] / lines["a step"]["value"] == pytest.approx(660_000 / 64)
+    assert {line["source"] for line in lines.values()} == {"formula", "measured", "counted"}
+    refused = CliRunner().invoke(
+        app, ["cost", "--config", path, "training.strategy=dflash", "training.loss=kl"]
+    )
+    assert refused.exit_code == 1
