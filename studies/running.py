@@ -11,7 +11,7 @@ from pathlib import Path
 
 from demo.__main__ import HELD_OUT, RESPONSES, SAMPLES
 from demo.training import RUNS, Training, console, execute, record, train
-from specforge_lk.report import read_report, write_all
+from specforge_lk.report import Result, read_report, write_all
 
 STUDY = RUNS / "study"
 HEADS = 4
@@ -61,11 +61,26 @@ def publish(
 ) -> None:
     """Write the report, its tables and its chart at ``path``, without the arrays.
 
-    ``gains`` names by algorithm the target whose gains in the paper to put beside these.
+    Of a study that is under way, what every draft of an algorithm has been measured on: means over
+    some of them compare nothing. ``gains`` names by algorithm the target whose gains in the paper
+    to put beside these.
     """
     content = read_report(report)
+    drafts: dict[str, set[tuple]] = {}
+    measured: dict[tuple, set[tuple]] = {}
+    for r in content.results:
+        drafts.setdefault(r.algorithm, set()).add((r.loss, r.seed))
+        measured.setdefault(_measurement(r), set()).add((r.loss, r.seed))
+    partial = {cell for cell, done in measured.items() if done != drafts[cell[0]]}
+    for algorithm, benchmark, temperature in sorted(partial):
+        console.print(f"left out: {algorithm} on {benchmark}, T = {temperature:g}: not all drafts")
+    content.results = [r for r in content.results if _measurement(r) not in partial]
     # Every algorithm was evaluated by a command of its own: this one makes them all.
     content.command = list(command)
-    content.gains = dict(gains or {})
+    content.gains = {name: target for name, target in (gains or {}).items() if name in drafts}
     for written in write_all(content, path):
         console.print(f"  {written}")
+
+
+def _measurement(result: Result) -> tuple[str, str, float]:
+    return result.algorithm, result.benchmark, result.temperature

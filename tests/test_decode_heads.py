@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from head_drafts import BATCH, HEADS, LENGTH, inputs, trained_logits
 from safetensors.torch import load_file
 from tiny_target import (
     HIDDEN_SIZE,
@@ -19,7 +20,7 @@ from specforge_lk.drafts.medusa import MedusaConfig, MedusaModel
 from specforge_lk.drafts.mlp_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from specforge_lk.drafts.model import TargetWeights
 
-BATCH, LENGTH, HEADS, DRAFT_VOCAB = 2, 15, 3, 40
+DRAFT_VOCAB = 40
 CLASSES = {
     "medusa": (MedusaConfig, MedusaModel),
     "mlp_speculator": (MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel),
@@ -53,22 +54,6 @@ def build(variant, path, draft_vocab=DRAFT_VOCAB):
         draft.t2d.zero_()[ids] = True
     draft.save_pretrained(path)
     return draft.eval()
-
-
-def inputs():
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), generator=generator)
-    features = torch.randn(BATCH, LENGTH, HIDDEN_SIZE, generator=generator)
-    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    starts[0, 2 : LENGTH - HEADS - 1] = True
-    starts[1, [5, 8]] = True
-    return tokens, features, starts
-
-
-@torch.no_grad()
-def trained_logits(model, tokens, features):
-    following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-    return list(model.head_logits(features, following, torch.ones_like(tokens), HEADS))
 
 
 @pytest.mark.parametrize("draft_vocab", [DRAFT_VOCAB, VOCAB_SIZE])

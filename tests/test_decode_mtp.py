@@ -5,11 +5,10 @@ import re
 
 import pytest
 import torch
+from head_drafts import BATCH, HEADS, LENGTH, inputs, trained_logits
 from safetensors.torch import load_file, save_file
 from tiny_target import (
-    HIDDEN_SIZE,
     MTP_FAMILIES,
-    VOCAB_SIZE,
     build_family,
     build_tokenizer,
     mtp_draft_config,
@@ -19,8 +18,6 @@ from specforge_lk.decode.drafts import DraftError, load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.model import TargetWeights
 from specforge_lk.drafts.mtp import MTPConfig, MTPDraftModel
-
-BATCH, LENGTH, HEADS = 2, 15, 3
 
 
 @pytest.fixture(scope="module", params=MTP_FAMILIES)
@@ -43,24 +40,6 @@ def weights(target: Target) -> TargetWeights:
     return TargetWeights(
         target.head.weight.detach(), state.__getitem__, "model.embed_tokens.weight"
     )
-
-
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), generator=generator)
-    features = torch.randn(BATCH, LENGTH, HIDDEN_SIZE, generator=generator)
-    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    starts[0, 2 : LENGTH - HEADS - 1] = True
-    starts[1, [5, 8]] = True
-    return tokens, features, starts
-
-
-@torch.no_grad()
-def trained_logits(
-    model: MTPDraftModel, tokens: torch.Tensor, features: torch.Tensor
-) -> list[torch.Tensor]:
-    following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-    return list(model.head_logits(features, following, torch.ones_like(tokens), HEADS))
 
 
 def test_exported_module_equals_the_training_forward(target, tmp_path):
