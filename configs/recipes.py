@@ -129,8 +129,8 @@ def _rope(target: dict[str, Any]) -> dict[str, Any]:
 def _eagle3(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
     """One dense decoder layer; beside experts as wide as those that a token activates.
 
-    No `eagle_aux_hidden_state_layer_ids`: SpecForge counts a layer's output there, vLLM its input.
-    Unnamed, all take the same three: the outputs of layers 1, L // 2 - 1 and L - 4.
+    No `eagle_aux_hidden_state_layer_ids`: unnamed, SpecForge, SGLang and vLLM take the same three,
+    the outputs of layers 1, L // 2 - 1 and L - 4.
     """
     experts = target.get("num_experts_per_tok", 1)
     width = target.get("moe_intermediate_size", target["intermediate_size"])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from demo.training import CONFIGS, RUNS, Training
-from serving.layouts import write_eagle3, write_mimo
+from serving.layouts import write_mimo
 from specforge_lk.report import write_text
 
 SERVING = RUNS / "serving"
@@ -21,7 +21,7 @@ HEADS = 4
 
 Sampling = Literal["greedy", "probabilistic"]
 #: Algorithms whose exported drafts vLLM reads in another form.
-LAYOUTS = {"eagle3": write_eagle3, "mtp": write_mimo}
+LAYOUTS = {"mtp": write_mimo}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""Exported drafts in the form that vLLM reads, where it is not the one SpecForge exports.
+"""MTP modules in the form that vLLM reads, where it is not the one SpecForge exports.
 
-EAGLE-3: vLLM captures the INPUT of the layers that a draft's config numbers, SpecForge the output.
-
-MTP: vLLM has a class for some families only, chosen by the draft's config, and builds its layer
+vLLM has a class for some families only, chosen by the draft's config, and builds its layer
 with the sizes of the TARGET. Its class for MiMo has a dense layer of the Llama kind with biases in
 the attention, and the forward of an exported module: only names, the order in what W reads, and
 the biases differ. Embedding and head are the target's.
@@ -25,20 +23,6 @@ _NAMES = {
     "shared_head.norm": "final_layernorm",
 }
 _OF_TARGET = ("embed_tokens.", "shared_head.head.")
-
-
-def write_eagle3(draft: Path, folder: Path) -> None:
-    """Write the draft exported at ``draft`` to ``folder``, its layers numbered as vLLM does.
-
-    vLLM reads ``eagle_aux_hidden_state_layer_ids`` first, SpecForge and SGLang what stands under
-    that name in ``eagle_config``. Without either they all take the same layers by default.
-    """
-    config = json.loads((draft / "config.json").read_text())
-    layers = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    shifted = (
-        {"eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layers]} if layers else {}
-    )
-    _write(folder, config | shifted, _tensors(draft))
 
 
 def write_mimo(draft: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -423,20 +423,16 @@ def vocabulary_mapping() -> Figures:
     return figures
 
 
-def exported_mask_token() -> Figures:
+def exported_settings() -> Figures:
     from specforge.export.checkpoint_io import materialize_draft
     from specforge.modeling.draft import resolve_draft
     from transformers import LlamaConfig, Qwen3Config
 
-    trained = 5
+    token, layers = 5, (0, 2, 4)
 
-    def export(strategy: str, architecture: str, config: Any) -> Any:
+    def export(strategy: str, architecture: str, config: Any, **trained: Any) -> Any:
         draft = resolve_draft(architecture)(config)
-        state = {
-            "strategy": strategy,
-            "draft_state_dict": draft.state_dict(),
-            f"{strategy}_mask_token_id": trained,
-        }
+        state = {"strategy": strategy, "draft_state_dict": draft.state_dict(), **trained}
         with scratch() as directory:
             path = directory / "config.json"
             content = {**config.to_dict(), "architectures": [architecture]}
@@ -444,19 +440,37 @@ def exported_mask_token() -> Figures:
             return materialize_draft(state, str(path)).config
 
     shared = {name: value for name, value in TINY.items() if name != "model_type"}
-    peagle = LlamaConfig(**shared, draft_vocab_size=16, ptd_token_id=1)
+    llama = LlamaConfig(**shared, draft_vocab_size=16, ptd_token_id=1)
     dflash = Qwen3Config(**shared, head_dim=8, layer_types=["full_attention"])
     dflash.block_size, dflash.num_target_layers = 4, 6
     dflash.dflash_config = {"target_layer_ids": [2]}
-    exported = export("dflash", "DFlashDraftModel", dflash).dflash_config
+    peagle = export("peagle", "PEagleDraftModel", llama, peagle_mask_token_id=token)
+    dflash = export("dflash", "DFlashDraftModel", dflash, dflash_mask_token_id=token)
+    eagle3 = export(
+        "eagle3",
+        "LlamaForCausalLMEagle3",
+        llama,
+        specforge_model_provenance=(("capture_layers", layers),),
+    )
+    key = "eagle_aux_hidden_state_layer_ids"
+    outputs = (getattr(eagle3, "eagle_config", None) or {}).get(key)
+    streamed = f"streamed with the outputs of layers {_listed(layers)}"
     return {
-        f"P-EAGLE: exported mask token, trained with {trained}, draft config with 1": export(
-            "peagle", "PEagleDraftModel", peagle
-        ).ptd_token_id,
-        f"DFlash: exported mask token, trained with {trained}": exported.get(
+        f"P-EAGLE: exported mask token, trained with {token}, draft config with 1": (
+            peagle.ptd_token_id
+        ),
+        f"DFlash: exported mask token, trained with {token}": dflash.dflash_config.get(
             "mask_token_id", "none"
         ),
+        f"EAGLE-3, {streamed}: outputs exported": _listed(outputs),
+        f"EAGLE-3, {streamed}: inputs that vLLM takes from the export": _listed(
+            getattr(eagle3, key, outputs)
+        ),
     }
+
+
+def _listed(layers: Sequence[int] | None) -> str:
+    return ", ".join(map(str, layers)) if layers else "none"
 
 
 # ----------------------------------------------------------------------------- migration
@@ -533,7 +547,7 @@ PROBES: dict[str, Callable[[], Figures]] = {
         acceptance_metric,
         streamed_supervision,
         vocabulary_mapping,
-        exported_mask_token,
+        exported_settings,
         legacy_lambda,
         legacy_alpha,
         registered_lk_lambda,

@@ -35,7 +35,7 @@ FIXES = {
     7: "acceptance_metric",
     8: "streamed_supervision",
     9: "vocabulary_mapping",
-    10: "exported_mask_token",
+    10: "exported_settings",
 }
 #: Titles of the migration tables' columns, with the probe and the number of patches applied:
 #: the first alone, without which EAGLE-3's loss does not run on a CPU, the fixes, or all.
