@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -191,6 +192,13 @@ def test_exported_draft_is_evaluated(evaluation: Path) -> None:
     assert 1 < result.tau_expected_ci[0] <= result.tau_expected <= 1 + HEADS
     assert all(0 < alpha <= 1 for alpha in result.alpha_per_head)
     np.testing.assert_allclose(result.alpha_per_head, starts.alpha.mean(0), rtol=1e-5)
+
+
+def test_engines_find_the_captured_layers(setup: Setup, evaluation: Path) -> None:
+    """SpecForge and SGLang number the outputs of layers, vLLM the inputs."""
+    config = json.loads((setup.root / "export" / "config.json").read_text())
+    layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [layer + 1 for layer in layers]
 
 
 def test_training_and_evaluation_measure_the_same(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, read_weights
+from specforge_lk.decode.drafts import DraftError, Proposal, last_valid, read_weights
 from specforge_lk.decode.eagle3 import rotate
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
@@ -221,10 +221,8 @@ class DFlashDraft(nn.Module):
         for cached, fresh in zip(self._cache, self._context(features, positions), strict=True):
             for cache, states in zip(cached, fresh, strict=True):
                 cache[rows, slots] = states
-        index = torch.arange(valid.shape[1], device=valid.device)
-        last = torch.where(valid, index, -1).amax(1, keepdim=True)
-        self._anchor = tokens.gather(1, last)
-        self._position = positions.gather(1, last) + 1
+        self._anchor, last = last_valid(valid, tokens, positions)
+        self._position = last + 1
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None

@@ -114,6 +114,22 @@ _IMPLIED = {
 }
 
 
+def last_valid(valid: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The last valid entry of every row, where the next chain starts.
+
+    Args:
+        valid: [B, n] bool, at least one entry of each row.
+        values: [B, n, …] each.
+
+    Returns:
+        [B, 1, …] each.
+    """
+    index = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, index, -1).amax(1, keepdim=True)
+    rows = torch.arange(len(valid), device=valid.device)[:, None]
+    return tuple(value[rows, last] for value in values)
+
+
 class DraftError(ValueError):
     """A draft checkpoint that cannot be evaluated; the message says what to change."""
 

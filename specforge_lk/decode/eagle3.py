@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, draft_vocabulary, read_weights
+from specforge_lk.decode.drafts import (
+    DraftError,
+    Proposal,
+    draft_vocabulary,
+    last_valid,
+    read_weights,
+)
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
@@ -189,12 +195,7 @@ class Eagle3Draft(nn.Module):
     ) -> None:
         """Take in verified positions; see `Draft.observe`."""
         output = self._extend(tokens, self._features(features), positions, valid)
-        # The last valid entry of each row: the valid one with the highest index.
-        index = torch.arange(valid.shape[1], device=valid.device)
-        last = torch.where(valid, index, -1).amax(1, keepdim=True)
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        self._hidden = output[rows, last]
-        self._position = positions.gather(1, last)
+        self._hidden, self._position = last_valid(valid, output, positions)
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, architecture, read_weights
+from specforge_lk.decode.drafts import DraftError, Proposal, architecture, last_valid, read_weights
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
@@ -68,10 +68,8 @@ class _HeadDraft(nn.Module, ABC):
         valid: torch.Tensor,
     ) -> None:
         """Keep the last verified position of every row; see `Draft.observe`."""
-        rows = torch.arange(len(tokens), device=tokens.device)
-        index = torch.arange(valid.shape[1], device=valid.device)
-        last = torch.where(valid, index, -1).amax(1)
-        self._features, self._token = features[rows, last], tokens[rows, last]
+        features, tokens = last_valid(valid, features, tokens)
+        self._features, self._token = features[:, 0], tokens[:, 0]
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None

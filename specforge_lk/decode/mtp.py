@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal
+from specforge_lk.decode.drafts import DraftError, Proposal, last_valid
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
@@ -116,11 +116,7 @@ class MTPDraft:
     ) -> None:
         """Take in verified positions; see `Draft.observe`."""
         output = self._extend(tokens, features, positions, valid)
-        index = torch.arange(valid.shape[1], device=valid.device)
-        last = torch.where(valid, index, -1).amax(1, keepdim=True)
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        self._state = output[rows, last]
-        self._position = positions.gather(1, last)
+        self._state, self._position = last_valid(valid, output, positions)
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal
+from specforge_lk.decode.drafts import DraftError, Proposal, last_valid
 from specforge_lk.decode.eagle3 import read_checkpoint, rotate
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
@@ -207,10 +207,7 @@ class PEagleDraft(nn.Module):
             return keys[:, :length], values[:, :length], visible
 
         output = self._run(tokens, features, positions, attend)
-        index = torch.arange(valid.shape[1], device=valid.device)
-        last = torch.where(valid, index, -1).amax(1, keepdim=True)
-        self._hidden = output[rows, last]
-        self._position = positions.gather(1, last)
+        self._hidden, self._position = last_valid(valid, output, positions)
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
