@@ -223,10 +223,10 @@ def run_config(target: Target, draft: Draft, online: bool) -> dict[str, Any]:
     else:
         model["draft_checkpoint_path"] = hub_id
     features = f"{runs}/features/{'eagle3' if algorithm == 'eagle3' else 'last'}"
+    # Tokens, not conversations: SpecForge would put the system prompt of its chat template before
+    # those, and refuses them for gpt-oss.
     source = (
-        {"train_data_path": f"{runs}/train.jsonl", "cache_dir": f"{runs}/cache"}
-        if online
-        else {"hidden_states_path": features}
+        {"prompts_path": f"{runs}/tokens.jsonl"} if online else {"hidden_states_path": features}
     )
     deployment: dict[str, Any] = {"trainer": {"nnodes": 1, "nproc_per_node": GPUS}}
     if online:
