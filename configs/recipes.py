@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import yaml
 
+from specforge_lk.published import HEADS as DRAFTED
+
 CONFIGS: Final = Path(__file__).parent
 HEADS: Final = 6
 #: Sequences per optimizer step: MICRO_BATCH * ACCUMULATION on each of the GPUs.
@@ -223,10 +225,10 @@ def run_config(target: Target, draft: Draft, online: bool) -> dict[str, Any]:
     else:
         model["draft_checkpoint_path"] = hub_id
     features = f"{runs}/features/{'eagle3' if algorithm == 'eagle3' else 'last'}"
+    # Tokens, not conversations: SpecForge would put the system prompt of its chat template before
+    # those, and refuses them for gpt-oss.
     source = (
-        {"train_data_path": f"{runs}/train.jsonl", "cache_dir": f"{runs}/cache"}
-        if online
-        else {"hidden_states_path": features}
+        {"prompts_path": f"{runs}/tokens.jsonl"} if online else {"hidden_states_path": features}
     )
     deployment: dict[str, Any] = {"trainer": {"nnodes": 1, "nproc_per_node": GPUS}}
     if online:
@@ -287,8 +289,6 @@ def run_file(target: Target, draft: Draft, online: bool) -> str:
 
 # -------------------------------------------------------------------------------- serving
 
-#: Tokens drafted per round in the paper's evaluation.
-_DRAFTED: Final = {"eagle3": 7, "mtp": 7, "medusa": 6, "mlp_speculator": 6}
 _PROPER: Final = {"draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
 
 
@@ -299,7 +299,7 @@ def vllm_command(target: Target, draft: Draft) -> str | None:
     speculative = {
         "method": draft.algorithm,
         "model": f"runs/{target.name}/{draft.algorithm}/export",
-        "num_speculative_tokens": _DRAFTED[draft.algorithm],
+        "num_speculative_tokens": DRAFTED[draft.algorithm],
         # Its MEDUSA takes the likeliest token of every head whatever is asked for.
         **({} if draft.algorithm == "medusa" else _PROPER),
     }
@@ -307,7 +307,11 @@ def vllm_command(target: Target, draft: Draft) -> str | None:
         f"vllm serve {target.facts['hub_id']} --tensor-parallel-size {target.serving_gpus}",
         f"  --speculative-config '{json.dumps(speculative)}'",
     ]
-    return " \\\n".join(lines)
+    if draft.algorithm != "medusa":
+        return " \\\n".join(lines)
+    # It reads token_map, but does not count it as loaded.
+    lines.append("  --model-loader-extra-config '{\"enable_weights_track\": false}'")
+    return "# Trained with original_lm_head: true, see above.\n" + " \\\n".join(lines)
 
 
 def sglang_command(target: Target, draft: Draft) -> str | None:
@@ -315,7 +319,7 @@ def sglang_command(target: Target, draft: Draft) -> str | None:
     algorithm = {"eagle3": "EAGLE3", "mtp": "NEXTN"}.get(draft.algorithm)
     if algorithm is None:
         return None
-    steps = _DRAFTED[draft.algorithm]
+    steps = DRAFTED[draft.algorithm]
     lines = [
         f"python -m sglang.launch_server --model-path {target.facts['hub_id']} "
         f"--tp {target.serving_gpus}",

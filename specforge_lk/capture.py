@@ -18,7 +18,7 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,6 +300,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def write_tokens(samples: list[Sample], path: Path) -> None:
+    """Write token ids and loss masks where ``data.prompts_path`` of a streamed run reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            stream.write(json.dumps(asdict(sample.tokens)) + "\n")
+    temporary.replace(path)
+
+
 def _save(record: dict[str, torch.Tensor], path: Path) -> None:
     import torch
 
@@ -321,4 +331,5 @@ __all__ = [
     "read_samples",
     "save_mapping",
     "vocabulary_mapping",
+    "write_tokens",
 ]

@@ -28,12 +28,12 @@ def load_target(
         ValueError: there is no such target, or the device cannot hold it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(target, trust_remote_code=trust_remote_code)
     with _errors(target):
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             target, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
@@ -43,6 +43,18 @@ def load_target(
         return model.to(device).eval(), tokenizer
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {device!r} cannot hold the target: {error}") from error
+
+
+def load_tokenizer(target: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the target's tokenizer.
+
+    Raises:
+        ValueError: there is no such target.
+    """
+    from transformers import AutoTokenizer
+
+    with _errors(target):
+        return AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)
 
 
 def load_target_config(target: str, *, trust_remote_code: bool = False) -> Any:
@@ -69,4 +81,4 @@ def _errors(target: str) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["load_target", "load_target_config"]
+__all__ = ["load_target", "load_target_config", "load_tokenizer"]

@@ -1,6 +1,7 @@
 """Captured features are those of a plain forward pass, under the names SpecForge reads."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specforge.data.prompt_builder import prepare_prompt_tasks
 from tiny_target import VOCAB_SIZE, draft_config, save_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -235,6 +237,57 @@ def test_mapping_is_written_and_specforge_can_load_it(
         str(tmp_path / "other"),
     )
     assert result.exit_code == 1 and "leave out --vocab-mapping" in result.output
+
+
+def test_streamed_runs_ask_for_the_tokens_that_features_have(
+    target: Path, responses: Path, tmp_path: Path
+):
+    """Without the target's weights; of the conversations SpecForge would make other tokens."""
+    config = run_config(target, tmp_path)
+    run(config, responses)
+    lean = tmp_path / "lean"
+    shutil.copytree(target, lean, ignore=shutil.ignore_patterns("*.safetensors*"))
+    run_settings = json.loads(config.read_text())
+    run_settings["model"] |= {
+        "target_model_path": str(lean),
+        "vocab_mapping_path": str(tmp_path / "mapping.pt"),
+    }
+    run_settings["data"] = {"prompts_path": str(tmp_path / "tokens.jsonl"), "max_length": 256}
+    run_settings["deployment"] = {
+        "mode": "disaggregated",
+        "disaggregated": {
+            "control_dir": str(tmp_path / "control"),
+            "backend": "mooncake",
+            "server_urls": ["http://127.0.0.1:30000"],
+            "mooncake_metadata_server": "http://127.0.0.1:35880/metadata",
+            "mooncake_master_server_addr": "127.0.0.1:35551",
+        },
+    }
+    config.write_text(json.dumps(run_settings))
+    output = run(config, responses, "--vocab-mapping", str(tmp_path / "mapping.pt"))
+    assert "4 samples (0 cut to 256 tokens, 0 skipped)" in output
+    assert torch.load(tmp_path / "mapping.pt", weights_only=True)["d2t"].shape == (96,)
+    tasks = prepare_prompt_tasks(
+        run_settings["data"]["prompts_path"],
+        tokenizer=None,
+        # The one that cannot read an assistant's message.
+        chat_template="gpt-oss",
+        max_length=256,
+        is_preformatted=False,
+        train_only_last_turn=False,
+        cache_dir=None,
+        cache_key=None,
+        num_proc=None,
+    )
+    for task, record in zip(tasks, records(tmp_path), strict=True):
+        assert task["payload"]["input_ids"] == record["input_ids"].tolist()
+        assert task["payload"]["loss_mask"] == record["loss_mask"].tolist()
+
+    del run_settings["data"]["prompts_path"]
+    run_settings["data"]["train_data_path"] = str(responses)
+    config.write_text(json.dumps(run_settings))
+    result = invoke(config, responses)
+    assert result.exit_code == 1 and "set data.prompts_path" in result.output
 
 
 @settings(max_examples=50, deadline=None)

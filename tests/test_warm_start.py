@@ -1,5 +1,6 @@
 """An exported draft of this package is where another training starts from, tensor for tensor."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -57,3 +58,25 @@ def test_exported_draft_is_loaded_whole(name: str, tmp_path: Path) -> None:
     assert not report.missing_keys
     for key, value in trained.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key
+
+
+def test_bfloat16_rounds_neither_positions_nor_routing(tmp_path: Path) -> None:
+    """From a released module to the next training, with an export between."""
+    config = DRAFTS["mtp, experts"]
+    exact = build(config, tmp_path, seed=0)
+    (bias,) = (name for name in exact.state_dict() if name.endswith("e_score_correction_bias"))
+    exact.get_buffer(bias).uniform_(5, 6)
+    wanted = exact.get_buffer(bias).clone()
+    assert not torch.equal(wanted.bfloat16().float(), wanted)
+    trained = copy.deepcopy(exact).to(torch.bfloat16)
+    state = {"draft_state_dict": trained.state_dict(), "strategy": "mtp"}
+    torch.save(state, tmp_path / "training_state.pt")
+    export_to_hf(str(tmp_path), str(tmp_path / "draft.json"), str(tmp_path / "export"))
+
+    fresh = build(config, tmp_path, seed=1).to(torch.bfloat16)
+    loaded = load_draft_config_source(str(tmp_path / "export"))
+    warm_start_draft_model(fresh, str(tmp_path / "export"), draft_config=loaded, strategy="mtp")
+    for draft in (trained, fresh):
+        assert {parameter.dtype for parameter in draft.parameters()} == {torch.bfloat16}
+        assert torch.equal(draft.get_buffer(bias), wanted)
+        assert torch.equal(draft.rotary_emb.inv_freq, exact.rotary_emb.inv_freq)

@@ -1,4 +1,4 @@
-"""``specforge-lk capture``: write SpecForge's offline features from a target."""
+"""``specforge-lk capture``: write what SpecForge trains from, a target's features or tokens."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def run(
     The algorithm in the config (training.strategy) decides which layers of the target are
     captured and what the features are called. Run the same command again after an interruption:
     whole feature files of the same responses are kept.
+
+    In a streamed run, one with data.prompts_path, servers capture. For it this writes the tokens
+    that servers are asked for, with their loss masks, to that file, and loads no target. They are
+    those that features have; from conversations SpecForge would make others, with the system
+    prompt of data.chat_template.
     """
     try:
         _run(config, responses, out, vocab_mapping, dtype, limit, batch_tokens, device, overrides)
@@ -75,64 +80,76 @@ def _run(
     overrides: list[str] | None,
 ) -> None:
     import torch
+    from specforge.application.composition import resolve_offline_capture, resolve_run
+    from specforge.training.model_loading import resolve_draft_config
 
     from specforge_lk import capture
     from specforge_lk.cli.progress import ProgressBar
-    from specforge_lk.targets import load_target
+    from specforge_lk.targets import load_target, load_tokenizer
 
-    resolved, target_config = _resolve(config, out, overrides)
-    run = resolved.run.config
-    directory = Path(run.data.hidden_states_path)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    compute = dtype or Dtype(run.model.torch_dtype if device != "cpu" else "float32")
-
-    model, tokenizer = load_target(
-        run.model.target_model_path,
-        compute.value,
-        device,
-        head=False,
-        trust_remote_code=run.model.trust_remote_code,
-    )
+    run, target_config = _load(config, out, overrides)
+    algorithm = resolve_run(run).algorithm
+    streamed = run.mode == "online"
+    plan = None if streamed else resolve_offline_capture(run, target_config=target_config)
+    place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
+    vocab_size = getattr(target_config, "text_config", target_config).vocab_size
+    if vocab_mapping and not algorithm.spec.capabilities.supports_vocab_mapping:
+        raise ValueError(
+            f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "
+            "leave out --vocab-mapping"
+        )
     samples = capture.read_samples(
         responses,
-        tokenizer,
-        directory,
-        vocab_size=target_config.vocab_size,
+        load_tokenizer(run.model.target_model_path, trust_remote_code=run.model.trust_remote_code),
+        place,
+        vocab_size=vocab_size,
         max_length=run.data.max_length,
         limit=limit,
-        loss_mask_filter=resolved.loss_mask_filter,
+        loss_mask_filter=algorithm.providers.model.loss_mask_filter,
     )
     if not samples.kept:
         raise ValueError(f"{responses} has no response with supervised tokens to capture")
-    names = resolved.layout.output_names
-    capture.open_directory(
-        directory,
-        names,
-        {
-            "target": run.model.target_model_path,
-            "responses": responses.name,
-            "responses_sha256": capture.file_digest(responses),
-            "layers": list(resolved.capture_layers),
-            "max_length": run.data.max_length,
-            "compute_dtype": compute.value,
-            "stored_dtype": run.model.torch_dtype,
-        },
-    )
+    if plan:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        compute = dtype or Dtype(run.model.torch_dtype if device != "cpu" else "float32")
+        model, _ = load_target(
+            run.model.target_model_path,
+            compute.value,
+            device,
+            head=False,
+            trust_remote_code=run.model.trust_remote_code,
+        )
+        names = plan.layout.output_names
+        capture.open_directory(
+            place,
+            names,
+            {
+                "target": run.model.target_model_path,
+                "responses": responses.name,
+                "responses_sha256": capture.file_digest(responses),
+                "layers": list(plan.capture_layers),
+                "max_length": run.data.max_length,
+                "compute_dtype": compute.value,
+                "stored_dtype": run.model.torch_dtype,
+            },
+        )
     if vocab_mapping:
-        if not resolved.run.algorithm.spec.capabilities.supports_vocab_mapping:
-            raise ValueError(
-                f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "
-                "leave out --vocab-mapping"
-            )
         counts = samples.token_counts()
-        size = resolved.draft_config.draft_vocab_size
-        mapping = capture.vocabulary_mapping(counts, size, target_config.vocab_size)
+        draft = resolve_draft_config(run, provider=algorithm.providers.model.draft_config)
+        size = draft.draft_vocab_size
+        mapping = capture.vocabulary_mapping(counts, size, vocab_size)
         capture.save_mapping(mapping, vocab_mapping)
         share = capture.coverage(mapping, counts)
         typer.echo(
             f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
         )
+    supervised = sum(sum(sample.tokens.loss_mask) for sample in samples.kept)
+    cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {samples.skipped} skipped"
+    if not plan:
+        capture.write_tokens(samples.kept, place)
+        typer.echo(f"{len(samples.kept)} samples ({cut}), {supervised} supervised tokens: {place}")
+        return
     todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
     total = sum(len(sample.tokens.input_ids) for sample in todo)
     with ProgressBar("capturing", total, "tok/s") as bar:
@@ -140,26 +157,23 @@ def _run(
             capture.capture(
                 model,
                 batch,
-                layers=resolved.capture_layers,
-                layout=resolved.layout,
+                layers=plan.capture_layers,
+                layout=plan.layout,
                 dtype=getattr(torch, run.model.torch_dtype),
             )
             tokens = sum(len(sample.tokens.input_ids) for sample in batch)
             bar.advance(tokens, tokens)
-    supervised = sum(sum(sample.tokens.loss_mask) for sample in samples.kept)
     typer.echo(
-        f"{len(samples.kept)} samples ({len(todo)} new, {samples.truncated} cut to "
-        f"{run.data.max_length} tokens, {samples.skipped} skipped), {supervised} supervised "
-        f"tokens, layers {list(resolved.capture_layers)}: {directory}"
+        f"{len(samples.kept)} samples ({len(todo)} new, {cut}), {supervised} supervised tokens, "
+        f"layers {list(plan.capture_layers)}: {place}"
     )
-    foreign = set(directory.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
+    foreign = set(place.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
     if foreign:
-        typer.echo(f"{directory} has {len(foreign)} more feature files, which training will read")
+        typer.echo(f"{place} has {len(foreign)} more feature files, which training will read")
 
 
-def _resolve(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
-    """The algorithm's capture plan and the target's text config."""
-    from specforge.application.composition import resolve_offline_capture
+def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
+    """The run config and the target's config."""
     from specforge.config import load_config
 
     from specforge_lk.targets import load_target_config
@@ -168,12 +182,12 @@ def _resolve(config: Path, out: Path | None, overrides: list[str] | None) -> tup
         raise FileNotFoundError(f"config {config} does not exist")
     place = [f"data.hidden_states_path={out}"] if out else []
     run = load_config(str(config), [*(overrides or []), *place])
-    if run.mode != "offline":
+    if run.data.train_data_path:
         raise ValueError(
-            "there is no directory for the features; set data.hidden_states_path or --out"
+            f"{config}: with data.train_data_path SpecForge tokenises by itself; set "
+            "data.prompts_path for a streamed run, or data.hidden_states_path for features"
         )
     target_config = load_target_config(
         run.model.target_model_path, trust_remote_code=run.model.trust_remote_code
     )
-    resolved = resolve_offline_capture(run, target_config=target_config)
-    return resolved, getattr(target_config, "text_config", target_config)
+    return run, target_config

@@ -14,7 +14,7 @@ layers, a norm and a rotary embedding: Llama, Qwen, GLM-4-MoE, DeepSeek-V3 with 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -94,7 +94,25 @@ class MTPDraftModel(HeadDraftModel):
         self.model.layers = nn.ModuleDict({str(config.num_hidden_layers): layer})
         self._embedding.requires_grad_(False)
         self._unembedding.requires_grad_(False)
+        # What the family never rounds when it is loaded.
+        self._keep_in_fp32_modules_strict = set(decoder._keep_in_fp32_modules_strict or ())
         self.post_init()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move and cast, but keep buffers in float32: rotary frequencies, biases of the router.
+
+        Rounded to bfloat16 they are other positions and other experts than engines compute.
+        """
+        before = {
+            name: buffer for name, buffer in self.named_buffers() if buffer.dtype.itemsize == 4
+        }
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.get_submodule(path)
+            if getattr(module, leaf).dtype.itemsize < 4:
+                setattr(module, leaf, buffer.to(getattr(module, leaf).device))
+        return self
 
     @classmethod
     def from_pretrained(cls, source: Any, *options: Any, **settings: Any) -> Any:
