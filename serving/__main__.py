@@ -70,7 +70,15 @@ def main(
             f"{' '.join(sorted(unknown))}: name drafts of {', '.join(known)}",
             param_hint="--drafts",
         )
-    paths = dict(value.split("=", 1) for value in given or [])
+    paths = {}
+    for value in given or []:
+        name, equals, folder = value.partition("=")
+        if not equals or not Path(folder, "config.json").is_file():
+            raise typer.BadParameter(
+                f"{value}: NAME=DIR, where DIR holds config.json of an exported draft",
+                param_hint="--given",
+            )
+        paths[name] = folder
     if unknown := set(paths) - set(drafts.split()):
         raise typer.BadParameter(
             f"{' '.join(sorted(unknown))}: not among --drafts", param_hint="--given"

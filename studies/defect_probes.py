@@ -385,7 +385,9 @@ def streamed_supervision() -> Figures:
 
 
 def vocabulary_mapping() -> Figures:
-    from specforge.export.checkpoint_io import materialize_draft
+    from safetensors.torch import load_file
+    from specforge.export.to_hf import export_to_hf
+    from specforge.export.to_sglang import export_to_sglang
     from specforge.modeling.auto import AutoDraftModel, AutoDraftModelConfig
 
     kept = 16
@@ -411,15 +413,18 @@ def vocabulary_mapping() -> Figures:
             )
         }
         draft.load_vocab_mapping(mapping(directory / "trained.pt"))
-        trained = draft.d2t.clone()
-        state = {"draft_state_dict": draft.state_dict()}
+        checkpoint = directory / "training_state.pt"
+        torch.save({"strategy": "eagle3", "draft_state_dict": draft.state_dict()}, checkpoint)
         other = mapping(directory / "other.pt", first=5)
-        name = f"of {kept} draft tokens, those that mean another one after export with"
-        try:
-            exported = materialize_draft(state, str(config), vocab_mapping_path=other)
-            figures[f"{name} another mapping"] = int((exported.d2t != trained).sum())
-        except ValueError as error:
-            figures[f"{name} another mapping"] = f"refused: {type(error).__name__}"
+        for form, export in (("sglang", export_to_sglang), ("hf", export_to_hf)):
+            name = f"of {kept} draft tokens, those that mean another one, exported to {form}"
+            try:
+                export(str(checkpoint), str(config), str(directory), vocab_mapping_path=other)
+            except ValueError as error:
+                figures[f"{name} with another mapping"] = f"refused: {type(error).__name__}"
+                continue
+            exported = load_file(directory / "model.safetensors")["d2t"]
+            figures[f"{name} with another mapping"] = int((exported != draft.d2t).sum())
     return figures
 
 

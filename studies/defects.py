@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.baselines import SPECFORGE, wheel
 from specforge_lk.patching import PACKAGES, git_apply, load_series
+from specforge_lk.report import write_text
 
 ROOT = Path(__file__).parent.parent
 SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])
@@ -81,8 +82,8 @@ def main(
     report = {"specforge": SPECFORGE, "fixes": fixes, "migration": migration}
     text = markdown(report)
     if publish is not None:
-        publish.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        publish.with_suffix(".md").write_text(text)
+        write_text(publish, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_text(publish.with_suffix(".md"), text)
     console.print(text, markup=False)
     if idle := [fix["patch"] for fix in fixes if not _changed(fix["before"], fix["after"])]:
         console.print(f"no figure changes with {', '.join(idle)}", markup=False)

@@ -39,6 +39,7 @@ from specforge_lk.patching import (
     load_series,
     series_root,
 )
+from specforge_lk.report import write_text
 
 ROOT = Path(__file__).parent.parent
 WORK = Path("runs/upstream-tests")
@@ -115,13 +116,16 @@ def main(
     _write(WORK / "report.json", report)
     if publish is not None:
         _write(publish, report)
-        publish.with_suffix(".md").write_text(_markdown(report))
+        write_text(publish.with_suffix(".md"), _markdown(report))
     console.print(_markdown(report), markup=False)
     raise typer.Exit(code=1 if report["unexplained"] else 0)
 
 
 def _tree(repository: Path, commit: str, series: Series | None) -> Path:
-    """The checkout with the wheel's package, patched by ``series``; named by its content."""
+    """The checkout with the wheel's package, patched by ``series``.
+
+    It is named by its content and by the environment, as its kept outcomes are.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as scratch:
         root = _checkout(repository, commit, Path(scratch))
@@ -133,7 +137,8 @@ def _tree(repository: Path, commit: str, series: Series | None) -> Path:
         )
         for patch in series.patches if series else ():
             git_apply(root, patch)
-        digest = hashlib.sha256()
+        # Outcomes are kept by tree: those of another environment are not this one's.
+        digest = hashlib.sha256(json.dumps(_environment()).encode())
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(root)}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -291,10 +296,7 @@ def compare(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     return {
         "specforge": SPECFORGE,
         "patches": [patch.name for patch in load_series(PACKAGES["specforge"], VERSION).patches],
-        "environment": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "triton", "sglang")},
-        },
+        "environment": _environment(),
         "counts": {
             when: {outcome: list(found.values()).count(outcome) for outcome in OUTCOMES}
             for when, found in outcomes.items()
@@ -308,6 +310,13 @@ def compare(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
             for test, outcome in sorted(after.items())
             if outcome in ("failed", "error") and before.get(test) == outcome
         },
+    }
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "triton", "sglang")},
     }
 
 
@@ -383,9 +392,7 @@ def _row(title: str, counts: Mapping[str, int]) -> str:
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -252,6 +252,15 @@ def test_missing_git_is_named(wheel, monkeypatch, tmp_path):
     assert "install git" in result.output
 
 
+def test_revert_says_that_it_removed_what_an_interrupted_command_left(wheel):
+    before = tree_hashes(wheel)
+    write_tree(wheel, {"specforge/.specforge-lk/staged/specforge/loss.py": "torn"})
+    assert state(wheel)["problem"]
+    assert "left by an interrupted command" in patch("revert", wheel).output
+    assert tree_hashes(wheel) == before
+    assert "nothing to do" in patch("revert", wheel).output
+
+
 def test_a_damaged_manifest_is_named_and_nothing_is_touched(wheel):
     patch("apply", wheel)
     manifest = wheel / "specforge/.specforge-lk/manifest.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_patch_series import SERIES
 
+from specforge_lk.patching import series_root
 from studies import upstream_tests
 from studies.defect_probes import PROBES
 from studies.defects import FIXES
@@ -84,6 +85,14 @@ def test_reports_are_those_of_the_series():
     upstream = json.loads((REPORTS / "upstream-tests.json").read_text())
     assert not upstream["unexplained"]
     assert not upstream["plain"]["conflicts"]
+    # The cover letter says which patches its counts are of.
+    assert upstream["patches"] == names[: len(upstream["patches"])]
+    before, after = (upstream["counts"][when]["passed"] for when in ("before", "after"))
+    letter = (series_root() / "specforge" / SERIES.version / "README.md").read_text()
+    assert (
+        f"patches 0001 to {len(upstream['patches']):04}: {before} pass before; {after} after, "
+        f"{upstream['added']['passed']} of them new."
+    ) in letter
     numbers = {name.partition("-")[0] for name in names}
     for why in upstream_tests.explanations().values():
         assert set(why.partition(": ")[0].split(", ")) <= numbers

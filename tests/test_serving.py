@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+from serving import __main__ as serve_check
 from serving import compare
 from serving.compare import Record
 from serving.layouts import write_mimo
@@ -120,3 +122,10 @@ def test_an_mtp_module_becomes_vllms_mimo(tmp_path):
     (draft / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
     with pytest.raises(ValueError, match="head_dim 16"):
         write_mimo(draft, served)
+
+
+@pytest.mark.parametrize("value", ["eagle3", "eagle3=absent"])
+def test_a_given_draft_that_is_not_one_is_named(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.BadParameter, match=f"^{value}: NAME=DIR"):
+        serve_check.main(given=[value])

@@ -148,9 +148,12 @@ def revert(
     """Restore every file byte for byte and remove the files that the series added."""
     with _errors():
         found = patching.find_target(patching.PACKAGES[package], target)
+        leftovers = found.state_dir.exists()
         files = patching.revert(found, force=force)
     if files:
         _say(f"reverted {len(files)} files in {found.root}")
+    elif leftovers:
+        _say(f"no file was changed; removed {found.state_dir}, left by an interrupted command")
     else:
         _say(f"nothing is applied in {found.root}, nothing to do")
 
