@@ -23,6 +23,7 @@ from specforge.application.composition import resolve_offline_capture, resolve_r
 from specforge.config import load_config
 from specforge.data.template import TEMPLATE_REGISTRY
 from specforge.launch_plan import build_launch_plan
+from specforge.losses import resolve_loss
 from specforge.modeling.auto import AutoDraftModel
 from specforge.training.model_loading import load_draft_config_source
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_family, build_model, build_tokenizer
@@ -135,6 +136,10 @@ def test_recipe_has_the_papers_settings(target, draft, loss) -> None:
         resolved = resolve_run(run_config)
         assert resolved.algorithm.name == draft.algorithm
         assert run_config.mode == ("online" if online else "offline")
+        objective = resolve_loss(run_config)
+        assert objective.registration.name == loss and objective.data_parallel
+        eta = 10 if draft.algorithm == "medusa" else 3
+        assert getattr(objective.options, "eta", eta) == eta
         training, trainer = run_config.training, run_config.deployment.trainer
         batch = training.batch_size * training.accumulation_steps * trainer.nproc_per_node
         assert batch * trainer.nnodes == 64
