@@ -138,6 +138,15 @@ def test_embeddings_come_from_the_target_unless_the_draft_has_its_own(target, tm
     assert not torch.equal(own.embed_tokens.weight, weight)
 
 
+def test_bfloat16_does_not_round_positions(target, tmp_path):
+    exact = load_draft(save_draft(tmp_path), target)
+    rounded = load_draft(tmp_path, Target(build_model().bfloat16(), build_tokenizer()))
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    for name, buffer in exact.named_buffers():
+        assert torch.equal(rounded.get_buffer(name), buffer), name
+    assert exact._rotary.inv_freq.numel() > 1
+
+
 def edit(path, config=None, drop=(), **tensors):
     """Change a saved draft's config and tensors."""
     from safetensors.torch import load_file, save_file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from specforge.application.composition import resolve_offline_capture, resolve_r
 from specforge.config import load_config
 from specforge.data.template import TEMPLATE_REGISTRY
 from specforge.launch_plan import build_launch_plan
+from specforge.losses import resolve_loss
 from specforge.modeling.auto import AutoDraftModel
 from specforge.training.model_loading import load_draft_config_source
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_family, build_model, build_tokenizer
@@ -134,6 +136,10 @@ def test_recipe_has_the_papers_settings(target, draft, loss) -> None:
         resolved = resolve_run(run_config)
         assert resolved.algorithm.name == draft.algorithm
         assert run_config.mode == ("online" if online else "offline")
+        objective = resolve_loss(run_config)
+        assert objective.registration.name == loss and objective.data_parallel
+        eta = 10 if draft.algorithm == "medusa" else 3
+        assert getattr(objective.options, "eta", eta) == eta
         training, trainer = run_config.training, run_config.deployment.trainer
         batch = training.batch_size * training.accumulation_steps * trainer.nproc_per_node
         assert batch * trainer.nnodes == 64
@@ -195,6 +201,40 @@ def test_specforge_plans_the_launch(target, draft, online) -> None:
     assert set(commands) == ({"producer", "consumer"} if online else {"all"})
     trainer = commands["consumer" if online else "all"]
     assert trainer[trainer.index("--nproc_per_node") + 1] == str(recipes.GPUS)
+
+
+def option(command: str, name: str) -> str:
+    words = shlex.split(command, comments=True)
+    return words[words.index(name) + 1]
+
+
+@each_recipe
+def test_serving_samples_as_training_assumes(target, draft) -> None:
+    """Tokens drawn from q, K of the paper's evaluation; what an engine cannot do has no command."""
+    vllm, sglang = recipes.vllm_command(target, draft), recipes.sglang_command(target, draft)
+    assert (vllm is None) == (draft.algorithm == "mlp_speculator")
+    assert (sglang is None) == (draft.algorithm in ("medusa", "mlp_speculator"))
+    exported = f"runs/{target.name}/{draft.algorithm}/export"
+    if vllm:
+        speculative = json.loads(option(vllm, "--speculative-config"))
+        assert speculative.pop("model") == exported
+        sampled = {"draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
+        assert speculative == {
+            "method": draft.algorithm,
+            "num_speculative_tokens": 6 if draft.algorithm == "medusa" else 7,
+            **({} if draft.algorithm == "medusa" else sampled),
+        }
+        # Its loader knows truncated MEDUSA heads as one unembedding only, with its check off.
+        needs = draft.algorithm == "medusa"
+        assert ("--model-loader-extra-config" in vllm and "original_lm_head" in vllm) == needs
+    if sglang:
+        assert option(sglang, "--speculative-draft-model-path") == exported
+        assert option(sglang, "--speculative-num-steps") == "7"
+        assert option(sglang, "--speculative-eagle-topk") == "1"
+        assert "--speculative-use-rejection-sampling" in shlex.split(sglang)
+        # Refused for a truncated vocabulary without the patch.
+        truncated = draft.draft_vocab_size is not None
+        assert ("specforge-lk patch apply --package sglang" in sglang) == truncated
 
 
 # ------------------------------------------------------------------------------- training

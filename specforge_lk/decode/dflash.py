@@ -388,4 +388,4 @@ def load_dflash(
         raise DraftError(
             f"draft {path}: config.json and safetensors disagree ({error}); export again"
         ) from error
-    return draft.eval().to(device=target.device, dtype=target.head.weight.dtype)
+    return target.place(draft)

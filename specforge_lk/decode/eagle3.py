@@ -289,7 +289,7 @@ class Checkpoint:
             raise DraftError(
                 f"draft {path}: config.json and safetensors disagree ({error}); export again"
             ) from error
-        return draft.eval().to(device=target.device, dtype=target.head.weight.dtype)
+        return target.place(draft)
 
 
 def read_checkpoint(

@@ -286,7 +286,7 @@ def load_heads(
         raise DraftError(
             f"draft {path}: config.json and safetensors disagree ({error}); export again"
         ) from error
-    return draft.eval().to(device=target.device, dtype=target.head.weight.dtype)
+    return target.place(draft)
 
 
 def _bare(name: str) -> str:

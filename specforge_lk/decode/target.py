@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from specforge_lk.decode.sampling import check_finite
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _REMEDY = "check that the target's weights are complete, and load it with --dtype float32"
 
@@ -120,6 +123,15 @@ class Target:
         hidden = output.last_hidden_state
         captured = [output.hidden_states[layer + 1] for layer in layers]
         return TargetOutput(hidden, torch.cat(captured, -1) if captured else hidden[..., :0])
+
+    def place(self, draft: _Module) -> _Module:
+        """Put a draft on the target's device, its parameters in the target's dtype.
+
+        Buffers keep theirs: rotary frequencies in bfloat16 are those of other positions.
+        """
+        for parameter in draft.parameters():
+            parameter.data = parameter.data.to(self.head.weight.dtype)
+        return draft.eval().to(self.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """LM head in at least float32: [..., H] -> [..., V]; raises `NonFiniteLogits`."""
