@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tiny_target import build_model, build_tokenizer, save_draft
+from tiny_target import VOCAB_SIZE, build_model, build_tokenizer, save_draft
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from specforge_lk.decode.drafts import Proposal, load_draft
 from specforge_lk.decode.generate import Prefills, generate
@@ -93,6 +94,40 @@ def check_equal(target, draft, block, count=40):
 @BLOCKS
 def test_temperature_zero_equals_the_target_alone(target, tmp_path, block):
     check_equal(target, load_draft(save_draft(tmp_path), target), block)
+
+
+@pytest.fixture(scope="module")
+def sliding_target():
+    """As gpt-oss: every other layer sees the last positions only, and attention has sinks."""
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        initializer_range=0.2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        experts_implementation="eager",
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return Endless(AutoModelForCausalLM.from_config(config).double(), build_tokenizer())
+
+
+@BLOCKS
+def test_a_window_is_counted_in_positions(sliding_target, block):
+    """Not in slots of the cache, between which there are those of rejected tokens."""
+    oracle = Oracle([p + greedy_alone(sliding_target, p, 60) for p in PROMPTS])
+    results = check_equal(sliding_target, oracle, block)
+    assert 0.4 < sum(r.accepted for r in results) / sum(r.drafted for r in results) < 0.9
 
 
 @BLOCKS

@@ -13,6 +13,7 @@ from specforge_lk.decode.sampling import check_finite
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _REMEDY = "check that the target's weights are complete, and load it with --dtype float32"
 
 
@@ -38,7 +39,15 @@ class Target:
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.device = self.head.weight.device
-        self.num_layers = int(model.config.get_text_config().num_hidden_layers)
+        config = model.config.get_text_config()
+        self.num_layers = int(config.num_hidden_layers)
+        kinds = set(getattr(config, "layer_types", None) or [_FULL])
+        if unknown := kinds - {_FULL, _SLIDING}:
+            raise ValueError(
+                f"target layer_types {sorted(unknown)}: only full and sliding attention can be "
+                "evaluated with transformers here; measure this target's drafts in a serving engine"
+            )
+        self._window = int(config.sliding_window) if _SLIDING in kinds else None
         self._check()
 
     @classmethod
@@ -59,17 +68,13 @@ class Target:
     @torch.inference_mode()
     def _check(self) -> None:
         """Refuse targets whose decoding this module would get wrong."""
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(
-                f"target layer_types {sorted(kinds)}: only full attention can be evaluated with "
-                "transformers here; measure this target's drafts in a serving engine"
-            )
-        probe = torch.arange(4, device=self.device)[None]
+        # Longer than a window, whose masks are this module's own.
+        probe = torch.arange(4 + (self._window or 0), device=self.device)[None] % self.vocab_size
+        ones = torch.ones_like(probe, dtype=torch.bool)
         logits = self.model(input_ids=probe).logits
         check_finite(logits, "the target", _REMEDY)
-        if not torch.allclose(self.head(self.forward(probe).hidden), logits, rtol=1e-2, atol=1e-2):
+        ours = self.head(self.forward(probe, ones).hidden)
+        if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
             raise ValueError(
                 "the target's logits are not its LM head applied to the last hidden state "
                 "(soft-capped or scaled logits); measure this target's drafts in a serving engine"
@@ -114,7 +119,7 @@ class Target:
         """
         output = self.decoder(
             input_ids=input_ids,
-            attention_mask=None if mask is None else mask.long(),
+            attention_mask=None if mask is None else self._attended(mask, input_ids.shape[1]),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -132,6 +137,30 @@ class Target:
         for parameter in draft.parameters():
             parameter.data = parameter.data.to(self.head.weight.dtype)
         return draft.eval().to(self.device)
+
+    def _attended(self, mask: torch.Tensor, count: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask of ``count`` new tokens in the form that the decoder takes.
+
+        transformers counts a sliding window in slots of the cache. Between them there are slots of
+        rejected tokens here, so where there are windows they are counted in positions.
+        """
+        if self._window is None:
+            return mask.long()
+        held = mask.long().cumsum(1) - 1  # position of the token in every slot
+        slots = torch.arange(mask.shape[1], device=mask.device)
+        new = slots[-count:, None]
+        visible = mask[:, None] & (slots <= new)
+        near = held[:, -count:, None] - held[:, None] < self._window
+        # A row without any key would be nan: padding sees itself.
+        kinds = {_FULL: visible | (slots == new), _SLIDING: visible & near | (slots == new)}
+        return {kind: self._as_attended(seen[:, None]) for kind, seen in kinds.items()}
+
+    def _as_attended(self, visible: torch.Tensor) -> torch.Tensor:
+        if self.model.config.get_text_config()._attn_implementation == "sdpa":
+            return visible
+        dtype = self.head.weight.dtype
+        lowest = torch.finfo(dtype).min
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """LM head in at least float32: [..., H] -> [..., V]; raises `NonFiniteLogits`."""
