@@ -17,6 +17,7 @@ from torch import nn
 from specforge_lk.decode.drafts import DraftError, Proposal, last_valid
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
+from specforge_lk.mtp_module import read_module
 
 
 class MTPDraft:
@@ -195,7 +196,7 @@ def load_mtp(path: Path, config: dict, target: Target, layers: tuple[int, ...] |
                 "the target the draft was trained for"
             )
     prefix = f"model.layers.{parsed.num_hidden_layers}."
-    weights = _module(path, prefix)
+    weights = read_module(path, prefix)
     own = {
         name: weights.pop(name, None)
         for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
@@ -213,7 +214,7 @@ def load_mtp(path: Path, config: dict, target: Target, layers: tuple[int, ...] |
         decoder, found = type(AutoModel.from_config(decoder_config(parsed))).from_pretrained(
             None,
             config=decoder_config(parsed),
-            state_dict={name: value.detach().to(dtype) for name, value in state.items()},
+            state_dict={name: value.detach() for name, value in state.items()},
             dtype=dtype,
             output_loading_info=True,
         )
@@ -240,21 +241,3 @@ def _linear(weight: torch.Tensor, target: Target) -> nn.Linear:
     weight = weight.detach().to(device=target.device, dtype=target.head.weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
-
-
-def _module(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors below ``prefix``, by the rest of their names; no others are read."""
-    from safetensors import safe_open
-
-    weights = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name.startswith(prefix):
-                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name)
-    if scaled := [name for name in weights if name.endswith("weight_scale_inv")]:
-        raise DraftError(
-            f"draft {path}: {prefix}{scaled[0]} says that its weights are quantised (fp8); give a "
-            "checkpoint in bfloat16"
-        )
-    return weights

@@ -19,13 +19,16 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig
+from transformers import AutoModel, DynamicCache, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights, shifted
+from specforge_lk.mtp_module import read_module
 
 #: Settings that a config of these families has for each layer.
 _PER_LAYER: Final = ("layer_types", "mlp_layer_types")
+#: Settings that say where a checkpoint is to be found.
+_OF_HUB: Final = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class MTPConfig(PretrainedConfig):
@@ -58,6 +61,8 @@ class MTPConfig(PretrainedConfig):
                     "the target's vocabulary, used once for each head"
                 )
         settings = {"num_nextn_predict_layers": 1, **config_dict}
+        # That of a target released in fp8. The module is trained and exported as ordinary numbers.
+        settings.pop("quantization_config", None)
         return CONFIG_MAPPING[family].from_dict(settings, **options)
 
 
@@ -117,13 +122,18 @@ class MTPDraftModel(HeadDraftModel):
     @classmethod
     def from_pretrained(cls, source: Any, *options: Any, **settings: Any) -> Any:
         """Load a module from an export or from among a target's weights, dequantised if need be."""
-        config = settings.get("config") or AutoConfig.from_pretrained(source)
-        stored = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
-        if stored is not None:
-            # Released in fp8, as DeepSeek-V3 is; trained and exported as ordinary numbers.
-            config = copy.deepcopy(config)
-            config.quantization_config = {**stored, "dequantize": True}
-        return super().from_pretrained(source, *options, **{**settings, "config": config})
+        hub = {name: settings[name] for name in _OF_HUB if name in settings}
+        config = settings.pop("config", None)
+        if config is None:
+            config = MTPConfig.from_dict(PretrainedConfig.get_config_dict(source, **hub)[0])
+        prefix = f"model.layers.{config.num_hidden_layers}."
+        state = {prefix + name: value for name, value in read_module(source, prefix, **hub).items()}
+        if not state:
+            raise ValueError(
+                f"{source} has no MTP module: no tensor below {prefix}; give a checkpoint that was "
+                "released with one, or an export"
+            )
+        return super().from_pretrained(None, *options, config=config, state_dict=state, **settings)
 
     @property
     def heads(self) -> None:
