@@ -16,9 +16,11 @@ import hashlib
 import json
 import os
 import pickle
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +35,28 @@ MANIFEST = "capture.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """A row to capture: where its features go, and its tokens."""
+    """A row to capture: where its features go, and its tokens.
+
+    Hundreds of thousands are held at once, so they are packed: 5 bytes a token, where a list of
+    integers has 36.
+    """
 
     path: Path
-    tokens: Tokens
+    input_ids: array
+    loss_mask: bytes
+
+    @classmethod
+    def of(cls, path: Path, tokens: Tokens) -> Sample:
+        """Pack the tokens of a row."""
+        return cls(path, array("i", tokens.input_ids), bytes(tokens.loss_mask))
+
+    @property
+    def tokens(self) -> Tokens:
+        """Unpacked."""
+        return Tokens(self.input_ids.tolist(), list(self.loss_mask))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -57,8 +77,7 @@ class Samples:
         """How often each token occurs as a supervised token."""
         counts: Counter[int] = Counter()
         for sample in self.kept:
-            tokens = zip(sample.tokens.input_ids, sample.tokens.loss_mask, strict=True)
-            counts.update(token for token, supervised in tokens if supervised)
+            counts.update(compress(sample.input_ids, sample.loss_mask))
         return counts
 
 
@@ -106,7 +125,7 @@ def read_samples(
         ):
             skipped += 1
             continue
-        kept.append(Sample(directory / f"sample_{index:08d}.ckpt", tokens))
+        kept.append(Sample.of(directory / f"sample_{index:08d}.ckpt", tokens))
     return Samples(kept, truncated, skipped)
 
 
@@ -156,10 +175,8 @@ def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
         return False
     try:
         record = torch.load(sample.path, weights_only=True, mmap=True)
-        return (
-            set(record) >= set(names)
-            and record["input_ids"].tolist() == sample.tokens.input_ids
-            and record["loss_mask"].tolist() == sample.tokens.loss_mask
+        return set(record) >= set(names) and sample.tokens == Tokens(
+            record["input_ids"].tolist(), record["loss_mask"].tolist()
         )
     except (RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError):
         return False
@@ -168,8 +185,8 @@ def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
 def batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
     """Group samples of similar length, each batch at most ``batch_tokens`` padded tokens."""
     batch: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: len(sample.tokens.input_ids)):
-        if batch and (len(batch) + 1) * len(sample.tokens.input_ids) > batch_tokens:
+    for sample in sorted(samples, key=len):
+        if batch and (len(batch) + 1) * len(sample) > batch_tokens:
             yield batch
             batch = []
         batch.append(sample)
@@ -199,11 +216,9 @@ def capture(
     """
     import torch
 
-    lengths = [len(sample.tokens.input_ids) for sample in batch]
+    lengths = [len(sample) for sample in batch]
     longest = max(lengths)
-    rows = [
-        sample.tokens.input_ids + [0] * (longest - len(sample.tokens.input_ids)) for sample in batch
-    ]
+    rows = [sample.tokens.input_ids + [0] * (longest - len(sample)) for sample in batch]
     mask = [[1] * length + [0] * (longest - length) for length in lengths]
     with torch.inference_mode():
         output = model(

@@ -144,14 +144,14 @@ def _run(
         typer.echo(
             f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
         )
-    supervised = sum(sum(sample.tokens.loss_mask) for sample in samples.kept)
+    supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
     cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {samples.skipped} skipped"
     if not plan:
         capture.write_tokens(samples.kept, place)
         typer.echo(f"{len(samples.kept)} samples ({cut}), {supervised} supervised tokens: {place}")
         return
     todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
-    total = sum(len(sample.tokens.input_ids) for sample in todo)
+    total = sum(map(len, todo))
     with ProgressBar("capturing", total, "tok/s") as bar:
         for batch in capture.batches(todo, batch_tokens):
             capture.capture(
@@ -161,7 +161,7 @@ def _run(
                 layout=plan.layout,
                 dtype=getattr(torch, run.model.torch_dtype),
             )
-            tokens = sum(len(sample.tokens.input_ids) for sample in batch)
+            tokens = sum(map(len, batch))
             bar.advance(tokens, tokens)
     typer.echo(
         f"{len(samples.kept)} samples ({len(todo)} new, {cut}), {supervised} supervised tokens, "
