@@ -183,9 +183,10 @@ def convert(
     advance(0, counts.before)
 
     def write() -> None:
-        out.append(waiting)
-        counts.added += len(waiting)
-        waiting.clear()
+        ready = waiting[:]
+        waiting.clear()  # first: whatever interrupts the next line, no row is written twice
+        out.append(ready)
+        counts.added += len(ready)
 
     try:
         for number, row in numbered:
