@@ -37,8 +37,11 @@ _REFUSED = {400, 413, 422}
 #: What SGLang and vLLM have beyond the OpenAI protocol: token ids, and no further truncation.
 _EXTENSIONS = {
     "return_token_ids": True,
-    **{"logprobs": True, "return_meta_info": True},
-    **{"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "logprobs": True,
+    "return_meta_info": True,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
 }
 
 
