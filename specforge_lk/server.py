@@ -182,6 +182,12 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        try:
+            known = httpx.URL(self.url).scheme in ("http", "https")
+        except httpx.InvalidURL as error:
+            raise ServerError(f"{self.url} is no address of a server: {error}") from error
+        if not known:
+            raise ServerError(f"{self.url!r} is no http:// or https:// address")
         base = self.url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
@@ -230,8 +236,6 @@ class Server:
         """One request; the JSON object of its answer."""
         try:
             response = await client.request(method, path, json=body)
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise ServerError(f"{self.url} is no http:// or https:// address") from error
         except httpx.RequestError as error:
             raise _Passing(f"{type(error).__name__} ({error})") from error
         status = response.status_code
