@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 #: Prompts that the paper trains on (section 5).
 PROMPTS: Final = 660_000
-#: A trained bfloat16 parameter: itself and its gradient, float32 copy and two moments of AdamW.
-TRAINING_STATE_BYTES: Final = 2 + 2 + 4 + 8
+#: A trained parameter in an optimizer step of SpecForge: in bfloat16 itself and its gradient, in
+#: float32 copies of both and AdamW's moments. Where it is float32 its gradient is not copied.
+TRAINING_STATE_BYTES: Final = 2 + 2 + 4 + 4 + 8
 #: Forward + backward beyond the inputs, in float32 tensors of [N, V_d], N = 1024 and V_d = 32000:
 #: 375.0 and 562.5 of 125 MiB in benchmarks/results/summary.md.
 UNFUSED_KL: Final = 3.0
@@ -198,8 +199,12 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
         run: SpecForge's ``Config``.
         prompts: samples of an epoch.
         mean_tokens: mean length of a sample, prompt and response.
+
+    Raises:
+        ValueError: there are too few prompts for a step, or the GPUs do not divide into groups.
     """
     import torch
+    from specforge.training.schedule import resolve_total_steps
 
     draft = build_on_meta(run)
     algorithm, training = run.training.strategy, run.training
@@ -208,7 +213,8 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
     element = getattr(torch, run.model.torch_dtype).itemsize
     head_element = getattr(torch, run.model.target_head_dtype or "bfloat16").itemsize
     config = draft.config
-    hidden, kept, vocabulary = config.hidden_size, len(draft.d2t), len(draft.t2d)
+    hidden = getattr(config, "target_hidden_size", config.hidden_size)
+    kept, vocabulary = len(draft.d2t), len(draft.t2d)
     captured = 3 if algorithm == "eagle3" else 0
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in draft.parameters()) - trained
@@ -217,10 +223,18 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
     gradient = kept * element
     tokens = prompts * mean_tokens
     trainer = run.deployment.trainer
-    batch = (
-        training.batch_size * training.accumulation_steps * trainer.nproc_per_node * trainer.nnodes
+    processes = trainer.nproc_per_node * trainer.nnodes
+    run.validate_world_size(processes)
+    ranks = processes // (training.tp_size * training.sp_ulysses_size * training.sp_ring_size)
+    batch = training.batch_size * training.accumulation_steps * ranks
+    steps = resolve_total_steps(
+        total_steps=None,
+        max_steps=None,
+        num_samples=math.ceil(prompts / ranks),
+        batch_size=training.batch_size,
+        accumulation_steps=training.accumulation_steps,
+        num_epochs=training.num_epochs,
     )
-    steps = math.ceil(prompts / batch)
     # The gradient of a weight and that of its input cost a forward pass each; frozen weights have
     # the latter only.
     forward = forward_flops(work, heads, mean_tokens)
@@ -234,7 +248,7 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
         Line("frozen parameters in the draft", frozen, "", COUNTED, "lent by the target"),
         Line(
             "training state", trained * TRAINING_STATE_BYTES, "B", FORMULA,
-            "16 B per trained parameter, before sharding",
+            f"{TRAINING_STATE_BYTES} B per trained parameter in an optimizer step, before sharding",
         ),
         Line(
             "activations per token", work.features * element, "B/token", FORMULA,
@@ -249,6 +263,10 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
             f"V {vocabulary} x {head_element} B (model.target_head_dtype), once for all heads",
         ),
         Line(
+            "of these, kept by the loss", kept * 4, "B/token", FORMULA,
+            f"V_d {kept} x 4 B, for the backward pass of all heads",
+        ),
+        Line(
             "loss per supervised token and head, fused", gradient, "B/token", FORMULA,
             "the gradient of the logits and vectors: any loss of this package",
         ),
@@ -261,9 +279,18 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
             MEASURED, "4.5 float32 rows of V_d, likewise",
         ),
         Line("tokens per epoch", tokens, "", FORMULA, f"{prompts} prompts x {mean_tokens:g}"),
-        Line("samples per step", batch, "", FORMULA, "batch x accumulation x GPUs x nodes"),
-        Line("steps per epoch", steps, "", FORMULA, "prompts / samples per step"),
-        Line("steps in all", steps * training.num_epochs, "", FORMULA, "x training.num_epochs"),
+        Line(
+            "samples per step", batch, "", FORMULA,
+            "batch x accumulation x GPUs x nodes / GPUs that share a sample",
+        ),
+        Line(
+            "steps per epoch", steps / training.num_epochs, "", FORMULA,
+            "as SpecForge counts: complete batches, accumulated across the ends of epochs",
+        ),
+        Line(
+            "steps in all", min(steps, training.max_steps or steps), "", FORMULA,
+            "x training.num_epochs, at most training.max_steps",
+        ),
         Line("forward pass of the draft", forward, "FLOP/token", FORMULA, "2 x weights, attention"),
         Line("backward pass", backward, "FLOP/token", FORMULA, "twice that, once where frozen"),
         Line("the target's head", target, "FLOP/token", FORMULA, "2 x H x V, once for all heads"),

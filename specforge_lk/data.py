@@ -57,6 +57,10 @@ def open_rows(source: str, subset: str | None = None, split: str = "train") -> A
     loader = _LOADERS.get(Path(path.name.removesuffix(".gz")).suffix)
     if loader is None:
         raise ValueError(f"{path} is none of {', '.join(_LOADERS)}")
+    if subset is not None:
+        raise ValueError(
+            f"--subset {subset}: {path} is a single file, which has none; leave it out"
+        )
     return load_dataset(loader, data_files=str(path), split=split, streaming=True)
 
 
@@ -183,9 +187,10 @@ def convert(
     advance(0, counts.before)
 
     def write() -> None:
-        out.append(waiting)
-        counts.added += len(waiting)
-        waiting.clear()
+        ready = waiting[:]
+        waiting.clear()  # first: whatever interrupts the next line, no row is written twice
+        out.append(ready)
+        counts.added += len(ready)
 
     try:
         for number, row in numbered:

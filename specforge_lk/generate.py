@@ -71,9 +71,15 @@ def read_prompts(path: Path) -> list[dict[str, str]]:
     for number, row in enumerate(read_rows(path)):
         key = str(row.get("id", number))
         if not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{path}: row {key!r} has no text in its field 'prompt'")
+            raise ValueError(
+                f"{path}: row {key!r} has no text in its field 'prompt'; "
+                "specforge-lk data --prompts-only writes such rows"
+            )
         if key in prompts:
-            raise ValueError(f"{path}: id {key!r} occurs twice; ids must be unique")
+            raise ValueError(
+                f"{path}: id {key!r} occurs twice; give every row an id of its own, or leave ids "
+                "out: then a row's number in the file is its id"
+            )
         prompts[key] = {"id": key, "prompt": row["prompt"]}
     return list(prompts.values())
 

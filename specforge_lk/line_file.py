@@ -12,8 +12,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _BLOCK = 1 << 20
 
@@ -21,15 +22,25 @@ _BLOCK = 1 << 20
 class LineFile:
     """A JSONL file open for appending; see `open_lines`."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
+    def __init__(self, path: Path, stream: FileIO) -> None:
         self.path = path
         self._stream = stream
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows; when this returns they survive a crash."""
-        self._stream.write(b"".join(_line(row) for row in rows))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Add all rows, which then survive a crash, or none if this raises.
+
+        A full disk or Ctrl-C may come in the middle; what is appended next must not follow half a
+        line, nor the same rows.
+        """
+        end = self._stream.seek(0, os.SEEK_END)
+        rest = memoryview(b"".join(_line(row) for row in rows))
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            os.fsync(self._stream.fileno())
+        except BaseException:
+            self._stream.truncate(end)
+            raise
 
     def last(self) -> dict[str, Any] | None:
         """The last row; None if there is none."""
@@ -63,18 +74,20 @@ def open_lines(path: Path, settings: dict[str, Any]) -> Iterator[LineFile]:
     if path.suffix == ".gz":
         raise ValueError(f"{path}: a compressed file cannot be continued; name it .jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
+    # Unbuffered: a buffer would still write on closing what an append has failed with.
+    with path.open("a+b", buffering=0) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{path} is being written by another process") from error
-        whole = _after_newline(stream, stream.seek(0, os.SEEK_END))
-        stream.truncate(whole)
-        _check_settings(path.with_name(f"{path.name}.settings.json"), settings, new=whole == 0)
+        end = stream.seek(0, os.SEEK_END)
+        _check_settings(path.with_name(f"{path.name}.settings.json"), settings, new=end == 0)
+        # Only now is it known to be a file of ours, and what has no newline to be torn.
+        stream.truncate(_after_newline(stream, end))
         yield LineFile(path, stream)
 
 
-def _after_newline(stream: BinaryIO, end: int) -> int:
+def _after_newline(stream: FileIO, end: int) -> int:
     """Position behind the last newline before ``end``; 0 if there is none."""
     while end:
         start = max(0, end - _BLOCK)
@@ -102,7 +115,10 @@ def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
                 )
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(settings, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(path)
 
 

@@ -4,10 +4,11 @@ A response is one chat completion. What can pass by itself (a lost connection, a
 statuses 408, 409, 425, 429 and 5xx, an aborted response) is tried again after a growing, jittered
 pause, and not before Retry-After. A prompt that the server refuses is named with the reason.
 
-SGLang and vLLM return the sampled token ids where a request has ``return_token_ids``. They become
-``response_ids``, because text often tokenises to something else than what was sampled. Both engines
-take sampling settings that a request leaves out from the target's generation_config.json, such as
-a top_k of 20, so requests name them all.
+The sampled token ids become ``response_ids``, because text often tokenises to something else than
+what was sampled. vLLM returns them where a request has ``return_token_ids``; SGLang 0.5.14, which
+ignores that, beside the log-probabilities in ``meta_info``. Both engines take sampling settings
+that a request leaves out from the target's generation_config.json, such as a top_k of 20, so
+requests name them all.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ _PASSING = {408, 409, 425, 429}
 #: Statuses of a request that is wrong in itself: a prompt that is too long, for example.
 _REFUSED = {400, 413, 422}
 #: What SGLang and vLLM have beyond the OpenAI protocol: token ids, and no further truncation.
-_EXTENSIONS = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_EXTENSIONS = {
+    "return_token_ids": True,
+    "logprobs": True,
+    "return_meta_info": True,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 class ServerError(ValueError):
@@ -112,11 +120,12 @@ class Server:
             sampling: temperature, length, seed and top_p.
             save: called with conversation rows, in the order in which they are done.
             advance: called with the tokens of a response, and the budget of ``max_new_tokens``.
-            refused: called with prompts that the server refuses; by default they are raised.
+            refused: called with prompts that the server refuses; by default the first one is an
+                error.
 
         Raises:
-            ServerError: a prompt is refused, or fails ``retries`` + 1 times in a row. What was
-                done before is saved.
+            ServerError: a prompt is refused, and there is no ``refused``; or it fails
+                ``retries`` + 1 times in a row. What was done before is saved.
         """
         asyncio.run(self._respond(model, prompts, sampling, save, advance, refused))
 
@@ -146,7 +155,10 @@ class Server:
                     done.put_nowait(row)
                 except RefusedPrompt as error:
                     if refused is None:
-                        raise
+                        raise ServerError(
+                            f"{error}; --skip-refused leaves such prompts out, --no-extensions "
+                            "what is not of the OpenAI protocol"
+                        ) from None
                     refused(error)
                 advance(tokens, sampling.max_new_tokens)
 
@@ -170,6 +182,12 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        try:
+            known = httpx.URL(self.url).scheme in ("http", "https")
+        except httpx.InvalidURL as error:
+            raise ServerError(f"{self.url} is no address of a server: {error}") from error
+        if not known:
+            raise ServerError(f"{self.url!r} is no http:// or https:// address")
         base = self.url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
@@ -218,8 +236,6 @@ class Server:
         """One request; the JSON object of its answer."""
         try:
             response = await client.request(method, path, json=body)
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise ServerError(f"{self.url} is no http:// or https:// address") from error
         except httpx.RequestError as error:
             raise _Passing(f"{type(error).__name__} ({error})") from error
         status = response.status_code
@@ -228,7 +244,10 @@ class Server:
         if status in _REFUSED:
             raise RefusedPrompt(f"status {status}, {response.text[:500]}")
         if not response.is_success:
-            raise ServerError(f"{response.url}: status {status}, {response.text[:500]}")
+            raise ServerError(
+                f"{response.url}: status {status}, {response.text[:500]}; check --server, --target "
+                "and --api-key"
+            )
         try:
             return response.json()
         except ValueError as error:
@@ -244,7 +263,7 @@ def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any],
         raise _Passing("an answer without a chat completion") from error
     if reason not in ("stop", "length"):
         raise _Passing(f"finish_reason {reason!r}")
-    text, ids = message.get("content") or "", choice.get("token_ids")
+    text, ids = message.get("content") or "", _token_ids(choice)
     if ids is None and (message.get("reasoning_content") or message.get("reasoning")):
         raise ServerError(
             f"prompt {prompt['id']!r}: the server takes thoughts out of the response and gives no "
@@ -259,6 +278,15 @@ def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any],
     usage = reply.get("usage") or {}
     tokens = len(ids) if ids is not None else usage.get("completion_tokens") or 0
     return conversation_row(prompt, text, finished, ids), tokens
+
+
+def _token_ids(choice: dict[str, Any]) -> list[int] | None:
+    """The sampled tokens of a choice; None if the server does not say."""
+    if (ids := choice.get("token_ids")) is not None:
+        return ids
+    # Rows of log-probability, token id and text.
+    logged = (choice.get("meta_info") or {}).get("output_token_logprobs")
+    return [row[1] for row in logged] if logged else None
 
 
 def _retry_after(response: httpx.Response) -> float:

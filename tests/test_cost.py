@@ -9,6 +9,7 @@ import pytest
 import torch
 from specforge.modeling.auto import AutoDraftModel
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
+from specforge.optimizer import BF16Optimizer
 from specforge.training.model_loading import load_draft_config_source
 from tiny_target import HIDDEN_SIZE, draft_config, head_draft_config, mtp_draft_config
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,7 +79,7 @@ def test_matrix_products_are_those_that_torch_counts(name: str, tmp_path: Path) 
     assert counted == 2 * (work.trained + work.frozen) * BATCH * LENGTH
 
 
-@pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp_speculator"])
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp_speculator", "mtp", "mtp, experts"])
 def test_activations_are_about_what_autograd_keeps(name: str, tmp_path: Path) -> None:
     """An estimate: norms and residual sums keep more, products that share an input less."""
     draft = build(name, tmp_path)
@@ -94,7 +95,7 @@ def test_activations_are_about_what_autograd_keeps(name: str, tmp_path: Path) ->
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward(draft)
     size = sum(storage.nbytes() for storage in kept.values()) / (BATCH * LENGTH)
-    estimate = cost.work_of(name, draft, HEADS).features * 4
+    estimate = cost.work_of(name.split(",")[0], draft, HEADS).features * 4
     assert 0.5 < estimate / size < 1.5, (estimate, size)
 
 
@@ -136,20 +137,61 @@ def test_features_have_the_bytes_of_a_captured_file(algorithm, captured, tmp_pat
     assert size == per_token * len(record["input_ids"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_training_state_is_what_the_optimizer_holds(dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(64, 32, dtype=dtype)
+    optimizer = BF16Optimizer(module, lr=1e-3, total_steps=10, warmup_steps=1)
+    held = {}
+
+    def hold(inner: torch.optim.Optimizer, *_) -> None:
+        masters = inner.param_groups[0]["params"]
+        both = [*module.parameters(), *masters]
+        moments = [value for state in inner.state.values() for value in state.values()]
+        for tensor in [*both, *(parameter.grad for parameter in both), *moments]:
+            if tensor.ndim:  # AdamW's count of steps is a scalar
+                held[tensor.data_ptr()] = tensor.nbytes
+
+    optimizer.optimizer.register_step_post_hook(hold)
+    module(torch.ones(1, 64, dtype=dtype)).sum().backward()
+    optimizer.step()
+    trained = sum(parameter.numel() for parameter in module.parameters())
+    assert sum(held.values()) == cost.TRAINING_STATE_BYTES * trained
+
+
+def sheet(path: str | Path, *overrides: str) -> dict[str, float]:
+    arguments = ["cost", "--config", str(path), "--mean-tokens", "500", "--json", *overrides]
+    done = CliRunner().invoke(app, arguments)
+    assert not done.exit_code, done.output
+    lines = json.loads(done.output)
+    assert {line["source"] for line in lines} == {"formula", "measured", "counted"}
+    return {line["name"]: line["value"] for line in lines}
+
+
 def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """660,000 prompts of 500 tokens in batches of 64: 10,313 steps per epoch."""
+    """660,000 prompts of 500 tokens: 82,500 to each of 8 GPUs, 20,625 batches of 4."""
     monkeypatch.chdir(ROOT)
     path = "configs/llama-3.1-8b-instruct/eagle3.yaml"
-    done = CliRunner().invoke(app, ["cost", "--config", path, "--mean-tokens", "500", "--json"])
-    assert not done.exit_code, done.output
-    lines = {line["name"]: line for line in json.loads(done.output)}
-    assert lines["tokens per epoch"]["value"] == 330_000_000
-    assert lines["steps per epoch"]["value"] == 10_313
-    assert lines["steps in all"]["value"] == 103_130
-    assert lines["captured features per token"]["value"] == 4 * 4096 * 2 + 16
-    assert lines["an epoch"]["value"] / lines["a step"]["value"] == pytest.approx(660_000 / 64)
-    assert {line["source"] for line in lines.values()} == {"formula", "measured", "counted"}
-    refused = CliRunner().invoke(
-        app, ["cost", "--config", path, "training.strategy=dflash", "training.loss=kl"]
-    )
+    lines = sheet(path)
+    assert lines["tokens per epoch"] == 330_000_000
+    # Every second batch completes a step, across the ends of epochs, too.
+    assert (lines["steps per epoch"], lines["steps in all"]) == (10_312.5, 103_125)
+    assert lines["captured features per token"] == 4 * 4096 * 2 + 16
+    assert lines["an epoch"] / lines["a step"] == pytest.approx(660_000 / 64)
+    assert sheet(path, "training.max_steps=7")["steps in all"] == 7
+
+
+def test_target_wider_than_its_draft(tmp_path: Path) -> None:
+    """Features and the target's head have the target's size."""
+    draft = draft_config(KEPT) | {"target_hidden_size": 3 * HIDDEN_SIZE}
+    (tmp_path / "draft.json").write_text(json.dumps(draft))
+    config = ROOT / "configs/smollm2-135m/eagle3.yaml"
+    lines = sheet(config, f"model.draft_model_config={tmp_path / 'draft.json'}")
+    assert lines["captured features per token"] == 4 * 3 * HIDDEN_SIZE * 4 + 16
+    assert lines["the target's head"] == 2 * 3 * HIDDEN_SIZE * draft["vocab_size"]
+
+
+def test_algorithms_without_a_sheet_are_refused() -> None:
+    config = ROOT / "configs/smollm2-135m/dflash.yaml"
+    refused = CliRunner().invoke(app, ["cost", "--config", str(config)])
     assert refused.exit_code == 1
+    assert "training.strategy=dflash: there are cost sheets of eagle3, medusa" in refused.output

@@ -202,6 +202,7 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ((tmp_path / "torn.jsonl", out), "torn.jsonl"),
         (("nobody/nothing", out), "nobody/nothing"),
         ((source, out, "--split", "held"), "held"),
+        ((source, out, "--subset", "a"), "--subset a"),
         ((source, tmp_path / "out.jsonl.gz"), "name it .jsonl"),
     ]:
         result = invoke(*arguments)

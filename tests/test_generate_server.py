@@ -110,12 +110,29 @@ def test_plain_openai_servers_give_rows_that_capture_tokenises(server, tmp_path:
         assert tokenizer.decode(said) == answer(row["conversations"][0]["content"])
 
 
-def test_the_token_that_ended_a_response_is_part_of_it(server, tmp_path: Path):
-    """SGLang names it apart from the ids."""
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"token_ids": [7, 8, END]},
+        {"token_ids": [7, 8]},
+        {
+            "meta_info": {
+                "output_token_logprobs": [[-0.1, 7, None], [-2.0, 8, None], [-1.0, END, None]]
+            }
+        },
+    ],
+    ids=["vLLM", "without the end", "SGLang 0.5.14"],
+)
+def test_sampled_tokens_end_with_the_one_that_ended_the_response(
+    choice: dict, server, tmp_path: Path
+):
     prompts(tmp_path, 1)
-    server.choice = {"token_ids": [7, 8], "matched_stop": END}
+    server.with_ids = False
+    server.choice = {"matched_stop": END, **choice}
     run(server, tmp_path)
     assert rows(tmp_path)[0]["response_ids"] == [7, 8, END]
+    # Without both, SGLang 0.5.14 gives no token ids.
+    assert server.requests[0]["logprobs"] and server.requests[0]["return_meta_info"]
 
 
 def test_failures_that_pass_are_tried_again(server, tmp_path: Path):
@@ -175,6 +192,7 @@ def test_refused_prompts_are_named(server, tmp_path: Path):
     result = invoke(server, tmp_path, "--concurrency", "2")
     assert result.exit_code == 1
     assert "prompt 'p7' was refused" in result.output and "too long" in result.output
+    assert "--skip-refused" in result.output
     kept = len(rows(tmp_path))
     assert 5 <= kept < 18
     output = run(server, tmp_path, "--skip-refused")
@@ -225,8 +243,13 @@ def test_killed_runs_continue_with_nothing_lost_or_doubled(server, tmp_path: Pat
             [],
             "gives no token ids",
         ),
-        ({"fail": lambda handler, prompt: not handler.reply(401, "who?")}, [], "status 401, who?"),
-        ({}, ["--server", "localhost:1"], "localhost:1 is no http:// or https:// address"),
+        (
+            {"fail": lambda handler, prompt: not handler.reply(401, "who?")},
+            [],
+            "status 401, who?; check --server, --target and --api-key",
+        ),
+        ({}, ["--server", "localhost:1"], "'localhost:1' is no http:// or https:// address"),
+        ({}, ["--server", "http://host:port"], "http://host:port is no address of a server"),
         ({}, ["--server", "http://127.0.0.1:9"], "models: ConnectError"),
         ({}, ["--top-p", "0"], "top_p must be above 0"),
     ],
