@@ -186,9 +186,10 @@ def feature_bytes(algorithm: str, hidden_size: int, captured: int, element: int)
 def forward_flops(work: Work, heads: int, length: float) -> float:
     """FLOPs of a draft's forward pass per token: two per weight and per product in attention.
 
-    A query of head k sees half of the sequence on average, and k keys of its own chain.
+    A query of head k = 0, 1, ... sees the first head's keys up to its own, (length + 1) / 2 on
+    average, and k of its chain; the sum over all heads follows.
     """
-    keys = heads * length / 2 + heads * (heads + 1) / 2
+    keys = heads * (length + heads) / 2
     return 2 * (work.trained + work.frozen + work.attention * keys)
 
 

@@ -79,6 +79,12 @@ def test_matrix_products_are_those_that_torch_counts(name: str, tmp_path: Path) 
     assert counted == 2 * (work.trained + work.frozen) * BATCH * LENGTH
 
 
+def test_attention_sees_its_prefix_and_its_chain() -> None:
+    pairs = sum(start + 1 + head for start in range(LENGTH) for head in range(HEADS))
+    work = cost.Work(trained=0, frozen=0, features=0, attention=8)
+    assert cost.forward_flops(work, HEADS, LENGTH) == 2 * 8 * pairs / LENGTH
+
+
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp_speculator", "mtp", "mtp, experts"])
 def test_activations_are_about_what_autograd_keeps(name: str, tmp_path: Path) -> None:
     """An estimate: norms and residual sums keep more, products that share an input less."""
