@@ -186,9 +186,10 @@ def feature_bytes(algorithm: str, hidden_size: int, captured: int, element: int)
 def forward_flops(work: Work, heads: int, length: float) -> float:
     """FLOPs of a draft's forward pass per token: two per weight and per product in attention.
 
-    A query of head k sees half of the sequence on average, and k keys of its own chain.
+    A query of head k = 0, 1, ... sees the first head's keys up to its own, (length + 1) / 2 on
+    average, and k of its chain; the sum over all heads follows.
     """
-    keys = heads * length / 2 + heads * (heads + 1) / 2
+    keys = heads * (length + heads) / 2
     return 2 * (work.trained + work.frozen + work.attention * keys)
 
 
@@ -227,14 +228,17 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
     run.validate_world_size(processes)
     ranks = processes // (training.tp_size * training.sp_ulysses_size * training.sp_ring_size)
     batch = training.batch_size * training.accumulation_steps * ranks
+    samples = math.ceil(prompts / ranks)
     steps = resolve_total_steps(
         total_steps=None,
         max_steps=None,
-        num_samples=math.ceil(prompts / ranks),
+        num_samples=samples,
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps,
         num_epochs=training.num_epochs,
     )
+    left = samples // training.batch_size * training.num_epochs % training.accumulation_steps
+    refused = left and (training.max_steps or math.inf) > steps
     # The gradient of a weight and that of its input cost a forward pass each; frozen weights have
     # the latter only.
     forward = forward_flops(work, heads, mean_tokens)
@@ -289,7 +293,8 @@ def sheet(run: Any, *, prompts: int = PROMPTS, mean_tokens: float) -> list[Line]
         ),
         Line(
             "steps in all", min(steps, training.max_steps or steps), "", FORMULA,
-            "x training.num_epochs, at most training.max_steps",
+            f"set training.max_steps={steps}: SpecForge refuses to leave {left} micro-batches over"
+            if refused else "x training.num_epochs, at most training.max_steps",
         ),
         Line("forward pass of the draft", forward, "FLOP/token", FORMULA, "2 x weights, attention"),
         Line("backward pass", backward, "FLOP/token", FORMULA, "twice that, once where frozen"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from specforge.modeling.auto import AutoDraftModel
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 from specforge.optimizer import BF16Optimizer
 from specforge.training.model_loading import load_draft_config_source
+from specforge.training.schedule import validate_fixed_accumulation_plan
 from tiny_target import HIDDEN_SIZE, draft_config, head_draft_config, mtp_draft_config
 from torch.utils.flop_counter import FlopCounterMode
 from training_run import HEADS, prepare_with_features
@@ -77,6 +79,12 @@ def test_matrix_products_are_those_that_torch_counts(name: str, tmp_path: Path) 
         if str(operator).split(".")[-1] in MATRIX_PRODUCTS
     )
     assert counted == 2 * (work.trained + work.frozen) * BATCH * LENGTH
+
+
+def test_attention_sees_its_prefix_and_its_chain() -> None:
+    pairs = sum(start + 1 + head for start in range(LENGTH) for head in range(HEADS))
+    work = cost.Work(trained=0, frozen=0, features=0, attention=8)
+    assert cost.forward_flops(work, HEADS, LENGTH) == 2 * 8 * pairs / LENGTH
 
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp_speculator", "mtp", "mtp, experts"])
@@ -158,13 +166,13 @@ def test_training_state_is_what_the_optimizer_holds(dtype: torch.dtype) -> None:
     assert sum(held.values()) == cost.TRAINING_STATE_BYTES * trained
 
 
-def sheet(path: str | Path, *overrides: str) -> dict[str, float]:
+def sheet(path: str | Path, *overrides: str, column: str = "value") -> dict[str, Any]:
     arguments = ["cost", "--config", str(path), "--mean-tokens", "500", "--json", *overrides]
     done = CliRunner().invoke(app, arguments)
     assert not done.exit_code, done.output
     lines = json.loads(done.output)
     assert {line["source"] for line in lines} == {"formula", "measured", "counted"}
-    return {line["name"]: line["value"] for line in lines}
+    return {line["name"]: line[column] for line in lines}
 
 
 def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +186,18 @@ def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["captured features per token"] == 4 * 4096 * 2 + 16
     assert lines["an epoch"] / lines["a step"] == pytest.approx(660_000 / 64)
     assert sheet(path, "training.max_steps=7")["steps in all"] == 7
+
+
+def test_sheet_says_where_a_run_has_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """82,500 micro-batches for each GPU, 8 of them to a step."""
+    monkeypatch.chdir(ROOT)
+    path = "configs/deepseek-v3-0324/mtp.yaml"
+    plan = dict(num_samples=82_500, batch_size=1, accumulation_steps=8, num_epochs=1)
+    with pytest.raises(ValueError, match="max_steps <= 10312"):
+        validate_fixed_accumulation_plan(**plan, max_steps=None)
+    assert "training.max_steps=10312:" in sheet(path, column="how")["steps in all"]
+    validate_fixed_accumulation_plan(**plan, max_steps=10312)
+    assert "set" not in sheet(path, "training.max_steps=10312", column="how")["steps in all"]
 
 
 def test_target_wider_than_its_draft(tmp_path: Path) -> None:
