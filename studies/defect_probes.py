@@ -474,6 +474,26 @@ def exported_settings() -> Figures:
     }
 
 
+def rotary_angles() -> Figures:
+    from specforge.modeling.auto import AutoDraftModel
+    from transformers import Qwen3Config
+
+    distance, size, base = 1000, 128, 1e6
+    shared = {name: value for name, value in TINY.items() if name != "model_type"}
+    rope = {"rope_type": "default", "rope_theta": base}
+    config = Qwen3Config(
+        **shared, head_dim=size, layer_types=["full_attention"], rope_parameters=rope
+    )
+    config.architectures = ["DFlashDraftModel"]
+    config.block_size, config.num_target_layers = 4, 6
+    config.dflash_config = {"target_layer_ids": [2]}
+    draft = AutoDraftModel.from_config(config, torch_dtype=torch.bfloat16)
+    exact = base ** -(torch.arange(0, size, 2).double() / size)
+    error = (draft.rotary_emb.inv_freq.double() - exact).abs().max() * distance
+    name = f"rotary angle in bfloat16, largest error over {distance} tokens [rad]"
+    return {name: round(error.item(), 3)}
+
+
 def _listed(layers: Sequence[int] | None) -> str:
     return ", ".join(map(str, layers)) if layers else "none"
 
@@ -553,6 +573,7 @@ PROBES: dict[str, Callable[[], Figures]] = {
         streamed_supervision,
         vocabulary_mapping,
         exported_settings,
+        rotary_angles,
         legacy_lambda,
         legacy_alpha,
         registered_lk_lambda,

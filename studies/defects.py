@@ -37,6 +37,7 @@ FIXES = {
     8: "streamed_supervision",
     9: "vocabulary_mapping",
     10: "exported_settings",
+    11: "rotary_angles",
 }
 #: Titles of the migration tables' columns, with the probe and the number of patches applied:
 #: the first alone, without which EAGLE-3's loss does not run on a CPU, the fixes, or all.
