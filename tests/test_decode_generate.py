@@ -96,11 +96,11 @@ def test_temperature_zero_equals_the_target_alone(target, tmp_path, block):
     check_equal(target, load_draft(save_draft(tmp_path), target), block)
 
 
-@pytest.fixture(scope="module")
-def sliding_target():
-    """As gpt-oss: every other layer sees the last positions only, and attention has sinks."""
+@pytest.fixture(scope="module", params=["gpt_oss", "mistral"])
+def sliding_target(request):
+    """Every other layer sees the last positions only, and attention has sinks; or every layer."""
     config = AutoConfig.for_model(
-        "gpt_oss",
+        request.param,
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=16,

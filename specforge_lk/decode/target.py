@@ -14,6 +14,7 @@ from specforge_lk.decode.sampling import check_finite
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_LONGEST_PROBE = 1024
 _REMEDY = "check that the target's weights are complete, and load it with --dtype float32"
 
 
@@ -41,13 +42,16 @@ class Target:
         self.device = self.head.weight.device
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
-        kinds = set(getattr(config, "layer_types", None) or [_FULL])
+        kinds = set(getattr(config, "layer_types", None) or ())
         if unknown := kinds - {_FULL, _SLIDING}:
             raise ValueError(
                 f"target layer_types {sorted(unknown)}: only full and sliding attention can be "
                 "evaluated with transformers here; measure this target's drafts in a serving engine"
             )
-        self._window = int(config.sliding_window) if _SLIDING in kinds else None
+        window = getattr(config, "sliding_window", None)
+        # Without types, as Mistral and Phi-3, all layers have the window if there is one.
+        self._window = int(window) if window and (not kinds or _SLIDING in kinds) else None
+        self._mask_by_kind = bool(kinds)
         self._check()
 
     @classmethod
@@ -68,8 +72,9 @@ class Target:
     @torch.inference_mode()
     def _check(self) -> None:
         """Refuse targets whose decoding this module would get wrong."""
-        # Longer than a window, whose masks are this module's own.
-        probe = torch.arange(4 + (self._window or 0), device=self.device)[None] % self.vocab_size
+        # Longer than a window, whose masks are this module's own; of long ones just their form.
+        length = 4 + min(self._window or 0, _LONGEST_PROBE)
+        probe = torch.arange(length, device=self.device)[None] % self.vocab_size
         ones = torch.ones_like(probe, dtype=torch.bool)
         logits = self.model(input_ids=probe).logits
         check_finite(logits, "the target", _REMEDY)
@@ -77,7 +82,8 @@ class Target:
         if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
             raise ValueError(
                 "the target's logits are not its LM head applied to the last hidden state "
-                "(soft-capped or scaled logits); measure this target's drafts in a serving engine"
+                "(soft-capped or scaled logits), or its attention is not that of its config; "
+                "measure this target's drafts in a serving engine"
             )
 
     @property
@@ -153,7 +159,8 @@ class Target:
         near = held[:, -count:, None] - held[:, None] < self._window
         # A row without any key would be nan: padding sees itself.
         kinds = {_FULL: visible | (slots == new), _SLIDING: visible & near | (slots == new)}
-        return {kind: self._as_attended(seen[:, None]) for kind, seen in kinds.items()}
+        masks = {kind: self._as_attended(seen[:, None]) for kind, seen in kinds.items()}
+        return masks if self._mask_by_kind else masks[_SLIDING]
 
     def _as_attended(self, visible: torch.Tensor) -> torch.Tensor:
         if self.model.config.get_text_config()._attn_implementation == "sdpa":
