@@ -28,6 +28,9 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
 
     Returns:
         By the rest of their names; empty where there is no module.
+
+    Raises:
+        ValueError: the module is quantised in another way.
     """
     from safetensors import safe_open
     from transformers import PreTrainedConfig
@@ -45,6 +48,13 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
         for axis, block in enumerate(blocks or weight.shape):
             scale = scale.repeat_interleave(block, axis).narrow(axis, 0, weight.shape[axis])
         weights[name.removesuffix(_SCALE)] = (weight.float() * scale).bfloat16()
+    for name, weight in weights.items():
+        # Cast without its scales it would be other weights, and nothing would say so.
+        if weight.dtype.itemsize < 2:
+            raise ValueError(
+                f"{source}: {prefix}{name} has type {weight.dtype}, and no {name}{_SCALE}; give a "
+                "checkpoint in bfloat16, or in fp8 with scales of blocks as DeepSeek-V3's"
+            )
     return weights
 
 

@@ -195,6 +195,13 @@ def test_reads_a_module_released_in_fp8(tmp_path):
             strict=True,
         ):
             torch.testing.assert_close(logits, wanted[starts], rtol=1e-4, atol=1e-4)
+    # As GLM-4.5's fp8, which has a scale for every row.
+    for name in [name for name in scaled if name.endswith("_scale_inv")]:
+        scaled[name.replace("_scale_inv", "_scale")] = scaled.pop(name)
+    save_file(scaled, tmp_path / "model.safetensors")
+    for load in (MTPDraftModel.from_pretrained, lambda path: load_draft(path, target)):
+        with pytest.raises(ValueError, match=r"float8_e4m3fn.*give a checkpoint in bfloat16"):
+            load(tmp_path)
 
 
 def test_untrained_module_passes_the_state_on(target):

@@ -196,7 +196,10 @@ def load_mtp(path: Path, config: dict, target: Target, layers: tuple[int, ...] |
                 "the target the draft was trained for"
             )
     prefix = f"model.layers.{parsed.num_hidden_layers}."
-    weights = read_module(path, prefix)
+    try:
+        weights = read_module(path, prefix)
+    except ValueError as error:
+        raise DraftError(f"draft {error}") from error
     own = {
         name: weights.pop(name, None)
         for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
