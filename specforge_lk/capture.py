@@ -12,6 +12,7 @@ state is the one after the final norm, from which the head makes the target's lo
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -316,12 +317,23 @@ def file_digest(path: Path) -> str:
 
 
 def write_tokens(samples: list[Sample], path: Path) -> None:
-    """Write token ids and loss masks where ``data.prompts_path`` of a streamed run reads them."""
+    """Write token ids and loss masks where ``data.prompts_path`` of a streamed run reads them.
+
+    Raises:
+        ValueError: something else is there: conversations, which SpecForge can read as well, or
+            the tokens of other ones.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as stream:
         for sample in samples:
             stream.write(json.dumps(asdict(sample.tokens)) + "\n")
+    if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+        temporary.unlink()
+        raise ValueError(
+            f"data.prompts_path={path} holds something else than these tokens; remove it, or give "
+            "data.prompts_path the name of a new file"
+        )
     temporary.replace(path)
 
 

@@ -283,6 +283,14 @@ def test_streamed_runs_ask_for_the_tokens_that_features_have(
         assert task["payload"]["input_ids"] == record["input_ids"].tolist()
         assert task["payload"]["loss_mask"] == record["loss_mask"].tolist()
 
+    # SpecForge reads conversations from there, too: they must not be lost.
+    run(config, responses)
+    (tmp_path / "tokens.jsonl").write_text("{}")
+    result = invoke(config, responses)
+    assert result.exit_code == 1 and "tokens.jsonl holds something else" in result.output
+    assert (tmp_path / "tokens.jsonl").read_text() == "{}"
+    assert not list(tmp_path.glob(".tokens*"))
+
     del run_settings["data"]["prompts_path"]
     run_settings["data"]["train_data_path"] = str(responses)
     config.write_text(json.dumps(run_settings))
