@@ -21,8 +21,7 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
     DeepSeek-V3's ``kv_a_proj_with_mqa`` has 576 rows in blocks of 128.
 
     Args:
-        source: a directory or a hub id; of the latter only the files that hold the module are
-            fetched.
+        source: a directory or a hub id; only the files that hold the module are fetched and read.
         prefix: ``model.layers.<L>.``, L being the target's number of layers.
         hub: settings of transformers' ``cached_file``, such as ``cache_dir``.
 
@@ -30,6 +29,7 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
         By the rest of their names; empty where there is no module.
 
     Raises:
+        OSError: a file that should hold the module is missing.
         ValueError: the module is quantised in another way.
     """
     from safetensors import safe_open
@@ -62,8 +62,6 @@ def _files(source: str | Path, prefix: str, hub: dict[str, Any]) -> list[Path]:
     """The files that hold the module."""
     from transformers.utils import cached_file
 
-    if Path(source).is_dir():
-        return sorted(Path(source).glob("*.safetensors"))
     names = {"model.safetensors"}
     if index := cached_file(source, _INDEX, _raise_exceptions_for_missing_entries=False, **hub):
         where = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

@@ -204,6 +204,30 @@ def test_reads_a_module_released_in_fp8(tmp_path):
             load(tmp_path)
 
 
+def test_reads_the_shards_that_hold_the_module(tmp_path):
+    """Of a hub id and of a folder; DeepSeek-V3 has 163 shards, and the module is in few of them."""
+    target = Target(build_family("deepseek_v3"), build_tokenizer())
+    model = build(target)
+    folder = tmp_path / "models--org--name" / "snapshots" / "0"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("0")
+    index = folder / "model.safetensors.index.json"
+    held = json.loads(index.read_text())["weight_map"]
+    assert len(set(held.values())) > 2
+    index.write_text(json.dumps({"weight_map": {**held, "model.norm.weight": "elsewhere"}}))
+    hub = dict(cache_dir=tmp_path, local_files_only=True)
+    for source in ("org/name", folder):
+        loaded = MTPDraftModel.from_pretrained(source, config=model.config, **hub).state_dict()
+        assert loaded.keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded[name], value), name
+    shard = folder / next(iter(held.values()))
+    shard.unlink()
+    with pytest.raises(OSError, match=re.escape(shard.name)):
+        MTPDraftModel.from_pretrained(folder, config=model.config)
+
+
 def test_untrained_module_passes_the_state_on(target):
     config = mtp_draft_config(target.model.config.model_type) | {"initializer_range": 0.02}
     model = MTPDraftModel(MTPConfig.from_dict(config))
