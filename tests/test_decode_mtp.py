@@ -228,6 +228,16 @@ def test_reads_the_shards_that_hold_the_module(tmp_path):
         MTPDraftModel.from_pretrained(folder, config=model.config)
 
 
+def test_a_module_with_tensors_that_its_config_lacks_is_not_trained(tmp_path):
+    model = build(Target(build_family("llama"), build_tokenizer()))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights, bias = load_file(file), "model.layers.3.self_attn.q_proj.bias"
+    save_file(weights | {bias: torch.zeros(32)}, file)
+    with pytest.raises(ValueError, match=f"has no {bias}; take model_type"):
+        MTPDraftModel.from_pretrained(tmp_path, config=model.config)
+
+
 def test_untrained_module_passes_the_state_on(target):
     config = mtp_draft_config(target.model.config.model_type) | {"initializer_range": 0.02}
     model = MTPDraftModel(MTPConfig.from_dict(config))

@@ -152,7 +152,7 @@ class Target:
         """
         if self._window is None:
             return mask.long()
-        held = mask.long().cumsum(1) - 1  # position of the token in every slot
+        held = mask.cumsum(1, dtype=torch.int32) - 1  # position of the token in every slot
         slots = torch.arange(mask.shape[1], device=mask.device)
         new = slots[-count:, None]
         visible = mask[:, None] & (slots <= new)

@@ -121,7 +121,11 @@ class MTPDraftModel(HeadDraftModel):
 
     @classmethod
     def from_pretrained(cls, source: Any, *options: Any, **settings: Any) -> Any:
-        """Load a module from an export or from among a target's weights, dequantised if need be."""
+        """Load a module from an export or from among a target's weights, dequantised if need be.
+
+        Raises:
+            ValueError: there is no module, or one with other tensors than the config's family has.
+        """
         hub = {name: settings[name] for name in _OF_HUB if name in settings}
         config = settings.pop("config", None)
         if config is None:
@@ -133,7 +137,17 @@ class MTPDraftModel(HeadDraftModel):
                 f"{source} has no MTP module: no tensor below {prefix}; give a checkpoint that was "
                 "released with one, or an export"
             )
-        return super().from_pretrained(None, *options, config=config, state_dict=state, **settings)
+        told = settings.pop("output_loading_info", False)
+        model, found = super().from_pretrained(
+            None, *options, config=config, state_dict=state, output_loading_info=True, **settings
+        )
+        if unknown := sorted(found["unexpected_keys"]):
+            raise ValueError(
+                f"{source}: a module of this config (model_type {config.model_type}) has no "
+                f"{', '.join(unknown)}; take model_type and settings of the draft config from the "
+                "config.json that the module was released with"
+            )
+        return (model, found) if told else model
 
     @property
     def heads(self) -> None:
