@@ -1,6 +1,7 @@
 """With training.loss unset, the patched SpecForge trains bit for bit as the unpatched one.
 
-Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional.
+Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional, and
+the one that changes bfloat16 training of the DFlash family on purpose.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_patch_series import SERIES, apply_until, unpack
+from test_patch_series import SERIES, unpack
 from training_run import EPOCH, Finished, Setup, prepare_with_features
+
+from specforge_lk.patching import git_apply
 
 #: P-EAGLE cannot train offline before the patches; its loss is compared instead.
 ALGORITHMS = ("eagle3", "dflash", "domino", "dspark")
@@ -29,12 +32,13 @@ COMPARED = ("loss", "grad_norm", "ploss_", "acc_", "lr")
 def unpatched(
     pristine_wheel: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """SpecForge 0.2.0 with the first patch."""
+    """SpecForge 0.2.0 with the patches named above."""
     wheel = pristine_wheel(f"specforge=={SERIES.version}")
     tree = unpack(wheel, tmp_path_factory.mktemp("unpatched"), SERIES)
-    first = SERIES.patches[0]
-    assert "Triton" in first.name
-    apply_until(tree, SERIES, first)
+    named = [p for p in SERIES.patches if "without-Triton" in p.name or "rotary" in p.name]
+    assert len(named) == 2
+    for patch in named:
+        git_apply(tree, patch, "specforge/*")
     return tree
 
 
