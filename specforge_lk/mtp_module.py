@@ -1,15 +1,73 @@
-"""The MTP module in a Hugging Face checkpoint, which may hold a target beside it."""
+"""The MTP module in a Hugging Face checkpoint, which may hold a target beside it.
+
+Its config and its tensors. Training and decoding share them, so this needs transformers, and not
+SpecForge.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
+#: Settings that a config of these families has for each layer.
+_PER_LAYER: Final = ("layer_types", "mlp_layer_types")
 _INDEX = "model.safetensors.index.json"
 _SCALE = "_scale_inv"
+
+
+class MTPConfig(PreTrainedConfig):
+    """Makes the config of a target's family out of a draft's config.json.
+
+    That is the target's own, with ``architectures`` ``["MTPDraftModel"]``; engines read the number
+    of modules, one, from ``num_nextn_predict_layers``.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The family's config.
+
+        Raises:
+            ValueError: transformers does not know the family, or a setting does not fit MTP.
+        """
+        family = config_dict.get("model_type")
+        if family not in CONFIG_MAPPING:
+            raise ValueError(
+                f"model_type {family!r} is no model family of transformers; an MTP draft has the "
+                "model_type of its target"
+            )
+        for name, wanted in (
+            ("draft_vocab_size", config_dict.get("vocab_size")),
+            ("num_nextn_predict_layers", 1),
+        ):
+            if config_dict.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"{name}={config_dict[name]} must be {wanted}: an MTP draft is one module with "
+                    "the target's vocabulary, used once for each head"
+                )
+        settings = {"num_nextn_predict_layers": 1, **config_dict}
+        # That of a target released in fp8. The module is trained and exported as ordinary numbers.
+        settings.pop("quantization_config", None)
+        return CONFIG_MAPPING[family].from_dict(settings, **options)
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a decoder that has the module's layer, the one behind the target's last."""
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+    for name in _PER_LAYER:
+        if getattr(single, name, None):
+            setattr(single, name, getattr(single, name)[-1:])
+    if hasattr(single, "first_k_dense_replace"):
+        single.first_k_dense_replace = 0
+    return single
 
 
 def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.Tensor]:
@@ -32,9 +90,6 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
         OSError: a file that should hold the module is missing.
         ValueError: the module is quantised in another way.
     """
-    from safetensors import safe_open
-    from transformers import PreTrainedConfig
-
     config, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
     blocks = (config.get("quantization_config") or {}).get("weight_block_size")
     weights = {}
@@ -60,8 +115,6 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
 
 def _files(source: str | Path, prefix: str, hub: dict[str, Any]) -> list[Path]:
     """The files that hold the module."""
-    from transformers.utils import cached_file
-
     names = {"model.safetensors"}
     if index := cached_file(source, _INDEX, _raise_exceptions_for_missing_entries=False, **hub):
         where = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

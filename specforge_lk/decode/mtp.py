@@ -17,7 +17,7 @@ from torch import nn
 from specforge_lk.decode.drafts import DraftError, Proposal, last_valid
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
-from specforge_lk.mtp_module import read_module
+from specforge_lk.mtp_module import MTPConfig, decoder_config, read_module
 
 
 class MTPDraft:
@@ -176,8 +176,6 @@ def load_mtp(path: Path, config: dict, target: Target, layers: tuple[int, ...] |
     everything. What the module lacks of embedding and head is the target's. See `load_draft`.
     """
     from transformers import AutoModel
-
-    from specforge_lk.drafts.mtp import MTPConfig, decoder_config
 
     file = path / "config.json"
     if layers is not None:

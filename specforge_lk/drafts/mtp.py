@@ -19,63 +19,13 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights, shifted
-from specforge_lk.mtp_module import read_module
+from specforge_lk.mtp_module import MTPConfig, decoder_config, read_module
 
-#: Settings that a config of these families has for each layer.
-_PER_LAYER: Final = ("layer_types", "mlp_layer_types")
 #: Settings that say where a checkpoint is to be found.
 _OF_HUB: Final = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-
-
-class MTPConfig(PretrainedConfig):
-    """Makes the config of a target's family out of a draft's config.json.
-
-    That is the target's own, with ``architectures`` ``["MTPDraftModel"]``; engines read the number
-    of modules, one, from ``num_nextn_predict_layers``.
-    """
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """The family's config.
-
-        Raises:
-            ValueError: transformers does not know the family, or a setting does not fit MTP.
-        """
-        family = config_dict.get("model_type")
-        if family not in CONFIG_MAPPING:
-            raise ValueError(
-                f"model_type {family!r} is no model family of transformers; an MTP draft has the "
-                "model_type of its target"
-            )
-        for name, wanted in (
-            ("draft_vocab_size", config_dict.get("vocab_size")),
-            ("num_nextn_predict_layers", 1),
-        ):
-            if config_dict.get(name, wanted) != wanted:
-                raise ValueError(
-                    f"{name}={config_dict[name]} must be {wanted}: an MTP draft is one module with "
-                    "the target's vocabulary, used once for each head"
-                )
-        settings = {"num_nextn_predict_layers": 1, **config_dict}
-        # That of a target released in fp8. The module is trained and exported as ordinary numbers.
-        settings.pop("quantization_config", None)
-        return CONFIG_MAPPING[family].from_dict(settings, **options)
-
-
-def decoder_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of a decoder that has the module's layer, the one behind the target's last."""
-    single = copy.deepcopy(config)
-    single.num_hidden_layers = 1
-    for name in _PER_LAYER:
-        if getattr(single, name, None):
-            setattr(single, name, getattr(single, name)[-1:])
-    if hasattr(single, "first_k_dense_replace"):
-        single.first_k_dense_replace = 0
-    return single
 
 
 class MTPDraftModel(HeadDraftModel):
@@ -83,7 +33,7 @@ class MTPDraftModel(HeadDraftModel):
 
     config_class = MTPConfig
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         decoder = AutoModel.from_config(decoder_config(config))
         size = config.hidden_size
@@ -129,7 +79,7 @@ class MTPDraftModel(HeadDraftModel):
         hub = {name: settings[name] for name in _OF_HUB if name in settings}
         config = settings.pop("config", None)
         if config is None:
-            config = MTPConfig.from_dict(PretrainedConfig.get_config_dict(source, **hub)[0])
+            config = MTPConfig.from_dict(PreTrainedConfig.get_config_dict(source, **hub)[0])
         prefix = f"model.layers.{config.num_hidden_layers}."
         state = {prefix + name: value for name, value in read_module(source, prefix, **hub).items()}
         if not state:
