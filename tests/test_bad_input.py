@@ -132,5 +132,11 @@ def test_plugin_that_does_not_import(setup: Setup, tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-pack\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[specforge.plugins]\nbroken = broken_pack:plugin\n")
     (tmp_path / "broken_pack.py").write_text("import no_such_module\n")
-    refused = setup.train("plugin", "training.loss=kl", check=False, PYTHONPATH=str(tmp_path))
-    assert_refused(refused, "broken-pack 1.0", "'no_such_module'", "uninstall", "SPECFORGE_PLUGINS")
+    said = ("broken-pack 1.0", "'no_such_module'", "uninstall", "SPECFORGE_PLUGINS")
+    beside = setup.train("beside", "training.loss=kl", PYTHONPATH=str(tmp_path))
+    assert all(part in beside.output for part in said), beside.output
+    for asked in (
+        setup.train("asked", "training.loss=broken", check=False, PYTHONPATH=str(tmp_path)),
+        setup.train("named", check=False, PYTHONPATH=str(tmp_path), SPECFORGE_PLUGINS="broken"),
+    ):
+        assert_refused(asked, *said)
