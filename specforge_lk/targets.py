@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+#: Targets of which SGLang 0.5.14 captures the inputs of the layers it is given, not their outputs,
+#: unless the first is layer 1; patch 0010 has the same list. Kimi K2 is a DeepseekV3ForCausalLM.
+LAYER_IDS_OF_INPUTS = frozenset(
+    {
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "GlmMoeDsaForCausalLM",
+        "KimiK25ForConditionalGeneration",
+        "MistralLarge3ForCausalLM",
+    }
+)
+
+
+def layer_ids_are_inputs(config: Any, layers: Sequence[int]) -> bool:
+    """Whether an EAGLE draft's captured layers stand for inputs of layers in SGLang.
+
+    Args:
+        config: The target's Hugging Face config.
+        layers: As in ``eagle_config``, in any number.
+    """
+    architectures = getattr(config, "architectures", None) or ()
+    return bool(layers) and layers[0] != 1 and not LAYER_IDS_OF_INPUTS.isdisjoint(architectures)
 
 
 def load_target(

@@ -119,6 +119,29 @@ def test_features_equal_a_plain_forward(
         assert set(record) == {"input_ids", "loss_mask"}
 
 
+def test_layers_of_which_sglang_takes_the_inputs(
+    target: Path, responses: Path, tmp_path: Path
+) -> None:
+    """Of a DeepSeek the states would be others than those that an engine gives the draft."""
+    other = Path(shutil.copytree(target, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(config | {"architectures": ["Glm4MoeLiteForCausalLM"]})
+    )
+    for algorithm, layers in (("eagle3", [2, 3, 4]), ("peagle", [0, 1, 2])):
+        path = run_config(other, tmp_path, algorithm)
+        config = json.loads(path.read_text())
+        config["model"]["aux_hidden_state_layer_ids"] = layers
+        path.write_text(json.dumps(config))
+        refused = invoke(path, responses)
+        assert refused.exit_code == 1 and str(layers) in refused.output, refused.output
+        assert "first is 1" in " ".join(refused.output.split())
+    # Outputs in SGLang as well: first layer 1, and whatever the DFlash family names.
+    run(run_config(other, tmp_path), responses)
+    shutil.rmtree(tmp_path / "features")
+    run(run_config(other, tmp_path, "dflash"), responses)
+
+
 def test_specforge_reads_the_features(target: Path, responses: Path, tmp_path: Path):
     from specforge.algorithms.eagle3.data import build_offline_normalizer, build_offline_reader
     from specforge.runtime.data_plane.feature_store import load_feature_file

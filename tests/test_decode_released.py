@@ -10,6 +10,7 @@ from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model, build_tokenizer, s
 
 from specforge_lk.decode.drafts import DraftError, load_draft
 from specforge_lk.decode.target import Target
+from specforge_lk.targets import LAYER_IDS_OF_INPUTS
 
 HEADS = 3
 
@@ -164,6 +165,26 @@ def test_eagle3_settings_of_engines(target, tmp_path):
     hidden = hidden + linear(gate * linear(inner, "midlayer.mlp.up_proj"), "midlayer.mlp.down_proj")
     expected = 0.5 * linear(norm(hidden, "norm"), "lm_head")
     torch.testing.assert_close(found, expected[starts], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "outputs"), [([2, 3, 5], (1, 2, 4)), ([1, 2, 4], (1, 2, 4))])
+@pytest.mark.parametrize("vllm", [False, True])
+def test_layers_of_which_sglang_takes_the_inputs(layers, outputs, vllm, tmp_path):
+    """A DeepSeek's draft is read as SGLang and vLLM serve it."""
+    model = build_model()
+    model.config.architectures = ["DeepseekV3ForCausalLM"]
+    keys = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": layers}}
+    if vllm:
+        keys["eagle_aux_hidden_state_layer_ids"] = [2, 3, 5]
+    plain = save_draft(tmp_path / "plain")
+    path = rewrite(plain, tmp_path / "draft", config_of(plain, **keys))
+    assert load_draft(path, Target(model, build_tokenizer())).capture_layers == outputs
+
+
+def test_the_series_knows_the_same_targets():
+    from specforge.export.checkpoint_io import _LAYER_IDS_OF_INPUTS
+
+    assert LAYER_IDS_OF_INPUTS == _LAYER_IDS_OF_INPUTS
 
 
 @pytest.mark.parametrize(

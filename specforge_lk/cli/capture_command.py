@@ -85,12 +85,24 @@ def _run(
 
     from specforge_lk import capture
     from specforge_lk.cli.progress import ProgressBar
-    from specforge_lk.targets import load_target, load_tokenizer
+    from specforge_lk.targets import layer_ids_are_inputs, load_target, load_tokenizer
 
     run, target_config = _load(config, out, overrides)
     algorithm = resolve_run(run).algorithm
     streamed = run.mode == "online"
     plan = None if streamed else resolve_offline_capture(run, target_config=target_config)
+    if (
+        plan
+        and plan.capture_method == "eagle3"
+        and layer_ids_are_inputs(target_config, plan.capture_layers)
+    ):
+        raise ValueError(
+            f"model.aux_hidden_state_layer_ids, or the draft config's eagle_config, names the "
+            f"layers {list(plan.capture_layers)}: of a {target_config.architectures[0]} SGLang "
+            "takes their inputs, this command their outputs, so the draft would be served other "
+            "states than it was trained on; choose layers of which the first is 1, whose outputs "
+            "both take"
+        )
     place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
     vocab_size = getattr(target_config, "text_config", target_config).vocab_size
     if vocab_mapping and not algorithm.spec.capabilities.supports_vocab_mapping:

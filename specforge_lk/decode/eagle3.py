@@ -26,6 +26,7 @@ from specforge_lk.decode.drafts import (
 )
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
+from specforge_lk.targets import layer_ids_are_inputs
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -329,7 +330,7 @@ def _checked(
         raise DraftError(f"draft {path}: tensors {sorted(missing)} are missing; export again")
     ids = draft_vocabulary(path, weights, parsed.draft_vocab_size, parsed.vocab_size)
     count = target.num_layers
-    layers = layers or _captured_layers(path, config) or (1, count // 2 - 1, count - 4)
+    layers = layers or _captured_layers(path, config, target) or (1, count // 2 - 1, count - 4)
     width = getattr(parsed, "target_hidden_size", parsed.hidden_size)
     needed = weights["fc.weight"].shape[1] // width
     if len(layers) != needed or any(not 0 <= layer < count for layer in layers):
@@ -356,16 +357,20 @@ def load_eagle3(
     return read.load_into(Eagle3Draft(read.config, read.layers, read.draft_ids), path, target)
 
 
-def _captured_layers(path: Path, config: dict) -> tuple[int, ...] | None:
+def _captured_layers(path: Path, config: dict, target: Target) -> tuple[int, ...] | None:
     """The layers k that a config names, if any.
 
     SpecForge and SGLang count them in eagle_config, from 0. vLLM reads another place and counts
     from 1: its layer k + 1 is the input of decoder layer k + 1, which is the output of layer k.
+    So does SGLang for the targets of `LAYER_IDS_OF_INPUTS`.
     """
     eagle = config.get("eagle_config") or {}
     ours = eagle.get("eagle_aux_hidden_state_layer_ids")
     theirs = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get("layer_ids")
-    named = [list(ours)] if ours else []
+    named = []
+    if ours:
+        inputs = layer_ids_are_inputs(target.model.config, ours)
+        named = [[layer - 1 for layer in ours] if inputs else list(ours)]
     named += [[layer - 1 for layer in theirs]] if theirs else []
     if len(named) == 2 and named[0] != named[1]:
         raise DraftError(
