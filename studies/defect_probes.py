@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -299,12 +300,20 @@ def lk_objective() -> Figures:
         (-log_rate).backward()
         figures[f"alpha loss where {name}"] = -log_rate.item() + 0.0
         figures[f"its gradient of two logits, where {name}"] = str(row.grad.flatten().tolist())
-    defaults = TrainingConfig(lk_loss_type="lambda")
-    figures["default kl_decay"] = defaults.kl_decay
     figures["kl_scale=1.5, a negative weight on total variation"] = outcome(
         lambda: TrainingConfig(lk_loss_type="lambda", kl_scale=1.5)
     )
     return figures
+
+
+def kl_decay_default() -> Figures:
+    from specforge.config.schema import TrainingConfig
+
+    decay, rate = TrainingConfig(lk_loss_type="lambda").kl_decay, exact_alpha().mean().item()
+    return {
+        "default kl_decay": decay,
+        f"weight of KL at an acceptance rate of {rate:.2f}": math.exp(-decay * rate),
+    }
 
 
 def acceptance_metric() -> Figures:
@@ -451,15 +460,27 @@ def exported_settings() -> Figures:
     dflash.dflash_config = {"target_layer_ids": [2]}
     peagle = export("peagle", "PEagleDraftModel", llama, peagle_mask_token_id=token)
     dflash = export("dflash", "DFlashDraftModel", dflash, dflash_mask_token_id=token)
-    eagle3 = export(
-        "eagle3",
-        "LlamaForCausalLMEagle3",
-        llama,
-        specforge_model_provenance=(("capture_layers", layers),),
-    )
     key = "eagle_aux_hidden_state_layer_ids"
-    outputs = (getattr(eagle3, "eagle_config", None) or {}).get(key)
-    streamed = f"streamed with the outputs of layers {_listed(layers)}"
+
+    def streamed(target: str, layers: Sequence[int]) -> tuple[str, str]:
+        """What eagle_config names, and what vLLM takes from the export as inputs of layers."""
+        with scratch() as source:
+            (source / "config.json").write_text(json.dumps({"architectures": [target]}))
+            provenance = {
+                "capture_layers": tuple(layers),
+                "target_model": ("directory-stat-v2", str(source), ()),
+            }
+            exported = export(
+                "eagle3",
+                "LlamaForCausalLMEagle3",
+                llama,
+                specforge_model_provenance=tuple(provenance.items()),
+            )
+        named = (getattr(exported, "eagle_config", None) or {}).get(key)
+        return _listed(named), _listed(getattr(exported, key, named))
+
+    named, inputs = streamed("LlamaForCausalLM", layers)
+    _, deepseek = streamed("DeepseekV3ForCausalLM", (2, 30, 58))
     return {
         f"P-EAGLE: exported mask token, trained with {token}, draft config with 1": (
             peagle.ptd_token_id
@@ -467,10 +488,11 @@ def exported_settings() -> Figures:
         f"DFlash: exported mask token, trained with {token}": dflash.dflash_config.get(
             "mask_token_id", "none"
         ),
-        f"EAGLE-3, {streamed}: outputs exported": _listed(outputs),
-        f"EAGLE-3, {streamed}: inputs that vLLM takes from the export": _listed(
-            getattr(eagle3, key, outputs)
-        ),
+        f"EAGLE-3, streamed with the outputs of layers {_listed(layers)}: outputs exported": named,
+        f"EAGLE-3, streamed with the outputs of layers {_listed(layers)}: inputs that vLLM takes "
+        "from the export": inputs,
+        "EAGLE-3, streamed from a DeepSeek V3 with the inputs of layers 2, 30, 58: inputs that "
+        "vLLM takes from the export": deepseek,
     }
 
 
@@ -492,6 +514,82 @@ def rotary_angles() -> Figures:
     error = (draft.rotary_emb.inv_freq.double() - exact).abs().max() * distance
     name = f"rotary angle in bfloat16, largest error over {distance} tokens [rad]"
     return {name: round(error.item(), 3)}
+
+
+def evaluation_random_numbers() -> Figures:
+    """4 steps of training with the real samplers, and an evaluation after every step or none."""
+    from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel
+    from specforge.algorithms.peagle.model import generate_cod_sample_indices
+    from specforge.runtime.contracts import TrainBatch
+    from specforge.training.controller import TrainerController, TrainerCore
+    from specforge.training.strategies.base import StepOutput
+
+    class Strategy:
+        """Keeps the positions that it samples."""
+
+        def __init__(self, sample: Callable[[], torch.Tensor]) -> None:
+            self.sample, self.model = sample, torch.nn.Linear(1, 1)
+            self.trained: list[list[int]] = []
+            self.evaluated: list[list[int]] = []
+
+        def trainable_module(self) -> torch.nn.Module:
+            return self.model
+
+        def forward_loss(self, _batch: Any, _ctx: Any = None) -> StepOutput:
+            kept = self.trained if self.model.training else self.evaluated
+            kept.append(self.sample().tolist())
+            return StepOutput(loss=self.model(torch.ones(1)).sum(), metrics={})
+
+        def checkpoint_state_filter(self, state: dict[str, Any]) -> dict[str, Any]:
+            return state
+
+    class Backend:
+        name = "plain"
+
+        def backward(self, loss: torch.Tensor, *, is_boundary: bool = True) -> None:
+            loss.backward()
+
+        def step(self) -> torch.Tensor:
+            return torch.tensor(1.0)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"model": {"w": torch.ones(1)}, "optimizer": None, "rng": {}}
+
+    def batches(count: int) -> list[TrainBatch]:
+        return [TrainBatch(["s"], strategy="s", tensors={}, metadata={}) for _ in range(count)]
+
+    def run(sample: Callable[[], torch.Tensor], eval_interval: int) -> Strategy:
+        strategy = Strategy(sample)
+        torch.manual_seed(3)
+        with scratch() as directory:
+            TrainerController(
+                TrainerCore(strategy, Backend(), accumulation_steps=1),
+                run_id="run",
+                output_dir=str(directory),
+                max_steps=4,
+                eval_interval=eval_interval,
+                eval_data_factory=lambda: batches(1),
+            ).fit(batches(4))
+        return strategy
+
+    mask = torch.ones(1, LENGTH, dtype=torch.long)
+    dflash = OnlineDFlashModel.__new__(OnlineDFlashModel)
+    torch.nn.Module.__init__(dflash)
+    dflash.num_anchors = 8
+    samplers = {
+        "P-EAGLE": lambda: torch.cat(generate_cod_sample_indices(LENGTH, mask, num_depths=4)),
+        "DFlash": lambda: dflash._sample_anchor_positions(LENGTH, mask, mask.device)[0],
+    }
+    figures: Figures = {}
+    for name, sample in samplers.items():
+        alone, beside = run(sample, 0), run(sample, 1)
+        figures[f"{name}: of 4 steps, those that train on other positions if evaluated"] = sum(
+            one != other for one, other in zip(alone.trained, beside.trained, strict=True)
+        )
+        figures[f"{name}: of 4 evaluations, those of other positions than the first"] = sum(
+            positions != beside.evaluated[0] for positions in beside.evaluated
+        )
+    return figures
 
 
 def _listed(layers: Sequence[int] | None) -> str:
@@ -569,11 +667,13 @@ PROBES: dict[str, Callable[[], Figures]] = {
         missing_features,
         pickled_code,
         lk_objective,
+        kl_decay_default,
         acceptance_metric,
         streamed_supervision,
         vocabulary_mapping,
         exported_settings,
         rotary_angles,
+        evaluation_random_numbers,
         legacy_lambda,
         legacy_alpha,
         registered_lk_lambda,

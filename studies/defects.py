@@ -25,20 +25,22 @@ from specforge_lk.report import write_text
 
 ROOT = Path(__file__).parent.parent
 SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])
-#: The probe of each fix, by the number of the patch; the fixes come first in the series.
-FIXES = {
-    1: "without_triton",
-    2: "target_head_files",
-    3: "target_head_precision",
-    4: "missing_features",
-    5: "pickled_code",
-    6: "lk_objective",
-    7: "acceptance_metric",
-    8: "streamed_supervision",
-    9: "vocabulary_mapping",
-    10: "exported_settings",
-    11: "rotary_angles",
-}
+#: The probe of each fix; the fixes come first in the series, in this order.
+FIXES = (
+    "without_triton",
+    "target_head_files",
+    "target_head_precision",
+    "missing_features",
+    "pickled_code",
+    "lk_objective",
+    "kl_decay_default",
+    "acceptance_metric",
+    "streamed_supervision",
+    "vocabulary_mapping",
+    "exported_settings",
+    "rotary_angles",
+    "evaluation_random_numbers",
+)
 #: Titles of the migration tables' columns, with the probe and the number of patches applied:
 #: the first alone, without which EAGLE-3's loss does not run on a CPU, the fixes, or all.
 ALL = len(SERIES.patches)
@@ -71,7 +73,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         levels = Levels(Path(scratch))
         fixes = []
-        for number, probe in FIXES.items():
+        for number, probe in enumerate(FIXES, 1):
             name = SERIES.patches[number - 1].name
             before, after = (levels.measure(probe, level) for level in (number - 1, number))
             fixes.append({"patch": name, "before": before, "after": after})
