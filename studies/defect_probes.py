@@ -527,6 +527,8 @@ def evaluation_random_numbers() -> Figures:
     class Strategy:
         """Keeps the positions that it samples."""
 
+        name = "recording"
+
         def __init__(self, sample: Callable[[], torch.Tensor]) -> None:
             self.sample, self.model = sample, torch.nn.Linear(1, 1)
             self.trained: list[list[int]] = []
