@@ -67,7 +67,7 @@ class Samples:
     Attributes:
         kept: Rows to capture, in file order.
         truncated: How many rows were cut to the longest length.
-        skipped: How many rows had too few supervised tokens for the algorithm.
+        skipped: How many rows had no supervised position, or too few tokens for the algorithm.
     """
 
     kept: list[Sample]
@@ -106,6 +106,8 @@ def read_samples(
     Raises:
         ValueError: a row is malformed, or holds a token id outside the target vocabulary.
     """
+    from specforge.data.loss_mask import has_supervised_position
+
     kept, truncated, skipped = [], 0, 0
     for index, row in enumerate(read_rows(responses)):
         if limit is not None and index >= limit:
@@ -120,8 +122,8 @@ def read_samples(
         if len(tokens.input_ids) > max_length:
             truncated += 1
             tokens = Tokens(tokens.input_ids[:max_length], tokens.loss_mask[:max_length])
-        # SpecForge masks a sample's last position: it has no next token to be checked against.
-        if not any(tokens.loss_mask[:-1]) or (
+        # Nothing is drafted before a response's first token, or after its last one.
+        if not has_supervised_position(tokens.loss_mask) or (
             loss_mask_filter is not None and not loss_mask_filter(tokens.loss_mask)
         ):
             skipped += 1

@@ -1,7 +1,8 @@
 """With training.loss unset, the patched SpecForge trains bit for bit as the unpatched one.
 
 Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional, and
-the one that changes bfloat16 training of the DFlash family on purpose.
+those that change training on purpose: the loss mask of EAGLE-3 and P-EAGLE, with the collation
+that it is written on, and the rotary angles of the DFlash family in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def unpatched(
     """SpecForge 0.2.0 with the patches named above."""
     wheel = pristine_wheel(f"specforge=={SERIES.version}")
     tree = unpack(wheel, tmp_path_factory.mktemp("unpatched"), SERIES)
-    named = [p for p in SERIES.patches if "without-Triton" in p.name or "rotary" in p.name]
-    assert len(named) == 2
+    words = ("without-Triton", "collate-streamed", "shift-the-loss-mask", "rotary")
+    named = [p for p in SERIES.patches if any(word in p.name for word in words)]
+    assert len(named) == len(words)
     for patch in named:
         git_apply(tree, patch, "specforge/*")
     return tree

@@ -35,6 +35,7 @@ from specforge.algorithms.contracts import (
     FeatureMode,
     OfflineStorageContract,
 )
+from specforge.data.loss_mask import has_supervised_position
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +115,7 @@ class HeadAlgorithm:
                 needs_input_tools=online_needs_input_tools,
                 default_dataloader_num_workers=4,
                 allow_missing_warm_start_embedding=True,
+                loss_mask_filter=has_supervised_position,
             ),
             offline=(
                 OfflineDataProvider(
@@ -199,13 +201,11 @@ def _build_reader(
 def _normalize(raw: dict[str, torch.Tensor], max_len: int) -> dict[str, torch.Tensor]:
     import torch
 
-    loss_mask = raw["loss_mask"][:max_len].clone()
-    # The last position has no next token, and no state of it.
-    loss_mask[-1:] = 0
+    input_ids = raw["input_ids"][None, :max_len]
     return {
-        "input_ids": raw["input_ids"][None, :max_len],
-        "loss_mask": loss_mask[None],
-        "attention_mask": torch.ones_like(loss_mask[None], dtype=torch.long),
+        "input_ids": input_ids,
+        "loss_mask": raw["loss_mask"][None, :max_len],
+        "attention_mask": torch.ones_like(input_ids),
         "hidden_state": raw["hidden_state"].squeeze(0)[None, :max_len],
     }
 
@@ -228,7 +228,6 @@ def _build_collator() -> Any:
 
 
 def _build_server_collator() -> Any:
-    # Streamed samples end their supervision as captured ones do.
     from specforge.algorithms.eagle3.data import build_server_collator
 
     return build_server_collator()

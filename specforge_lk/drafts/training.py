@@ -14,6 +14,7 @@ from specforge.losses.reduction import (
     reduce_head_loss,
     training_group,
 )
+from specforge.losses.supervision import supervised
 from specforge.runtime.contracts import TrainBatch
 from specforge.training.strategies.base import DraftTrainStrategy, StepContext, StepOutput
 from torch import nn
@@ -28,9 +29,9 @@ HEAD_DECAY: Final = 0.8
 class HeadModel(nn.Module):
     """Draft and loss: sum_k γ^k L_k, L_k the mean loss of head k over its supervised positions.
 
-    Head k of position t is compared with the target's distribution at t + 1 + k, and supervised
-    where the loss mask holds at t + k: SpecForge's convention, in which the mask of a position is
-    that of the token there.
+    Head k = 0, 1, ... of position t proposes token t + 2 + k. It is compared with the target's
+    distribution at t + 1 + k, and supervised where ``specforge.losses.supervision`` says so for
+    draft position k + 1.
 
     Args:
         draft_model: the draft.
@@ -57,7 +58,7 @@ class HeadModel(nn.Module):
         hidden: torch.Tensor,
         tokens: torch.Tensor,
         attention_mask: torch.Tensor,
-        loss_mask: torch.Tensor,
+        following: torch.Tensor,
         target: TargetDistribution,
         decay: float,
     ) -> tuple[torch.Tensor, list[HeadLoss], list[torch.Tensor]]:
@@ -67,19 +68,18 @@ class HeadModel(nn.Module):
             hidden: [B, L, H] the target's last hidden states.
             tokens: [B, L] the token following each position.
             attention_mask: [B, L].
-            loss_mask: [B, L].
+            following: [B, L] whether that token is the response's.
             target: [B, L] the target's distribution one position later.
             decay: γ.
         """
         length = tokens.shape[1]
         padded = target.pad(self.heads)
-        mask = nn.functional.pad(loss_mask.bool(), (0, self.heads))
         group = training_group(self.loss_data_parallel)
         token_ids = self.draft_model.token_ids()
         losses, correct = [], []
         logits_of_heads = self.draft_model.head_logits(hidden, tokens, attention_mask, self.heads)
         for head, logits in enumerate(logits_of_heads):
-            goal, head_mask = padded.window(head, length), mask[:, head : head + length]
+            goal, head_mask = padded.window(head, length), supervised(following, head + 1)
             terms = self.loss.terms(logits, goal, head_mask)
             losses.append(reduce_head_loss(self.loss, terms, head_mask, group=group))
             correct.append(token_ids[logits.detach().argmax(-1)] == goal.token_ids)
@@ -122,17 +122,17 @@ class HeadTrainStrategy(DraftTrainStrategy):
         self.validate_batch(batch)
         device = next(self.model.parameters()).device
         tensors = {name: batch.tensors[name].to(device) for name in self.required_features}
-        # SpecForge's shift: position t gets token t + 1 and the state that the target, after
-        # that token, predicts from.
-        tokens, following, _ = self.target_head.preprocess(
+        # SpecForge's shift: position t gets token t + 1, the state that the target, after that
+        # token, predicts from, and whether the token is the response's.
+        tokens, states, following = self.target_head.preprocess(
             tensors["input_ids"], tensors["hidden_state"], tensors["loss_mask"]
         )
         total, heads, correct = self.model(
             hidden=tensors["hidden_state"],
             tokens=tokens,
             attention_mask=tensors["attention_mask"],
-            loss_mask=tensors["loss_mask"],
-            target=self._target(following),
+            following=following.squeeze(-1),
+            target=self._target(states),
             decay=self.ploss_decay,
         )
         ratios = head_metrics(heads)
