@@ -368,29 +368,64 @@ def _evaluated(groups: list[list[tuple[torch.Tensor, ...]]]) -> float:
     return Evaluator().run(forward, batches)["eval/acceptance_rate_0"]
 
 
-def streamed_supervision() -> Figures:
-    from specforge.algorithms.eagle3.data import build_server_collator
-    from specforge.modeling.target.target_head import TargetHead
+def streamed_sample(
+    length: int, response: slice = slice(None), hidden: int = 4
+) -> dict[str, torch.Tensor]:
+    """Features of EAGLE-3 from a capture server; ``response`` is supervised."""
+    loss_mask = torch.zeros(1, length, dtype=torch.long)
+    loss_mask[:, response] = 1
+    return {
+        "input_ids": torch.arange(length).unsqueeze(0) + 1,
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+        "loss_mask": loss_mask,
+        "hidden_state": torch.randn(1, length, 3 * hidden),
+        "target": torch.randn(1, length, hidden),
+    }
 
-    def sample(length: int, hidden: int = 4) -> dict[str, torch.Tensor]:
-        return {
-            "input_ids": torch.arange(length).unsqueeze(0) + 1,
-            "attention_mask": torch.ones(1, length, dtype=torch.long),
-            "loss_mask": torch.ones(1, length, dtype=torch.long),
-            "hidden_state": torch.randn(1, length, 3 * hidden),
-            "target": torch.randn(1, length, hidden),
-        }
+
+def streamed_samples() -> Figures:
+    from specforge.algorithms.eagle3.data import build_server_collator
 
     collate = build_server_collator()
-    one = collate([sample(64)])
-    _, states, mask = TargetHead.preprocess(None, one["input_ids"], one["target"], one["loss_mask"])
-    wrong = mask.squeeze(-1).bool() & (states == 0).all(-1)
+    short = streamed_sample(64)
+    short["target"] = short["target"][:, :48]
     return {
-        "positions of a streamed sample supervised by a zero state": int(wrong.sum()),
         "a streamed batch of samples of 64 and 48 tokens": outcome(
-            lambda: collate([sample(64), sample(48)])
+            lambda: collate([streamed_sample(64), streamed_sample(48)])
+        ),
+        "a sample of 64 tokens with 48 target states, beside a whole one": outcome(
+            lambda: collate([streamed_sample(64), short])
         ),
     }
+
+
+def supervised_states() -> Figures:
+    """The states that supervise the first draft position of one sample of 64 tokens."""
+    from specforge.algorithms.eagle3.data import build_server_collator, normalize_offline_sample
+    from specforge.modeling.target.target_head import TargetHead
+
+    def states(batch: dict[str, torch.Tensor]) -> str:
+        numbers = torch.arange(1.0, 65).view(1, 64, 1)
+        _, shifted, mask = TargetHead.preprocess(
+            None, batch["input_ids"], numbers, batch["loss_mask"]
+        )
+        found = (shifted[mask.bool()] - 1).int().tolist()
+        return f"{found[0]} to {max(found)}" + (" and a zero state" if -1 in found else "")
+
+    figures: Figures = {}
+    for name, response in (("20 to 39", slice(20, 40)), ("20 to 63", slice(20, 64))):
+        sample = streamed_sample(64, response)
+        captured = {
+            "input_ids": sample["input_ids"][0],
+            "loss_mask": sample["loss_mask"][0],
+            "aux_hidden_state": sample["hidden_state"],
+            "hidden_state": sample["target"],
+        }
+        offline = normalize_offline_sample(captured, max_len=64)
+        streamed = build_server_collator()([sample])
+        for source, batch in (("files", offline), ("a server", streamed)):
+            figures[f"response of tokens {name}, from {source}: trained on states"] = states(batch)
+    return figures
 
 
 def vocabulary_mapping() -> Figures:
@@ -671,7 +706,8 @@ PROBES: dict[str, Callable[[], Figures]] = {
         lk_objective,
         kl_decay_default,
         acceptance_metric,
-        streamed_supervision,
+        streamed_samples,
+        supervised_states,
         vocabulary_mapping,
         exported_settings,
         rotary_angles,
