@@ -122,13 +122,15 @@ class HeadTrainStrategy(DraftTrainStrategy):
         self.validate_batch(batch)
         device = next(self.model.parameters()).device
         tensors = {name: batch.tensors[name].to(device) for name in self.required_features}
+        # The draft's copy may be rounded; the target's distribution is made of what was captured.
+        hidden = self.draft_features(tensors["hidden_state"])
         # SpecForge's shift: position t gets token t + 1, the state that the target, after that
         # token, predicts from, and whether the token is the response's.
         tokens, states, following = self.target_head.preprocess(
             tensors["input_ids"], tensors["hidden_state"], tensors["loss_mask"]
         )
         total, heads, correct = self.model(
-            hidden=tensors["hidden_state"],
+            hidden=hidden,
             tokens=tokens,
             attention_mask=tensors["attention_mask"],
             following=following.squeeze(-1),
@@ -155,7 +157,7 @@ class HeadTrainStrategy(DraftTrainStrategy):
         draft = _unwrapped(self.model).draft_model
         weight = self.target_head.fc.weight
         hidden = hidden.to(weight.dtype)
-        if bool(draft.t2d.all()):
+        if len(draft.d2t) == len(draft.t2d):
             return TargetDistribution.from_logits(self.target_head(hidden))
         return TargetDistribution.from_hidden_states(hidden, weight, draft.t2d)
 

@@ -1,0 +1,279 @@
+"""One training step of every algorithm under SpecForge's own backend, by the ranks of one group.
+
+A worker writes what the loss was given, and the loss and gradients that came out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from fsdp_cpu import install
+from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model
+from training_run import DRAFT_VOCAB_SIZE, algorithm_settings
+
+BUILT_IN = ("eagle3", "peagle", "dflash", "domino", "dspark")
+ALGORITHMS = (*BUILT_IN, "medusa", "mlp_speculator", "mtp")
+WHOLE_VOCABULARY = ("dflash", "domino", "dspark", "mtp")
+SHARDINGS = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
+LENGTH, ROWS = 14, 2
+#: Three captured layers for EAGLE-3's family, two for DFlash's.
+CAPTURED = {"eagle3": 3, "peagle": 3, "dflash": 2, "domino": 2, "dspark": 2}
+
+
+class Case(NamedTuple):
+    """What a step is trained with.
+
+    Attributes:
+        algorithm: ``training.strategy``.
+        dtype: of the draft, and in which FSDP computes.
+        head: ``model.target_head_dtype``; None for unset.
+        compact: the compact teacher.
+        streamed: the collator of streamed samples.
+    """
+
+    algorithm: str
+    dtype: str
+    head: str | None
+    compact: bool = False
+    streamed: bool = False
+
+
+def runs(world: int) -> list[tuple[Case, str]]:
+    """The steps of a world: every combination that an algorithm has, with every sharding.
+
+    One process has FULL_SHARD and SHARD_GRAD_OP in common, and takes the streamed samples, which
+    differ by their collator alone. Two take the float32 head.
+    """
+    found = []
+    for algorithm, dtype, head in itertools.product(
+        ALGORITHMS, ("bfloat16", "float32"), ("float32",) if world > 1 else (None, "float32")
+    ):
+        teachers = (False, True) if algorithm == "eagle3" else (False,)
+        found += [
+            (Case(algorithm, dtype, head, compact), sharding)
+            for compact in teachers
+            for sharding in (SHARDINGS if world > 1 else SHARDINGS[:2])
+        ]
+    if world == 1:
+        found += [
+            (Case(algorithm, "bfloat16", "float32", streamed=True), "SHARD_GRAD_OP")
+            for algorithm in ALGORITHMS
+        ]
+    return found
+
+
+# ---------------------------------------------------------------------------- what is given
+
+
+def head_weight() -> torch.Tensor:
+    """[V, H] multiples of 1/32 below 2, which bfloat16 holds exactly."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(-63, 64, (VOCAB_SIZE, HIDDEN_SIZE), generator=generator) / 32
+
+
+def states(rank: int) -> torch.Tensor:
+    """[B, L, H] final states of a rank's samples, multiples of 1/256 below 2.
+
+    bfloat16 does not hold them. Their products with the head are sums of 32 multiples of 2^-13
+    below 4, so float32 has every logit exactly.
+    """
+    generator = torch.Generator().manual_seed(11 + rank)
+    return torch.randint(-511, 512, (ROWS, LENGTH, HIDDEN_SIZE), generator=generator) / 256
+
+
+def draft_vocabulary() -> torch.Tensor:
+    """[V] bool."""
+    kept = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    kept[torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(3))[:96]] = True
+    return kept
+
+
+def prepare(root: Path) -> None:
+    """The target, the draft vocabulary and the drafts' configs."""
+    model = build_model()
+    model.lm_head.weight.data = head_weight()
+    model.save_pretrained(root / "target")
+    kept = draft_vocabulary()
+    d2t = kept.nonzero().squeeze(-1) - torch.arange(DRAFT_VOCAB_SIZE)
+    torch.save({"t2d": kept, "d2t": d2t}, root / "mapping.pt")
+    for algorithm in ALGORITHMS:
+        draft, *_ = algorithm_settings(algorithm, model.config.to_dict())
+        (root / f"{algorithm}.json").write_text(json.dumps(draft))
+
+
+def _records(algorithm: str, rank: int) -> list[dict[str, torch.Tensor]]:
+    """Samples [1, L, ...] with the names that streams give them."""
+    generator = torch.Generator().manual_seed(rank)
+    rows = 1 if algorithm == "peagle" else ROWS
+    found = []
+    for row in range(rows):
+        mask = torch.ones(1, LENGTH, dtype=torch.long)
+        mask[:, :2] = 0
+        record = {
+            "input_ids": torch.randint(VOCAB_SIZE, (1, LENGTH), generator=generator),
+            "loss_mask": mask,
+            "attention_mask": torch.ones_like(mask),
+        }
+        final = states(rank)[row : row + 1]
+        captured = CAPTURED.get(algorithm, 0)
+        aux = torch.randn(1, LENGTH, captured * HIDDEN_SIZE, generator=generator)
+        if algorithm in ("eagle3", "peagle"):
+            record |= {"hidden_state": aux, "target": final}
+        elif captured:
+            record |= {"hidden_states": aux, "target_last_hidden_states": final}
+        else:
+            record["hidden_state"] = final
+        found.append(record)
+    return found
+
+
+#: The names that captured files give to what streams call otherwise.
+_IN_FILES = {"hidden_state": "aux_hidden_state", "target": "hidden_state"}
+
+
+def _batch(algorithm: Any, name: str, rank: int, streamed: bool) -> dict[str, torch.Tensor]:
+    records = _records(name, rank)
+    if streamed:
+        collate = algorithm.providers.server_streaming_for("text").build_collator()
+        return collate(records)
+    provider = algorithm.providers.offline_for("text")
+    renamed = _IN_FILES if name in ("eagle3", "peagle") else {}
+    normalize, collate = provider.build_normalizer(LENGTH), provider.build_collator()
+    features = [
+        normalize(
+            {
+                renamed.get(key, key): value[0] if value.dim() == 2 else value
+                for key, value in record.items()
+            }
+        )
+        for record in records
+    ]
+    return collate(features)
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+class Recorder:
+    """A loss that keeps what it was given."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss, self.seen = loss, []
+
+    def terms(self, logits: torch.Tensor, target: Any, mask: torch.Tensor) -> dict:
+        """The loss's own; of supervised positions the target's fields are kept."""
+        if not torch._C._current_graph_task_id() + 1:
+            fields = (target.logits, target.log_normalizer, target.log_coverage)
+            perfect = self.loss.terms(target.logits, target, mask)["alpha"]
+            self.seen.append([value[mask.bool()].clone() for value in (*fields, perfect)])
+        return self.loss.terms(logits, target, mask)
+
+    def combine(self, terms: dict, mean: Any) -> dict:
+        """The loss's own."""
+        return self.loss.combine(terms, mean)
+
+
+def _config(case: Case, root: Path) -> Any:
+    from specforge.config import Config
+
+    _, model, training = algorithm_settings(case.algorithm, {})
+    model = {
+        "target_model_path": str(root / "target"),
+        "draft_model_config": str(root / f"{case.algorithm}.json"),
+        "vocab_mapping_path": str(root / "mapping.pt"),
+        "torch_dtype": case.dtype,
+        **model,
+        "target_head_dtype": case.head,
+    }
+    training = {
+        "strategy": case.algorithm,
+        "attention_backend": "sdpa",
+        "compact_teacher": case.compact,
+        "compact_teacher_chunk_size": 100 if case.compact else None,
+        "loss": "lk_lambda",
+        **training,
+    }
+    data = {"hidden_states_path": str(root)}
+    return Config.model_validate({"model": model, "data": data, "training": training})
+
+
+def step(case: Case, sharding: str, root: Path, rank: int) -> dict[str, Any]:
+    """Loss, gradients, and the target as the loss saw it."""
+    from specforge.application import resolve_run
+    from specforge.runtime.contracts import TrainBatch
+    from specforge.training.assembly import build_model_bundle
+    from specforge.training.backend import FSDPTrainingBackend, ParallelConfig
+
+    config = _config(case, root)
+    algorithm = resolve_run(config).algorithm
+    torch.manual_seed(0)
+    bundle = build_model_bundle(config, algorithm=algorithm)
+    model = bundle.model
+    recorder = model.loss = Recorder(model.loss)
+    parallel = ParallelConfig.from_distributed(
+        sharding_strategy=sharding, param_dtype=getattr(torch, case.dtype)
+    )
+    backend = FSDPTrainingBackend(parallel)
+    wrapped = backend.prepare_model(model, optimizer_target=model.draft_model)
+    strategy = algorithm.providers.step.build(
+        wrapped, target_head=bundle.target_head, **bundle.strategy_kwargs.options
+    )
+    tensors = _batch(algorithm, case.algorithm, rank, case.streamed)
+    metadata = {"target_repr": "hidden_state"}
+    torch.manual_seed(1 + rank)
+    batch = TrainBatch(["a"], case.algorithm, tensors, metadata)
+    out = strategy.forward_loss(batch)
+    backend.backward(out.loss)
+    fields = [torch.cat(column) for column in zip(*recorder.seen, strict=True)]
+    return {
+        "loss": out.loss.detach(),
+        "gradients": _gradients(wrapped),
+        **dict(zip(("logits", "log_normalizer", "log_coverage", "perfect"), fields, strict=True)),
+    }
+
+
+def _gradients(wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whole gradients by the names of the draft's parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        if isinstance(wrapped, FSDP):
+            with FSDP.summon_full_params(wrapped, with_grads=True):
+                yield
+        else:
+            yield
+
+    with whole():
+        return {
+            name.replace("_fsdp_wrapped_module.", "").split("draft_model.")[1]: value.grad.clone()
+            for name, value in wrapped.named_parameters()
+            if value.grad is not None
+        }
+
+
+def main(root: Path, rank: int, world: int) -> None:
+    """Every case under every sharding, into ``root/<world>-<rank>.pt``."""
+    install()
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(root / f"store-{world}"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    results = {
+        (tuple(case), sharding): step(case, sharding, root, rank) for case, sharding in runs(world)
+    }
+    torch.save(results, root / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
