@@ -284,6 +284,8 @@ def _build_training_model(
         head=target_head.fc.weight,
         read=partial(_tensor, target_head),
         embedding_key=config.model.embedding_key,
+        bias=target_head.fc.bias,
+        transform=target_head.transform,
     )
     draft.borrow(weights)
     if not config.model.draft_checkpoint_path:

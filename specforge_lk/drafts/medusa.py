@@ -122,15 +122,18 @@ class MedusaModel(HeadDraftModel):
 
     @torch.no_grad()
     def borrow(self, target: TargetWeights) -> None:
-        """The one unembedding of all heads is the target's."""
+        """The one unembedding of all heads is the target's, with its scale."""
         if self.config.original_lm_head:
-            self.lm_head.weight.copy_(target.head[self.t2d.to(target.head.device)])
+            self.lm_head.weight.copy_(target.scaled_head(self.t2d))
 
     @torch.no_grad()
     def start_from(self, target: TargetWeights) -> None:
-        """Every unembedding of a head's own starts as the target's."""
-        for unembedding in self._unembeddings:
-            unembedding.weight.copy_(target.head[self.t2d.to(target.head.device)])
+        """Every unembedding of a head's own starts as the target's, with its scale."""
+        if self.config.original_lm_head:
+            return
+        head = target.scaled_head(self.t2d)
+        for unembedding in self.lm_heads:
+            unembedding.weight.copy_(head)
 
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from specforge.core.target_projection import LogitTransform
 from specforge.modeling.draft.base import Eagle3DraftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,15 +24,43 @@ VOCABULARY: Final = ("t2d", "d2t")
 class TargetWeights:
     """What a draft may take over from its target.
 
+    The target's logits are transform(h W^T + b). Of that, engines compute h W^T for a draft
+    (vLLM's medusa and MTP models).
+
     Attributes:
-        head: [V, H] the target's head.
+        head: [V, H] W, the weight of the target's head.
         read: a tensor of the target's checkpoint by its name.
         embedding_key: the name of its embedding.
+        bias: [V] b, where the head has one.
+        transform: the target's scale and soft cap.
     """
 
     head: torch.Tensor
     read: Callable[[str], torch.Tensor]
     embedding_key: str
+    bias: torch.Tensor | None = None
+    transform: LogitTransform = field(default_factory=LogitTransform)
+
+    @property
+    def beyond_weight(self) -> list[str]:
+        """What the target's logits have that its head's weight has not."""
+        settings = {"bias": self.bias, **vars(self.transform)}
+        return [name for name, value in settings.items() if value is not None]
+
+    def scaled_head(self, t2d: torch.Tensor) -> torch.Tensor:
+        """[V_d, H] the head on the draft vocabulary, with the target's scale in the weight.
+
+        Warns of a bias or soft cap, which no weight can hold: the draft's logits are without.
+        """
+        lost = set(self.beyond_weight) & {"bias", "soft_cap"}
+        if lost:
+            warnings.warn(
+                f"the target's {' and '.join(sorted(lost))} do not go with its head: engines "
+                "multiply a draft's states by the weight alone, and training does the same",
+                stacklevel=2,
+            )
+        scale = dataclasses.replace(self.transform, soft_cap=None)
+        return scale(self.head[t2d.to(self.head.device)])
 
 
 class HeadDraftModel(PreTrainedModel, ABC):

@@ -119,7 +119,17 @@ class MTPDraftModel(HeadDraftModel):
 
     @torch.no_grad()
     def borrow(self, target: TargetWeights) -> None:
-        """Take over the target's embedding and head."""
+        """Take over the target's embedding and head.
+
+        Raises:
+            ValueError: the target's logits are not its head's weight times its last state.
+        """
+        if target.beyond_weight:
+            raise ValueError(
+                f"the target's head has a {', '.join(target.beyond_weight)}: an MTP module drafts "
+                "with the target's own head, which engines apply without; train another draft of "
+                "this target, such as eagle3 or medusa"
+            )
         self._embedding.weight.copy_(target.read(target.embedding_key))
         self._unembedding.weight.copy_(target.head)
 

@@ -155,11 +155,10 @@ class HeadTrainStrategy(DraftTrainStrategy):
     @torch.no_grad()
     def _target(self, hidden: torch.Tensor) -> TargetDistribution:
         draft = _unwrapped(self.model).draft_model
-        weight = self.target_head.fc.weight
-        hidden = hidden.to(weight.dtype)
+        hidden = hidden.to(self.target_head.fc.weight.dtype)
         if len(draft.d2t) == len(draft.t2d):
             return TargetDistribution.from_logits(self.target_head(hidden))
-        return TargetDistribution.from_hidden_states(hidden, weight, draft.t2d)
+        return TargetDistribution.from_hidden_states(hidden, self.target_head, draft.t2d)
 
     def checkpoint_state_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The draft's tensors, but for embeddings and heads that the target lends."""
