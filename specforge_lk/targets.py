@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 #: Targets of which SGLang 0.5.14 captures the inputs of the layers it is given, not their outputs,
-#: unless the first is layer 1; patch 0012 has the same list. Kimi K2 is a DeepseekV3ForCausalLM.
+#: unless the first is layer 1; patch 0013 has the same list. Kimi K2 is a DeepseekV3ForCausalLM.
 LAYER_IDS_OF_INPUTS = frozenset(
     {
         "DeepseekV2ForCausalLM",

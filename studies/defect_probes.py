@@ -178,6 +178,35 @@ def _head(directory: Path, **options: Any) -> Any:
     return supported(TargetHead.from_pretrained, model_path=str(directory), **options)
 
 
+def target_logits() -> Figures:
+    """Random targets that do more than multiply by a weight; loading rounds to bfloat16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings: dict[str, dict[str, Any]] = {
+        "cohere": {"logit_scale": 0.0625},
+        "gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8},
+        "granite": {"logits_scaling": 8.0},
+        "phi": {},
+    }
+    figures: Figures = {}
+    for family, setting in settings.items():
+        sizes = {**TINY, "model_type": family, "pad_token_id": 0}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes, **setting)).eval()
+        tokens = torch.arange(40)[None]
+        with scratch() as directory, torch.no_grad():
+            for parameter in model.get_output_embeddings().parameters():
+                parameter.copy_(torch.randn_like(parameter).bfloat16())
+            states = model.get_decoder()(input_ids=tokens).last_hidden_state
+            p = model(input_ids=tokens).logits.softmax(-1)
+            model.save_pretrained(directory)
+            head = _head(directory).float()
+            q = head(states.to(head.fc.weight.device)).softmax(-1).cpu()
+            distance = (p - q).abs().sum(-1).mean() / 2
+        figures[f"total variation from a {family} target's own p"] = distance.item()
+    return figures
+
+
 def target_head_precision() -> Figures:
     """Weights and states that bfloat16 holds exactly, so that the logits alone are rounded."""
     from safetensors.torch import save_file
@@ -700,6 +729,7 @@ PROBES: dict[str, Callable[[], Figures]] = {
     for probe in (
         without_triton,
         target_head_files,
+        target_logits,
         target_head_precision,
         missing_features,
         pickled_code,

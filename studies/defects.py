@@ -29,6 +29,7 @@ SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])
 FIXES = (
     "without_triton",
     "target_head_files",
+    "target_logits",
     "target_head_precision",
     "missing_features",
     "pickled_code",
