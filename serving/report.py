@@ -81,6 +81,7 @@ class ServingReport(_Strict):
     settings: dict[str, Any]
     versions: dict[str, str]
     training: dict[str, dict[str, Any]]
+    notes: list[str] = []
     comparisons: list[Comparison] = []
     speculator: Speculator | None = None
 
@@ -187,6 +188,7 @@ def _difference(c: Comparison, d: FirstDifference) -> str:
 def markdown(report: ServingReport) -> str:
     """The report as markdown."""
     lines = ["# Drafts served by vLLM", ""]
+    lines += [line for note in report.notes for line in (note, "")]
     lines += [
         "Made by `make serve-check`. Accepted per position: share of the steps that accepted it "
         "and all before it, as vLLM counts. At T = 0 both sides must take the same decisions, "

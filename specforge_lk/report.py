@@ -118,6 +118,7 @@ class Report(_Strict):
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     command: list[str] = []
+    notes: list[str] = Field([], description="what a reader of these figures has to know first")
     published: str | None = Field(None, description="target in the paper's tables to compare with")
     gains: dict[str, str] = Field(
         {}, description="by algorithm, the target whose gains in the paper to put beside these"
@@ -376,6 +377,7 @@ def render_markdown(report: Report) -> str:
     """The report as markdown."""
     parts = [
         "# Acceptance",
+        *report.notes,
         "τ is pooled over drafted tokens (K · accepted / drafted + 1) on sampled benchmarks, and "
         "the exact expectation 1 + mean Σ_k Π_{i≤k} α_i over chain starts, teacher-forced, on "
         "held-out responses. α per head is Σ min(p, q), the target distribution p not "
@@ -386,7 +388,7 @@ def render_markdown(report: Report) -> str:
         _table(*result_rows(report)),
     ]
     if len({r.seed for r in report.results}) > 1:
-        parts[1:1] = [
+        parts[1 + len(report.notes) : 1 + len(report.notes)] = [
             "Means over training seeds, with the least and the greatest; expected τ, α and Δ are "
             "those of held-out responses. Every seed by itself, with its intervals, is below.",
             _table(*seed_rows(report)),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specforge.application import resolve_run
+from specforge.config import load_config
 from specforge.data.prompt_builder import prepare_prompt_tasks
 from tiny_target import VOCAB_SIZE, draft_config, save_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -142,6 +144,32 @@ def test_layers_of_which_sglang_takes_the_inputs(
     run(run_config(other, tmp_path, "dflash"), responses)
 
 
+def test_rows_that_train_nothing_are_skipped_and_counted(target: Path, tmp_path: Path):
+    """A response of one token, or cut to one: nothing is drafted there. SpecForge agrees."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    question, longer = [{"role": "user", "content": "a"}], [{"role": "user", "content": "a" * 20}]
+    answer = {"role": "assistant", "content": "b"}
+    rows = [
+        {"conversations": [*question, answer], "response_ids": [2]},
+        {"conversations": [*longer, answer], "response_ids": [30, 31, 2]},
+        {"conversations": [*question, answer], "response_ids": [30, 2]},
+    ]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)))
+    cut = len(prompt_ids(tokenizer, longer)) + 1
+    config = run_config(target, tmp_path)
+    output = run(config, path, f"data.max_length={cut}")
+    assert f"1 samples (1 new, 1 cut to {cut} tokens, 2 skipped), 2 supervised tokens" in output
+
+    model = resolve_run(load_config(str(config), ["training.loss=kl"])).algorithm.providers.model
+    masks = [tokenise(row, tokenizer).loss_mask[:cut] for row in rows]
+    assert [model.loss_mask_filter(mask) for mask in masks] == [False, False, True]
+
+    path.write_text(json.dumps(rows[0]) + "\n")
+    refused = invoke(config, path, "--out", str(tmp_path / "none"))
+    assert refused.exit_code == 1 and "no response of two tokens or more" in refused.output
+
+
 def test_specforge_reads_the_features(target: Path, responses: Path, tmp_path: Path):
     from specforge.algorithms.eagle3.data import build_offline_normalizer, build_offline_reader
     from specforge.runtime.data_plane.feature_store import load_feature_file
@@ -223,13 +251,13 @@ def test_features_serve_every_run_that_reads_no_more(target: Path, responses: Pa
 def test_long_rows_are_cut_and_unsupervised_ones_skipped(
     target: Path, responses: Path, tmp_path: Path
 ):
-    # Only row 0 has two supervised tokens within 22, the first of which has a successor.
+    # Only row 0 has two tokens of a response within 22.
     output = run(run_config(target, tmp_path), responses, "data.max_length=22")
     assert "1 samples (1 new, 4 cut to 22 tokens, 3 skipped), 2 supervised tokens" in output
     (record,) = records(tmp_path)
     assert len(record["input_ids"]) == record["aux_hidden_state"].shape[1] == 22
     result = invoke(run_config(target, tmp_path), responses, "data.max_length=21")
-    assert result.exit_code == 1 and "no response with supervised tokens" in result.output
+    assert result.exit_code == 1 and "data.max_length=21" in result.output
 
 
 def test_mapping_is_written_and_specforge_can_load_it(

@@ -48,11 +48,14 @@ def test_round_trip_and_rendering(tmp_path):
             "alpha_per_head": [0.4, 0.3],
         }
     )
-    report = Report(results=[KL, held_out], paired=[PAIRED], command=["specforge-lk", "eval"])
+    report = Report(
+        results=[KL, held_out], paired=[PAIRED], command=["specforge-lk", "eval"], notes=["Old."]
+    )
     written = write_all(report, tmp_path / "new" / "report.json")
     assert [path.name for path in written] == ["report.json", "report.md", "acceptance.png"]
     assert read_report(written[0]) == report
     markdown = written[1].read_text()
+    assert markdown.startswith("# Acceptance\n\nOld.\n\n")
     assert "| 1.500 [1.400, 1.600] | 0.300 / – | 0.800 |" in markdown
     assert "| held-out (exact) | 1 | eagle3 kl | 1.610 [1.500, 1.700] |" in markdown
     assert "+0.0120 [+0.0100, +0.0140]" in markdown

@@ -120,7 +120,10 @@ def _run(
         loss_mask_filter=algorithm.providers.model.loss_mask_filter,
     )
     if not samples.kept:
-        raise ValueError(f"{responses} has no response of two tokens or more to train on")
+        raise ValueError(
+            f"{responses} has no response of two tokens or more, within "
+            f"data.max_length={run.data.max_length}, to train on"
+        )
     if plan:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
