@@ -413,17 +413,28 @@ def streamed_sample(
 
 
 def streamed_samples() -> Figures:
-    from specforge.algorithms.eagle3.data import build_server_collator
+    from specforge.algorithms.eagle3.data import (
+        build_offline_collator,
+        build_server_collator,
+        normalize_offline_sample,
+    )
 
-    collate = build_server_collator()
-    short = streamed_sample(64)
-    short["target"] = short["target"][:, :48]
+    def captured(states: int) -> dict[str, torch.Tensor]:
+        sample = streamed_sample(64)
+        stored = {
+            "input_ids": sample["input_ids"][0],
+            "loss_mask": sample["loss_mask"][0],
+            "aux_hidden_state": sample["hidden_state"],
+            "hidden_state": sample["target"][:, :states],
+        }
+        return normalize_offline_sample(stored, max_len=64)
+
     return {
         "a streamed batch of samples of 64 and 48 tokens": outcome(
-            lambda: collate([streamed_sample(64), streamed_sample(48)])
+            lambda: build_server_collator()([streamed_sample(64), streamed_sample(48)])
         ),
-        "a sample of 64 tokens with 48 target states, beside a whole one": outcome(
-            lambda: collate([streamed_sample(64), short])
+        "a captured sample of 64 tokens with 63 target states": outcome(
+            lambda: build_offline_collator()([captured(63)])
         ),
     }
 
