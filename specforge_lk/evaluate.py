@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -103,14 +104,21 @@ class LoadedDraft:
 # Intervals
 
 
+def _resamples(count: int, seed: int) -> np.ndarray:
+    """[RESAMPLES, count] how often each of ``count`` entries is drawn."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
+
+
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> list[float]:
     """95 % percentile interval of Σ numerator / Σ denominator, resampling the entries [C]."""
-    count = len(numerator)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    weights = _resamples(len(numerator), seed)
     total = weights @ denominator
-    ratios = (weights @ numerator)[total > 0] / total[total > 0]
-    return [float(bound) for bound in np.percentile(ratios, [2.5, 97.5])]
+    return _interval((weights @ numerator)[total > 0] / total[total > 0])
 
 
 def _nullable(values: Iterable[float]) -> list[float | None]:
@@ -125,6 +133,67 @@ def pooled_tau(accepted: int, drafted: int, heads: int) -> float:
     return heads * accepted / drafted + 1
 
 
+@dataclass(frozen=True)
+class _Arrays:
+    """Arrays of one measurement, kept in a file beside the report."""
+
+    def save(self, path: Path) -> None:
+        """Write the arrays to an .npz file, through a temporary one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
+        np.savez_compressed(temporary, **asdict(self))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read arrays written by `save`."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**{name: arrays[name] for name in arrays.files})
+
+
+@dataclass(frozen=True)
+class Drafted(_Arrays):
+    """What one draft proposed in every prompt of a benchmark.
+
+    Attributes:
+        prompt: [N] row of the prompt.
+        drafted: [N] drafted tokens.
+        accepted: [N] accepted ones among them.
+    """
+
+    prompt: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
+
+    def resampled_tau(self, heads: int, weights: np.ndarray) -> np.ndarray:
+        """Pooled τ of every resample of the prompts; NaN where nothing was drafted."""
+        with np.errstate(invalid="ignore"):
+            return heads * (weights @ self.accepted) / (weights @ self.drafted) + 1
+
+
+def paired_benchmark_difference(
+    a: Drafted, b: Drafted, heads: int, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Pooled τ_a - τ_b over the same prompts, and its 95 % interval.
+
+    The bootstrap resamples prompts, the same ones for both drafts: what makes a prompt easy for
+    both does not widen the interval.
+
+    Raises:
+        ValueError: the two did not draft for the same prompts.
+    """
+    if not np.array_equal(a.prompt, b.prompt):
+        raise ValueError(
+            "the two drafts were measured on different prompts; evaluate both with the same "
+            "benchmark file, --limit and --max-length"
+        )
+    everything = np.ones((1, len(a.prompt)))
+    (difference,) = a.resampled_tau(heads, everything) - b.resampled_tau(heads, everything)
+    weights = _resamples(len(a.prompt), seed)
+    differences = a.resampled_tau(heads, weights) - b.resampled_tau(heads, weights)
+    return float(difference), _interval(differences[~np.isnan(differences)])
+
+
 def measure_benchmark(
     target: Target,
     draft: Draft,
@@ -133,8 +202,8 @@ def measure_benchmark(
     settings: Settings,
     prefills: Prefills | None = None,
     advance: Advance = _silent,
-) -> dict:
-    """Speculative decoding of benchmark prompts: the fields of a `Result` that it measures.
+) -> tuple[dict, Drafted]:
+    """Speculative decoding of benchmark prompts.
 
     Args:
         target: the target model.
@@ -144,6 +213,9 @@ def measure_benchmark(
         settings: see `Settings`.
         prefills: target states of the prompts' first turns, shared between measurements.
         advance: see `Advance`; all prompts and turns stand for max_new_tokens each.
+
+    Returns:
+        The fields of a `Result` that it measures, and the counts of every prompt.
     """
     generator = torch.Generator(target.device).manual_seed(settings.seed)
     chats: list[list[dict]] = [[] for _ in prompts]
@@ -190,15 +262,16 @@ def measure_benchmark(
             "--max-length or --max-new-tokens"
         )
     reached = sum(g.reached for g in flat)
-    low, high = bootstrap_ratio(
-        np.array([sum(g.accepted for g in gs) for gs in per_prompt if gs]),
+    counts = Drafted(
+        np.array([index for index, gs in enumerate(per_prompt) if gs]),
         np.array([sum(g.drafted for g in gs) for gs in per_prompt if gs]),
-        settings.seed,
+        np.array([sum(g.accepted for g in gs) for gs in per_prompt if gs]),
     )
+    low, high = bootstrap_ratio(counts.accepted, counts.drafted, settings.seed)
     with np.errstate(invalid="ignore"):
         alpha = sum(g.alpha for g in flat) / reached
         empirical = sum(g.accepted_at for g in flat) / reached
-    return {
+    fields = {
         "tau": pooled_tau(accepted, drafted, settings.heads),
         "tau_ci": [settings.heads * low + 1, settings.heads * high + 1],
         "alpha_per_head": _nullable(alpha),
@@ -210,6 +283,7 @@ def measure_benchmark(
         "skipped": skipped,
         "generated_tokens": sum(len(g.tokens) for g in flat),
     }
+    return fields, counts
 
 
 def _even_batches(order: list[int], settings: Settings) -> list[list[int]]:
@@ -240,7 +314,7 @@ def _square_batches(
 
 
 @dataclass(frozen=True)
-class ChainStarts:
+class ChainStarts(_Arrays):
     """Exact acceptance of one draft at every chain start of the held-out responses.
 
     Attributes:
@@ -259,19 +333,6 @@ class ChainStarts:
     def tau(self) -> np.ndarray:
         """[N] expected tokens per target step: 1 + Σ_k Π_{i≤k} α_i."""
         return 1 + np.cumprod(self.alpha.astype(np.float64), axis=1).sum(1)
-
-    def save(self, path: Path) -> None:
-        """Write the arrays to an .npz file, through a temporary one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
-        np.savez_compressed(temporary, **asdict(self))
-        temporary.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> ChainStarts:
-        """Read arrays written by `save`."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{name: arrays[name] for name in arrays.files})
 
 
 def _per_conversation(starts: ChainStarts, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -529,7 +590,7 @@ def run(
     Args:
         target: the loaded target.
         target_path: where it was loaded from.
-        drafts: the drafts; each is compared with every earlier one on held-out responses.
+        drafts: the drafts; each is compared with every earlier one.
         benchmarks: name -> JSONL file or ``hub:…``.
         held_out: JSONL of conversations, or None.
         temperatures: sampling temperatures, 0 for greedy decoding.
@@ -638,7 +699,7 @@ def run(
                         )
                     )
             report.write(out)
-        _compare(report, out, drafts, settings)
+        _compare(report, out, drafts, [HELD_OUT], temperatures, settings)
         report.write(out)
 
     for name in benchmarks:
@@ -652,7 +713,7 @@ def run(
                 began = time.monotonic()
                 what = f"{name}, T = {temperature:g}, {draft.loss}"
                 with track(what, count * settings.max_new_tokens) as progress:
-                    fields = measure_benchmark(
+                    fields, counts = measure_benchmark(
                         target,
                         draft.model,
                         prompts[name],
@@ -662,15 +723,20 @@ def run(
                         progress.advance,
                     )
                 fields["seconds"] = round(time.monotonic() - began, 1)
+                fields["arrays"] = _arrays_path(out, empty)
+                counts.save(out.parent / fields["arrays"])
                 report.put(empty.model_copy(update=fields))
                 report.write(out)
+    _compare(report, out, drafts, list(benchmarks), temperatures, settings)
     report.write(out)
     return report
 
 
 def _arrays_path(out: Path, result: Result) -> str:
-    """Where a held-out result's arrays are, relative to the report's directory."""
+    """Where a result's arrays are, relative to the report's directory."""
     name = f"{result.algorithm}-{result.loss}-seed{result.seed}-T{result.temperature:g}"
+    if result.benchmark != HELD_OUT:
+        name = f"{quote(result.benchmark, safe='')}-{name}"
     return f"{out.stem}-arrays/{name}-{result.draft_sampling}.npz"
 
 
@@ -680,39 +746,53 @@ def _kept(report: Report, out: Path, result: Result) -> bool:
     return found is not None and (found.arrays is None or (out.parent / found.arrays).is_file())
 
 
-def _compare(report: Report, out: Path, drafts: Sequence[LoadedDraft], settings: Settings) -> None:
+def _compare(
+    report: Report,
+    out: Path,
+    drafts: Sequence[LoadedDraft],
+    benchmarks: Sequence[str],
+    temperatures: Sequence[float],
+    settings: Settings,
+) -> None:
     """Fill ``report.paired``: every draft against every earlier one of its algorithm and seed.
 
-    Pairs of drafts that this run did not evaluate stay as they are.
+    Pairs that this run did not measure stay as they are.
     """
     order = [(d.model.algorithm, d.loss, d.seed) for d in drafts]
+
+    def measured_here(of: Paired | Result, loss: str) -> bool:
+        return (
+            of.benchmark in benchmarks
+            and of.temperature in temperatures
+            and of.draft_sampling == settings.draft_sampling
+            and (of.algorithm, loss, of.seed) in order
+        )
+
     report.paired = [
-        p
-        for p in report.paired
-        if (p.algorithm, p.loss, p.seed) not in order
-        and (p.algorithm, p.baseline, p.seed) not in order
+        p for p in report.paired if not (measured_here(p, p.loss) or measured_here(p, p.baseline))
     ]
-    measured = [
-        r
-        for r in report.results
-        if r.benchmark == HELD_OUT
-        and r.draft_sampling == settings.draft_sampling
-        and (r.algorithm, r.loss, r.seed) in order
-    ]
-    measured.sort(key=lambda r: (r.temperature, order.index((r.algorithm, r.loss, r.seed))))
+    measured = [r for r in report.results if r.arrays and measured_here(r, r.loss)]
+    measured.sort(key=lambda r: order.index((r.algorithm, r.loss, r.seed)))
+    measured.sort(key=lambda r: (benchmarks.index(r.benchmark), r.temperature))
     for baseline, result in combinations(measured, 2):
-        if (baseline.algorithm, baseline.seed, baseline.temperature) != (
-            result.algorithm,
-            result.seed,
-            result.temperature,
-        ):
+        same = ("algorithm", "seed", "benchmark", "temperature")
+        if any(getattr(baseline, name) != getattr(result, name) for name in same):
             continue
-        a = ChainStarts.load(out.parent / result.arrays)
-        b = ChainStarts.load(out.parent / baseline.arrays)
-        difference, interval = paired_difference(a, b, settings.seed)
+        files = (out.parent / result.arrays, out.parent / baseline.arrays)
+        if result.benchmark == HELD_OUT:
+            a, b = map(ChainStarts.load, files)
+            difference, interval = paired_difference(a, b, settings.seed)
+            size = {
+                "chain_starts": len(a.position),
+                "conversations": len(np.unique(a.conversation)),
+            }
+        else:
+            a, b = map(Drafted.load, files)
+            difference, interval = paired_benchmark_difference(a, b, result.heads, settings.seed)
+            size = {"prompts": len(a.prompt)}
         report.paired.append(
             Paired(
-                benchmark=HELD_OUT,
+                benchmark=result.benchmark,
                 algorithm=result.algorithm,
                 seed=result.seed,
                 temperature=result.temperature,
@@ -721,7 +801,6 @@ def _compare(report: Report, out: Path, drafts: Sequence[LoadedDraft], settings:
                 baseline=baseline.loss,
                 difference=difference,
                 ci=interval,
-                chain_starts=len(a.position),
-                conversations=len(np.unique(a.conversation)),
+                **size,
             )
         )

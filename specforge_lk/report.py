@@ -63,7 +63,9 @@ class Result(_Strict):
     generated_tokens: int | None = None
     conversations: int | None = None
     chain_starts: int | None = None
-    arrays: str | None = Field(None, description="per-chain-start arrays, beside the report")
+    arrays: str | None = Field(
+        None, description="arrays per chain start or per prompt, beside the report"
+    )
     draft: str | None = None
     seconds: float | None = None
     fingerprint: str | None = None
@@ -82,7 +84,11 @@ class Result(_Strict):
 
 
 class Paired(_Strict):
-    """Difference in expected τ, ``loss`` minus ``baseline``, over the same chain starts."""
+    """Difference in τ, ``loss`` minus ``baseline``.
+
+    Of expected τ over the same chain starts of held-out responses, of pooled τ over the same
+    prompts of a benchmark.
+    """
 
     benchmark: str
     algorithm: str
@@ -93,8 +99,9 @@ class Paired(_Strict):
     baseline: str
     difference: float
     ci: Interval
-    chain_starts: int
-    conversations: int
+    chain_starts: int | None = None
+    conversations: int | None = None
+    prompts: int | None = None
 
 
 class Training(_Strict):
@@ -112,9 +119,13 @@ class Training(_Strict):
 class Report(_Strict):
     """Everything one evaluation or study measured."""
 
+    preface: str | None = Field(None, description="markdown to begin with")
     results: list[Result] = []
     paired: list[Paired] = []
     training: list[Training] = []
+    stages: dict[str, float | None] = Field(
+        {}, description="wall clock of every stage in seconds; None where it was interrupted"
+    )
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     command: list[str] = []
@@ -222,21 +233,40 @@ def _without_constant(
 
 
 def paired_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of paired differences."""
-    header = ["T", "seed", "drafting", "draft", "against", "Δ expected τ [95 %]", "chain starts"]
-    rows = [
-        [
-            f"{p.temperature:g}",
-            str(p.seed),
-            p.draft_sampling,
-            f"{p.algorithm} {p.loss}",
-            p.baseline,
-            f"{p.difference:+.4f} [{p.ci[0]:+.4f}, {p.ci[1]:+.4f}]",
-            str(p.chain_starts),
-        ]
-        for p in report.paired
-    ]
+    """Header and rows of the table of paired differences.
+
+    "of τ - 1" is the difference as a share of what the baseline's draft adds to a target step.
+    """
+    header = ["benchmark", "T", "seed", "drafting", "draft", "against", "Δ τ [95 %]"]
+    header += ["of τ - 1", "over"]
+    rows = []
+    for p in report.paired:
+        held_out = p.benchmark == HELD_OUT
+        share = relative_difference(report, p)
+        rows.append(
+            [
+                "held-out (exact)" if held_out else p.benchmark,
+                f"{p.temperature:g}",
+                str(p.seed),
+                p.draft_sampling,
+                f"{p.algorithm} {p.loss}",
+                p.baseline,
+                f"{p.difference:+.4f} [{p.ci[0]:+.4f}, {p.ci[1]:+.4f}]",
+                "–" if share is None else f"{100 * share:+.1f} %",
+                f"{p.chain_starts} chain starts" if held_out else f"{p.prompts} prompts",
+            ]
+        )
     return _without_constant(header, rows)
+
+
+def relative_difference(report: Report, paired: Paired) -> float | None:
+    """The difference over the baseline's τ - 1; None where that is not in the report, or 0."""
+    for r in report.results:
+        same = ("algorithm", "seed", "benchmark", "temperature", "draft_sampling")
+        if r.loss == paired.baseline and all(getattr(r, n) == getattr(paired, n) for n in same):
+            tau = r.tau_expected if r.benchmark == HELD_OUT else r.tau
+            return paired.difference / (tau - 1) if tau and tau != 1 else None
+    return None
 
 
 def published_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -285,7 +315,8 @@ def _over_seeds(values: Sequence[float], form: str = ".3f") -> str:
 def seed_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the summary over training seeds: a row per algorithm, loss and T."""
     benchmarks = list(dict.fromkeys(r.benchmark for r in report.results if r.tau is not None))
-    baselines = list(dict.fromkeys(p.baseline for p in report.paired))
+    paired = [p for p in report.paired if p.benchmark == HELD_OUT]
+    baselines = list(dict.fromkeys(p.baseline for p in paired))
     header = ["T", "drafting", "draft", "seeds", "expected τ", "α per head"]
     header += [f"Δ expected τ to {name}" for name in baselines] + [f"τ {b}" for b in benchmarks]
     groups: dict[tuple, list[Result]] = {}
@@ -305,7 +336,7 @@ def seed_rows(report: Report) -> tuple[list[str], list[list[str]]]:
         for baseline in baselines:
             differences = [
                 p.difference
-                for p in report.paired
+                for p in paired
                 if (p.algorithm, p.temperature, p.draft_sampling, p.loss) == key
                 and p.baseline == baseline
             ]
@@ -378,6 +409,7 @@ def render_markdown(report: Report) -> str:
     parts = [
         "# Acceptance",
         *report.notes,
+        *([report.preface] if report.preface else []),
         "τ is pooled over drafted tokens (K · accepted / drafted + 1) on sampled benchmarks, and "
         "the exact expectation 1 + mean Σ_k Π_{i≤k} α_i over chain starts, teacher-forced, on "
         "held-out responses. α per head is Σ min(p, q), the target distribution p not "
@@ -388,7 +420,8 @@ def render_markdown(report: Report) -> str:
         _table(*result_rows(report)),
     ]
     if len({r.seed for r in report.results}) > 1:
-        parts[1 + len(report.notes) : 1 + len(report.notes)] = [
+        after = 1 + len(report.notes) + bool(report.preface)
+        parts[after:after] = [
             "Means over training seeds, with the least and the greatest; expected τ, α and Δ are "
             "those of held-out responses. Every seed by itself, with its intervals, is below.",
             _table(*seed_rows(report)),
@@ -414,8 +447,10 @@ def render_markdown(report: Report) -> str:
         ]
     if report.paired:
         parts += [
-            "## Paired differences on held-out responses",
-            "The same chain starts for both drafts; the bootstrap resamples conversations.",
+            "## Paired differences",
+            "Of expected τ over the same chain starts of held-out responses, the bootstrap "
+            "resampling conversations; of pooled τ over the same prompts of a benchmark, "
+            "resampling prompts. In percent, of what the other draft adds to a step, its τ - 1.",
             _table(*paired_rows(report)),
         ]
     if report.training:
@@ -436,6 +471,9 @@ def render_markdown(report: Report) -> str:
             ),
             f"```\n{commands}\n```",
         ]
+    if report.stages:
+        stages = [[name, _number(seconds, 0)] for name, seconds in report.stages.items()]
+        parts += ["## Time", _table(["stage", "seconds"], stages)]
     if report.settings:
         parts += ["## Settings", _table(["setting", "value"], _pairs(report.settings))]
     if report.versions:
@@ -468,7 +506,8 @@ def render_chart(report: Report, path: Path) -> None:
     drafts = [*report.results, *report.paired]
     labels = list(dict.fromkeys(_label(r.loss, r.draft_sampling, report) for r in drafts))
     colors = {label: f"C{index}" for index, label in enumerate(labels)}
-    widths = [1, 1.4, 1] if report.paired else [1, 1.4]
+    groups = len({(p.benchmark, p.temperature) for p in report.paired})
+    widths = [1, 1.4, *([max(1, 0.25 * groups)] if groups else [])]
     rows = max(1, len(algorithms))
     figure = Figure(figsize=(4.6 * sum(widths), 1.2 + 3 * rows), layout="constrained")
     grid = figure.subplots(rows, len(widths), width_ratios=widths, squeeze=False)
@@ -524,16 +563,20 @@ def _draw_differences(axes: Axes, algorithm: str, report: Report, colors: dict[s
     if not paired:
         axes.set_visible(False)
         return
-    # Every draft is compared with all before it; the first of them is the baseline of the chart.
-    baseline = paired[0].baseline
+    # Every draft is compared with all before it: the chart shows what is gained over KL, or else
+    # over the first of them.
+    baselines = list(dict.fromkeys(p.baseline for p in paired))
+    baseline = _GAIN_BASELINE if _GAIN_BASELINE in baselines else baselines[0]
     seeds: dict[tuple[str, str], list[tuple[float, list[float]]]] = {}
     for p in paired:
         if p.baseline == baseline:
-            key = (f"T = {p.temperature:g}", _label(p.loss, p.draft_sampling, report))
+            name = "held-out" if p.benchmark == HELD_OUT else p.benchmark
+            group = f"{name}\nT = {p.temperature:g}"
+            key = (group, _label(p.loss, p.draft_sampling, report))
             seeds.setdefault(key, []).append((p.difference, p.ci))
     _draw_bars(axes, seeds, colors)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(title=f"Held-out responses, against {baseline}", ylabel="Δ expected τ")
+    axes.set(title=f"Paired differences to {baseline}", ylabel="Δ τ")
 
 
 def _draw_bars(

@@ -20,11 +20,13 @@ from specforge_lk.decode.prompts import (
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate import (
     ChainStarts,
+    Drafted,
     Settings,
     bootstrap_ratio,
     chain_starts,
     measure_benchmark,
     measure_held_out,
+    paired_benchmark_difference,
     paired_difference,
     pooled_tau,
 )
@@ -47,7 +49,7 @@ def starts_of(alpha, conversation):
 def test_tau_is_pooled_over_drafted_tokens(target, tmp_path):
     assert pooled_tau(accepted=6, drafted=24, heads=4) == 2.0
     draft = load_draft(save_draft(tmp_path), target)
-    fields = measure_benchmark(
+    fields, counts = measure_benchmark(
         target,
         draft,
         [["a short one"], ["another prompt, with a second turn", "go on"]],
@@ -56,6 +58,8 @@ def test_tau_is_pooled_over_drafted_tokens(target, tmp_path):
     )
     assert fields["tau"] == HEADS * fields["accepted"] / fields["drafted"] + 1
     assert fields["prompts"] == 2
+    assert counts.prompt.tolist() == [0, 1]
+    assert (counts.drafted.sum(), counts.accepted.sum()) == (fields["drafted"], fields["accepted"])
     assert fields["generated_tokens"] <= 3 * 24
     assert all(a is None or a <= 1 for a in fields["alpha_per_head"])
 
@@ -91,6 +95,26 @@ def test_paired_difference():
         starts_of(base + shared, np.arange(1000)), starts_of(base, np.arange(1000))
     )[1]
     assert clustered[1] - clustered[0] > 2 * (single[1] - single[0])
+
+
+def test_benchmarks_are_paired_by_prompt(tmp_path):
+    """Prompts differ far more than the drafts, in length and in acceptance."""
+    rng = np.random.default_rng(0)
+    drafted = rng.integers(40, 200, 60)
+    rate = rng.beta(2, 5, 60)
+    a = Drafted(np.arange(60), drafted, np.round(drafted * (rate + 0.02)))
+    b = Drafted(np.arange(60), drafted, np.round(drafted * rate))
+    difference, (low, high) = paired_benchmark_difference(a, b, heads=4)
+    taus = [pooled_tau(d.accepted.sum(), d.drafted.sum(), 4) for d in (a, b)]
+    assert difference == pytest.approx(taus[0] - taus[1])
+    assert 0 < low < difference < high
+    alone = bootstrap_ratio(a.accepted, a.drafted, 0)
+    assert high - low < 0.1 * 4 * (alone[1] - alone[0])
+    a.save(tmp_path / "a.npz")
+    again = paired_benchmark_difference(Drafted.load(tmp_path / "a.npz"), b, heads=4)
+    assert again == (difference, [low, high])
+    with pytest.raises(ValueError, match="different prompts"):
+        paired_benchmark_difference(a, Drafted(b.prompt + 1, b.drafted, b.accepted), heads=4)
 
 
 def test_paired_difference_wants_the_same_chain_starts():
@@ -243,10 +267,18 @@ def test_command_writes_a_report_and_continues_it(files, tmp_path):
         assert keys <= set(entry)
         assert entry["algorithm"] == "eagle3" and len(entry["alpha_per_head"]) == 3
         assert (entry["tau"] is None) == (entry["benchmark"] == "held_out")
-    (hot,) = [p for p in report.paired if p.temperature == 1]
-    assert (hot.loss, hot.baseline) == ("lk_lambda", "kl")
-    tau = {r.loss: r.tau_expected for r in report.results if r.tau_expected and r.temperature == 1}
-    assert hot.difference == pytest.approx(tau["lk_lambda"] - tau["kl"])
+    hot = {p.benchmark: p for p in report.paired if p.temperature == 1}
+    assert len(report.paired) == 4 and hot.keys() == {"held_out", "bench"}
+    for name, pair in hot.items():
+        assert (pair.loss, pair.baseline) == ("lk_lambda", "kl")
+        tau = {
+            r.loss: r.tau_expected or r.tau
+            for r in report.results
+            if (r.benchmark, r.temperature) == (name, 1)
+        }
+        assert pair.difference == pytest.approx(tau["lk_lambda"] - tau["kl"])
+        assert pair.ci[0] <= pair.difference <= pair.ci[1]
+    assert hot["bench"].prompts == 3 and hot["held_out"].conversations == 3
     assert (tmp_path / "acceptance.png").stat().st_size > 10_000
     assert "| held-out (exact) | 1 | eagle3 kl |" in (tmp_path / "report.md").read_text()
     assert report.settings["heads"] == 3 and report.versions["torch"] == torch.__version__

@@ -48,9 +48,11 @@ def test_round_trip_and_rendering(tmp_path):
             "alpha_per_head": [0.4, 0.3],
         }
     )
-    report = Report(
-        results=[KL, held_out], paired=[PAIRED], command=["specforge-lk", "eval"], notes=["Old."]
-    )
+    sampled = {"benchmark": "mt_bench", "difference": 0.1, "ci": [0.05, 0.15], "prompts": 32}
+    sampled |= {"chain_starts": None, "conversations": None}
+    paired = [PAIRED, PAIRED.model_copy(update=sampled)]
+    command = ["specforge-lk", "eval"]
+    report = Report(results=[KL, held_out], paired=paired, command=command, notes=["Old."])
     written = write_all(report, tmp_path / "new" / "report.json")
     assert [path.name for path in written] == ["report.json", "report.md", "acceptance.png"]
     assert read_report(written[0]) == report
@@ -58,7 +60,11 @@ def test_round_trip_and_rendering(tmp_path):
     assert markdown.startswith("# Acceptance\n\nOld.\n\n")
     assert "| 1.500 [1.400, 1.600] | 0.300 / – | 0.800 |" in markdown
     assert "| held-out (exact) | 1 | eagle3 kl | 1.610 [1.500, 1.700] |" in markdown
-    assert "+0.0120 [+0.0100, +0.0140]" in markdown
+    # 0.012 of the 0.61 that the baseline's draft adds; 0.1 of the 0.5 on the benchmark.
+    row = "| 1 | eagle3 lk_lambda | kl | +0.0120 [+0.0100, +0.0140] | +2.0 % | 100 chain starts |"
+    assert f"| held-out (exact) {row}" in markdown
+    row = "| 1 | eagle3 lk_lambda | kl | +0.1000 [+0.0500, +0.1500] | +20.0 % | 32 prompts |"
+    assert f"| mt_bench {row}" in markdown
     assert written[2].read_bytes().startswith(b"\x89PNG")
 
 

@@ -33,8 +33,7 @@ def run(
         typer.Option(
             help="LOSS=DIR or LOSS@SEED=DIR: a draft exported with `specforge export --to hf` or "
             "in vLLM's layout, the name of the loss it was trained with and its training seed. "
-            "Repeatable; on held-out responses each is compared with the ones before it, so put "
-            "baselines first."
+            "Repeatable; each is compared with the ones before it, so put baselines first."
         ),
     ],
     out: Annotated[
@@ -241,7 +240,7 @@ def _print(report: object) -> None:
     if compared[1]:
         tables.append((f"τ with {report.published}, measured (paper)", compared))
     if report.paired:
-        tables.append(("Paired differences on held-out responses", paired_rows(report)))
+        tables.append(("Paired differences", paired_rows(report)))
     for title, (header, rows) in tables:
         table = Table(*map(_escape, header), title=title)
         for row in rows:
