@@ -6,8 +6,12 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 # Where pip finds no CPU wheel of this build it takes a CUDA one; any torch >= 2.11 will do.
 TORCH  ?= torch==2.13.0
-# The losses that `make demo` trains and compares, in this order.
-LOSSES ?= kl lk_lambda
+# The losses that `make demo` fine-tunes a KL draft with and compares, baseline first.
+LOSSES ?= kl lk_lambda tv
+# Its seeds: each trains a KL draft and fine-tunes it with every loss.
+SEEDS  ?= 0
+# Further options, such as `--publish reports/demo.json`: `python -m demo --help` lists them.
+DEMO   ?=
 # Object store of server-streamed training; it needs the Debian packages libibverbs1 and librdmacm1.
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
 # Options of `make study` and `make article`, such as `--algorithms dflash` or `--drafts medusa`;
@@ -65,8 +69,8 @@ $(READY): requirements.txt pyproject.toml $(PATCHES) $(CHOICE)
 	@touch $@
 	@echo "==> $(VENV) is ready"
 
-demo: $(READY) ## train EAGLE-3 drafts of SmolLM2-135M with each of LOSSES, compare acceptance
-	@$(BIN)/python -m demo --losses "$(LOSSES)"
+demo: $(READY) ## fine-tune an EAGLE-3 draft of SmolLM2-135M with each of LOSSES, compare acceptance
+	@$(BIN)/python -m demo --losses "$(LOSSES)" --seeds "$(SEEDS)" $(DEMO)
 
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

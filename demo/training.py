@@ -42,6 +42,8 @@ CONFIGS = Path("configs/smollm2-135m")
 
 #: The name of a run without `training.loss`: SpecForge's own objective.
 STOCK = "stock"
+#: The name of the draft that every loss of the demo fine-tunes.
+START = "start"
 #: Runs that are more than a registered loss, and the settings they stand for.
 VARIANTS = {
     STOCK: (),
@@ -50,6 +52,7 @@ VARIANTS = {
         "training.loss_options.lambda_scope=fixed",
         "training.loss_options.lambda_fixed=0.5",
     ),
+    START: ("training.loss=kl",),
     # A module that knows one position only, as a target's own pretraining leaves it.
     "untuned": ("training.loss=kl", "training.ttt_length=1"),
 }
@@ -72,6 +75,7 @@ class Training:
 
     ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config, ``max_steps``
     ends a run before its last pass is complete; the draft of ``start`` is where it starts from.
+    ``settings`` are further overrides.
     """
 
     algorithm: str
@@ -82,6 +86,7 @@ class Training:
     batch: int | None = None
     max_steps: int | None = None
     start: Training | None = None
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -167,6 +172,7 @@ class Training:
         return [
             *("specforge", "train", "--config", str(self.config_path), *objective, *start),
             *(f"training.{name}={value}" for name, value in self.budget.items()),
+            *self.settings,
             f"training.seed={self.seed}",
             "training.log_interval=1",
             "training.save_interval=50",
@@ -234,7 +240,8 @@ class Training:
 
 def check_losses(losses: Sequence[str], option: str) -> None:
     """Raise typer.BadParameter unless every loss is registered, and named once."""
-    known = [*VARIANTS, *installed_loss_registry().names]
+    known = [name for name in VARIANTS if name != START]
+    known += installed_loss_registry().names
     unknown = [loss for loss in losses if loss not in known]
     if not losses or unknown or len(set(losses)) < len(losses):
         raise typer.BadParameter(
@@ -244,11 +251,14 @@ def check_losses(losses: Sequence[str], option: str) -> None:
 
 
 def train(trainings: Sequence[Training], cores: int) -> None:
-    """Train and export every run that has no draft yet, as many at once as there are cores."""
+    """Train and export every run that has no draft yet, as many at once as there are cores.
+
+    Runs of one length end together: where fewer are left than there are cores, they begin when
+    all others have ended, and share the cores.
+    """
     for run in trainings:
         run.discard_if_outdated()
     waiting = [run for run in trainings if not run.draft.exists()]
-    parallel = max(1, min(cores, len(waiting)))
     next_line = time.monotonic() + LINE_INTERVAL
     with Progress(
         TextColumn("{task.description:>12}"),
@@ -263,10 +273,11 @@ def train(trainings: Sequence[Training], cores: int) -> None:
     ) as progress:
         running: dict[int, tuple[Training, subprocess.Popen, int, float, bool]] = {}
         while waiting or running:
-            while waiting and len(running) < parallel:
+            together = 0 if running else min(cores, len(waiting))
+            for _ in range(together):
                 run = waiting.pop(0)
                 command = run.resumable_command()
-                process = _start(command, run.log, threads=max(1, cores // parallel))
+                process = _start(command, run.log, threads=cores // together)
                 bar = progress.add_task(run.name, total=run.steps)
                 resumed = command != run.command
                 running[process.pid] = (run, process, bar, time.monotonic(), resumed)
