@@ -606,6 +606,13 @@ def run(
             raise DraftError(
                 f"draft {draft.path} has {limit} heads; set --heads to at most {limit}"
             )
+    if benchmarks and not target.rewinds:
+        raise ValueError(
+            f"benchmarks ({', '.join(benchmarks)}) are decoded speculatively, but the target "
+            f"{target_path} has layers whose cache cannot leave out rejected tokens here "
+            "(recurrent ones, or attention that is neither full nor sliding); leave out "
+            "--benchmark and give --held-out, or measure in a serving engine"
+        )
     report = read_report(out) if out.exists() else Report()
     report.settings = {
         "target": target_path,

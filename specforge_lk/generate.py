@@ -163,7 +163,7 @@ def generate(
     encoded = [
         prompt_ids(tokenizer, [{"role": "user", "content": prompt["prompt"]}]) for prompt in prompts
     ]
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if context and len(ids) + sampling.max_new_tokens > context:
             raise ValueError(

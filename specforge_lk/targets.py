@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+#: Tensors that an error message names; a checkpoint may lack thousands.
+_NAMED = 4
 #: Targets of which SGLang 0.5.14 captures the inputs of the layers it is given, not their outputs,
 #: unless the first is layer 1; patch 0013 has the same list. Kimi K2 is a DeepseekV3ForCausalLM.
 LAYER_IDS_OF_INPUTS = frozenset(
@@ -37,37 +40,104 @@ def load_target(
     dtype: str = "float32",
     device: str = "auto",
     *,
-    head: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)``, the model in evaluation mode on its device.
+
+    Of a multimodal target this is the whole model, to be given text only.
 
     Args:
         target: Folder or hub id.
         dtype: Name of a torch floating-point type, such as ``bfloat16``.
         device: A torch device, or ``auto`` for a GPU where there is one and else the CPU.
-        head: With the language-model head; without it the model stops after its final norm.
         trust_remote_code: Run model code that comes with the target.
 
     Raises:
-        ValueError: there is no such target, or the device cannot hold it.
+        ValueError: there is no such target, its weights do not fit its config, or the device
+            cannot hold it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(target, trust_remote_code=trust_remote_code)
+    config = load_target_config(target, trust_remote_code=trust_remote_code)
     with _errors(target):
-        model = AutoModelForCausalLM.from_pretrained(
-            target, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        model, found = _auto_class(config, target).from_pretrained(
+            target,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            # Both only so that the report below has them all, instead of a traceback.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    if not head:
-        model = model.base_model
+    _check_weights(target, found)
     try:
         return model.to(device).eval(), tokenizer
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {device!r} cannot hold the target: {error}") from error
+
+
+def _auto_class(config: Any, target: str) -> Any:
+    """The class of transformers that loads a target with its language-model head.
+
+    Raises:
+        ValueError: transformers has none for this kind of model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # A class of the target's own code is named for the task it was written for.
+    own = getattr(config, "auto_map", None) or {}
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for loader in classes:
+        if type(config) in loader._model_mapping or loader.__name__ in own:
+            return loader
+    raise ValueError(
+        f"target {target!r} is a {config.model_type!r} model, which transformers loads neither as "
+        "a causal language model nor as one of image and text; of a multimodal model, save the "
+        "language model by itself and give that folder"
+    )
+
+
+def _check_weights(target: str, found: dict[str, Any]) -> None:
+    """Refuse a model that has tensors which its checkpoint did not fill.
+
+    transformers leaves random numbers in them and goes on. Tensors that the model lacks are no
+    mistake: checkpoints hold MTP modules that transformers does not run. Tied heads and what a
+    model computes by itself are not reported missing.
+
+    Args:
+        target: Folder or hub id, for the message.
+        found: transformers' report of loading.
+
+    Raises:
+        ValueError: tensors are missing, or have other shapes than the config asks for.
+    """
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    faults = []
+    if missing:
+        faults.append(f"it has no {_some(missing)}")
+    if mismatched:
+        shapes = [
+            f"{name} {tuple(held)} instead of {tuple(wanted)}" for name, held, wanted in mismatched
+        ]
+        faults.append(f"shapes differ from those of config.json: {_some(shapes)}")
+    faults += found["error_msgs"]
+    if not faults:
+        return
+    unused = sorted(found["unexpected_keys"])
+    rest = f" It has tensors that the model does not know: {_some(unused)}." if unused else ""
+    raise ValueError(
+        f"the weights of target {target!r} do not fill its model, and would be random numbers: "
+        f"{'; '.join(faults)}.{rest} Check that the download is complete and that config.json "
+        "belongs to these weights"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def load_tokenizer(target: str, *, trust_remote_code: bool = False) -> Any:
@@ -100,6 +170,8 @@ def _errors(target: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if Path(target).is_dir():
+            raise ValueError(f"target {target!r} cannot be loaded: {reason}") from error
         raise ValueError(
             f"target {target!r} is no model folder here and could not be had from the hub either; "
             f"check --target or model.target_model_path ({reason})"

@@ -309,7 +309,7 @@ def test_command_drafts_greedily_when_asked(files, tmp_path):
         (["--draft", "kl=elsewhere"], 2, "the same name"),
         (["--draft", "x=elsewhere"], 1, "draft elsewhere: no config.json"),
         (["--benchmark", "b=missing.jsonl"], 1, "missing.jsonl does not exist"),
-        (["--target", "no/such/dir"], 1, "target 'no/such/dir' does not exist"),
+        (["--target", "no/such/dir"], 1, "target 'no/such/dir' is no model folder"),
         (["--aux-layers", "1,2"], 1, "captured layers [1, 2] do not fit"),
         (["--heads", "200"], 1, "lower --heads"),
         (["--device", "nowhere"], 1, "--device nowhere cannot be used here"),

@@ -104,7 +104,7 @@ def _run(
             "both take"
         )
     place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
-    vocab_size = getattr(target_config, "text_config", target_config).vocab_size
+    vocab_size = target_config.get_text_config().vocab_size
     if vocab_mapping and not algorithm.spec.capabilities.supports_vocab_mapping:
         raise ValueError(
             f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "
@@ -132,9 +132,16 @@ def _run(
             run.model.target_model_path,
             compute.value,
             device,
-            head=False,
             trust_remote_code=run.model.trust_remote_code,
         )
+        decoder = model.get_decoder()
+        capture.check_target(
+            model,
+            decoder,
+            samples.kept[0].tokens.input_ids,
+            _target_head(run) if plan.layout.last_hidden_feature else None,
+        )
+        del model  # and its head with it
         names = plan.layout.output_names
         capture.open_directory(
             place,
@@ -170,7 +177,7 @@ def _run(
     with ProgressBar("capturing", total, "tok/s") as bar:
         for batch in capture.batches(todo, batch_tokens):
             capture.capture(
-                model,
+                decoder,
                 batch,
                 layers=plan.capture_layers,
                 layout=plan.layout,
@@ -185,6 +192,24 @@ def _run(
     foreign = set(place.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
     if foreign:
         typer.echo(f"{place} has {len(foreign)} more feature files, which training will read")
+
+
+def _target_head(run: Any) -> Any:
+    """The head that training makes the target's logits with, in float32."""
+    import torch
+    from specforge.modeling.target.target_head import TargetHead
+
+    try:
+        return TargetHead.from_pretrained(
+            run.model.target_model_path,
+            lm_head_key=run.model.lm_head_key,
+            cache_dir=run.model.cache_dir,
+            trust_remote_code=run.model.trust_remote_code,
+            embedding_key=run.model.embedding_key,
+            dtype=torch.float32,
+        )
+    except KeyError as error:  # a tensor that the checkpoint has under another name
+        raise ValueError(error.args[0]) from error
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:

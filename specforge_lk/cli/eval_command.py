@@ -104,6 +104,9 @@ def run(
     device: Annotated[
         str | None, typer.Option(help="Torch device. [default: cuda where there is one]")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the target.")
+    ] = False,
 ) -> None:
     """Measure how many drafted tokens a target accepts.
 
@@ -174,7 +177,9 @@ def run(
         seed=seed,
     )
     try:
-        model = Target.load(target, getattr(torch, dtype.value), place)
+        model = Target.load(
+            target, getattr(torch, dtype.value), place, trust_remote_code=trust_remote_code
+        )
         drafts = [
             evaluate.LoadedDraft(loss, number, path, load_draft(path, model, layers))
             for loss, number, path in specs

@@ -59,6 +59,14 @@ def run(
         str,
         typer.Option(help="cpu, cuda, ...; auto takes a GPU if any.", rich_help_panel=_LOCAL),
     ] = "auto",
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run model code that comes with the target.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = False,
     server: Annotated[
         str | None,
         typer.Option(
@@ -145,7 +153,9 @@ def run(
         with generate.open_responses(out, settings) as responses:
             todo = generate.pending(rows, responses)
             if todo and server is None:
-                model, tokenizer = load_target(target, dtype.value, device)
+                model, tokenizer = load_target(
+                    target, dtype.value, device, trust_remote_code=trust_remote_code
+                )
             with ProgressBar("sampling", len(todo) * max_new_tokens, "tok/s") as bar:
                 if server is not None:
 

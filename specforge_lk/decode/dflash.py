@@ -154,7 +154,7 @@ class DFlashDraft(nn.Module):
         offsets = torch.arange(size, device=anchors.device)
         tokens = torch.full((batch, count, size), self.mask_token, device=anchors.device)
         tokens[..., 0] = anchors
-        embedded = target.model.get_input_embeddings()(tokens.flatten(1))
+        embedded = target.embed(tokens.flatten(1))
         hidden = embedded.to(self.fc.weight.dtype)
         slots = (positions[..., None] + offsets).flatten(1)
         tables = self._tables(hidden, slots)
@@ -190,7 +190,7 @@ class DFlashDraft(nn.Module):
 
     def _logits(self, hidden: torch.Tensor, tokens: torch.Tensor, slot: int) -> torch.Tensor:
         """Logits [N, V] of a slot; `_corrected` explains the arguments."""
-        base = self._target[0].head(hidden[:, slot])
+        base = self._target[0].lent_logits(hidden[:, slot])
         logits = self._corrected(base, hidden, tokens, slot)
         check_finite(
             logits, "the draft", "its training diverged or its file is damaged: use another one"
@@ -293,7 +293,7 @@ class DominoDraft(DFlashDraft):
             return logits
         # The tokens before the one that the slot predicts.
         known = tokens[:, : slot + 1 - self.first_slot]
-        embedded = self._target[0].model.get_input_embeddings()(known).to(hidden.dtype)
+        embedded = self._target[0].embed(known).to(hidden.dtype)
         _, state = self.prefix_gru(embedded)
         return logits + self.embed_proj(torch.cat([hidden[:, slot], state[0]], dim=-1))
 

@@ -282,8 +282,10 @@ class Checkpoint:
         """Give ``draft`` its weights, and the target's embeddings if it has none of its own."""
         weights = dict(self.weights)
         if "embed_tokens.weight" not in weights:
-            draft.embed_tokens = target.model.get_input_embeddings()
-            weights["embed_tokens.weight"] = draft.embed_tokens.weight.detach()
+            # The matrix, not the target's module, which may scale what it looks up (Gemma).
+            shared = target.model.get_input_embeddings().weight.detach()
+            draft.embed_tokens = nn.Embedding.from_pretrained(shared)
+            weights["embed_tokens.weight"] = shared
         try:
             draft.load_state_dict(weights)
         except RuntimeError as error:

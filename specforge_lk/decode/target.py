@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from specforge_lk.decode.sampling import check_finite
+from specforge_lk.targets import load_target
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -32,7 +36,11 @@ class TargetOutput:
 
 
 class Target:
-    """Decoder, LM head and tokenizer of a Hugging Face target, in evaluation mode."""
+    """Decoder, LM head and tokenizer of a Hugging Face target, in evaluation mode.
+
+    Logits are made by the model's own code from states of its decoder, so that they have whatever
+    it does to them: scales, soft caps, biases, heads of several layers. Nothing here describes it.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval()
@@ -43,31 +51,30 @@ class Target:
         config = model.config.get_text_config()
         self.num_layers = int(config.num_hidden_layers)
         kinds = set(getattr(config, "layer_types", None) or ())
-        if unknown := kinds - {_FULL, _SLIDING}:
-            raise ValueError(
-                f"target layer_types {sorted(unknown)}: only full and sliding attention can be "
-                "evaluated with transformers here; measure this target's drafts in a serving engine"
-            )
+        known = kinds <= {_FULL, _SLIDING}
         window = getattr(config, "sliding_window", None)
         # Without types, as Mistral and Phi-3, all layers have the window if there is one.
-        self._window = int(window) if window and (not kinds or _SLIDING in kinds) else None
+        windowed = known and window and (not kinds or _SLIDING in kinds)
+        self._window = int(window) if windowed else None
         self._mask_by_kind = bool(kinds)
+        #: What the decoder returns, set by the check below.
+        self._output: type = dict
         self._check()
+        #: Whether its cache can leave out rejected tokens, as speculative decoding asks.
+        self.rewinds = known and self._forgets()
 
     @classmethod
     def load(
-        cls, path: str, dtype: torch.dtype = torch.float32, device: str | None = None
+        cls,
+        path: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *,
+        trust_remote_code: bool = False,
     ) -> Target:
-        """Load a target and its tokenizer from a directory or a hub id."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        # A hub id is one "organisation/name"; anything else is meant as a path on this machine.
-        if not Path(path).exists() and len(Path(path).parts) != 2:
-            raise FileNotFoundError(
-                f"target {path!r} does not exist; give the directory of a Hugging Face model"
-            )
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return cls(model.to(device or "cpu"), AutoTokenizer.from_pretrained(path))
+        """Load a target and its tokenizer from a directory or a hub id; see `load_target`."""
+        name = str(dtype).removeprefix("torch.")
+        return cls(*load_target(path, name, device, trust_remote_code=trust_remote_code))
 
     @torch.inference_mode()
     def _check(self) -> None:
@@ -76,15 +83,64 @@ class Target:
         length = 4 + min(self._window or 0, _LONGEST_PROBE)
         probe = torch.arange(length, device=self.device)[None] % self.vocab_size
         ones = torch.ones_like(probe, dtype=torch.bool)
-        logits = self.model(input_ids=probe).logits
+        seen: list[Any] = []
+        hook = self.decoder.register_forward_hook(lambda *call: seen.append(call[-1]))
+        try:
+            logits = self.model(input_ids=probe).logits
+        finally:
+            hook.remove()
         check_finite(logits, "the target", _REMEDY)
-        ours = self.head(self.forward(probe, ones).hidden)
-        if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
+        states = getattr(seen[0], "last_hidden_state", None) if len(seen) == 1 else None
+        if states is not None:
+            self._output = type(seen[0])
+        # The same arithmetic on the same states: equal but for the order of sums.
+        if states is None or self._distance(self.head_logits(states), logits) > self._rounding(1):
             raise ValueError(
-                "the target's logits are not its LM head applied to the last hidden state "
-                "(soft-capped or scaled logits), or its attention is not that of its config; "
-                "measure this target's drafts in a serving engine"
+                f"{type(self.model).__name__} does not make its logits from its decoder's last "
+                "hidden states alone; measure this target's drafts in a serving engine"
             )
+        ours = self.forward(probe, ones).hidden
+        if self._distance(ours, states) > self._rounding(self.num_layers):
+            raise ValueError(
+                "the target's attention is not that of its config; measure this target's drafts "
+                "in a serving engine"
+            )
+
+    @torch.inference_mode()
+    def _forgets(self) -> bool:
+        """Whether a token that is masked in the cache has no influence on those after it."""
+        from transformers import DynamicCache
+
+        tokens = torch.arange(6, device=self.device)[None] % self.vocab_size
+        positions = torch.arange(6, device=self.device)[None]
+        seen = torch.ones(1, 7, dtype=torch.bool, device=self.device)
+        seen[0, 5] = False  # the slot of a rejected token, at the position of the one after it
+        rejected = torch.cat([tokens[:, 4:5], tokens[:, :1]], dim=1)
+        cache = DynamicCache()
+        try:
+            self.forward(tokens[:, :4], seen[:, :4], positions[:, :4], cache)
+            self.forward(rejected, torch.ones_like(seen[:, :6]), positions[:, 4:6], cache)
+            after = self.forward(tokens[:, 5:], seen, positions[:, 5:], cache).hidden
+        except Exception:  # whatever a recurrent layer makes of a cache of keys and values
+            return False
+        plain = self.forward(tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden
+        return self._distance(after, plain[:, 5:]) <= self._rounding(self.num_layers)
+
+    @staticmethod
+    def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        """The largest relative difference of any position's vector."""
+        gap = torch.linalg.vector_norm((ours - theirs).double(), dim=-1)
+        size = torch.linalg.vector_norm(theirs.double(), dim=-1)
+        # A padding token's state may be zero: no gap is none there, too.
+        return float((gap / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
+
+    def _rounding(self, layers: int) -> float:
+        """How far apart, relative to the result, two orders of the same sums may come.
+
+        Layers round independently of one another, so their errors add up as squares do. In
+        float32 that is far below what any other attention or head would change.
+        """
+        return max(4 * math.sqrt(layers) * torch.finfo(self.head.weight.dtype).eps, 1e-3)
 
     @property
     def vocab_size(self) -> int:
@@ -170,7 +226,51 @@ class Target:
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """LM head in at least float32: [..., H] -> [..., V]; raises `NonFiniteLogits`."""
-        logits = self.head(hidden)
+        """The target's logits in at least float32: [..., H] -> [..., V].
+
+        Raises:
+            NonFiniteLogits: a logit is nan or infinite.
+        """
+        logits = self.head_logits(hidden)
         check_finite(logits, "the target", _REMEDY)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of last hidden states, in its own dtype: [..., H] -> [..., V]."""
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        # A stand-in for the text: the decoder's part is answered for.
+        tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        with self._decoded(rows):
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def lent_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a draft makes of its own states with the target's head: [..., H] -> [..., V].
+
+        The matrix alone, as engines lend it and as SpecForge trains with it: a scale, cap or bias
+        is part of the target's logits, not of a draft's.
+        """
+        return F.linear(hidden, self.head.weight)
+
+    @contextmanager
+    def _decoded(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Let the decoder return these states without running."""
+
+        def answer(*args: Any, **options: Any) -> Any:
+            return self._output(last_hidden_state=hidden)
+
+        own = vars(self.decoder).get("forward")
+        self.decoder.forward = answer
+        try:
+            yield
+        finally:
+            del self.decoder.forward
+            if own is not None:
+                self.decoder.forward = own
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding matrix, which is lent to drafts: [...] -> [..., H].
+
+        The matrix alone here, too: what a target scales its embeddings by (Gemma) is its own.
+        """
+        return F.embedding(tokens, self.model.get_input_embeddings().weight)
