@@ -58,19 +58,18 @@ def main(
     torch.set_num_threads(threads)
     assets = prepare(RUNS)
     features = DIRECTORY / "features"
-    execute(
-        *("specforge-lk", "capture", "--config", CONFIG, "--responses", RESPONSES),
-        *("--limit", SAMPLES, "--out", features, "model.torch_dtype=bfloat16"),
-        threads=threads,
-    )
     (patch,) = (p for p in SERIES.patches if "keep-rotary-frequencies" in p.name)
     level = SERIES.patches.index(patch) + 1
     with tempfile.TemporaryDirectory() as scratch:
         levels = Levels(Path(scratch))
-        drafts = {
-            ROUNDED: _train("rounded", levels.tree(level - 1), features, threads),
-            EXACT: _train("exact", levels.tree(level), features, threads),
-        }
+        trees = {"rounded": levels.tree(level - 1), "exact": levels.tree(level)}
+        execute(
+            *("specforge-lk", "capture", "--config", CONFIG, "--responses", RESPONSES),
+            *("--limit", SAMPLES, "--out", features, "model.torch_dtype=bfloat16"),
+            threads=threads,
+        )
+        rounded, exact = (_train(name, tree, features, threads) for name, tree in trees.items())
+    drafts = {ROUNDED: rounded, EXACT: exact}
     target = Target.load(str(assets.target), torch.float32, "cpu")
     with gzip.open(HELD_OUT, "rt") as rows:
         held_out = [tokenise(json.loads(row), target.tokenizer) for row in rows][:CONVERSATIONS]
