@@ -1,8 +1,9 @@
 """With training.loss unset, the patched SpecForge trains bit for bit as the unpatched one.
 
 Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional, and
-those that change training on purpose: the loss mask of EAGLE-3 and P-EAGLE, with the collation
-that it is written on, and the rotary angles of the DFlash family in bfloat16.
+those that change training on purpose: the loss mask of EAGLE-3 and P-EAGLE, with what it is written
+on (collation, and the loading of the target head), and the rotary angles of the DFlash family in
+bfloat16. What they record for resuming stays out: it is written on further patches.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def unpatched(
     """SpecForge 0.2.0 with the patches named above."""
     wheel = pristine_wheel(f"specforge=={SERIES.version}")
     tree = unpack(wheel, tmp_path_factory.mktemp("unpatched"), SERIES)
-    words = ("without-Triton", "collate-streamed", "shift-the-loss-mask", "rotary")
+    words = {"without-Triton": 1, "target-head": 3, "collate-streamed": 1, "rotary": 1}
     named = [p for p in SERIES.patches if any(word in p.name for word in words)]
-    assert len(named) == len(words)
+    assert len(named) == sum(words.values())
+    resuming = ("*providers.py", "*trainer.py", "*defaults.py")
     for patch in named:
-        git_apply(tree, patch, "specforge/*")
+        git_apply(tree, patch, None, *(f"--exclude={path}" for path in ("tests/*", *resuming)))
     return tree
 
 
