@@ -38,7 +38,7 @@ from studies.defects import SERIES, Levels
 
 DIRECTORY = RUNS / "rotary"
 CONFIG, DRAFT_CONFIG = CONFIGS / "dflash.yaml", CONFIGS / "dflash-draft.json"
-SAMPLES, CONVERSATIONS = 256, 64
+SAMPLES = 256
 #: SpecForge's own loss, so that every level trains without a plug-in.
 SETTINGS = ("model.torch_dtype=bfloat16", "training.num_epochs=1", "training.batch_size=2")
 #: Chain starts from this position on, where angles have had room to grow wrong.
@@ -50,6 +50,9 @@ def main(
     publish: Annotated[
         Path | None, typer.Option(help="Also write the report here: a .json, with .md beside it.")
     ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; 128 are one pass.")] = 128,
+    anchors: Annotated[int, typer.Option(help="Blocks per response and step.")] = 32,
+    conversations: Annotated[int, typer.Option(help="Held-out responses to measure.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads of every step.")] = 1,
 ) -> None:
     """Train the two drafts and measure each with both angles; about 10 minutes on an idle core."""
@@ -68,11 +71,14 @@ def main(
             *("--limit", SAMPLES, "--out", features, "model.torch_dtype=bfloat16"),
             threads=threads,
         )
-        rounded, exact = (_train(name, tree, features, threads) for name, tree in trees.items())
+        budget = (f"training.max_steps={steps}", f"training.num_anchors={anchors}")
+        rounded, exact = (
+            _train(name, tree, features, budget, threads) for name, tree in trees.items()
+        )
     drafts = {ROUNDED: rounded, EXACT: exact}
     target = Target.load(str(assets.target), torch.float32, "cpu")
     with gzip.open(HELD_OUT, "rt") as rows:
-        held_out = [tokenise(json.loads(row), target.tokenizer) for row in rows][:CONVERSATIONS]
+        held_out = [tokenise(json.loads(row), target.tokenizer) for row in rows][:conversations]
     kinds = [(trained, used) for trained in drafts for used in (ROUNDED, EXACT)]
     measured = measure_held_out(
         target,
@@ -86,7 +92,8 @@ def main(
     starts = {kind: found[1.0] for kind, found in zip(kinds, measured, strict=True)}
     report = {
         "patch": patch.name,
-        "samples": SAMPLES,
+        "steps": steps,
+        "anchors": anchors,
         "conversations": len({int(c) for c in starts[kinds[0]].conversation}),
         "measured": [
             {
@@ -104,7 +111,7 @@ def main(
     console.print(text, markup=False)
 
 
-def _train(name: str, tree: Path, features: Path, threads: int) -> Path:
+def _train(name: str, tree: Path, features: Path, budget: tuple[str, ...], threads: int) -> Path:
     """The exported draft of ``specforge train`` with the SpecForge in ``tree``."""
     output, draft = DIRECTORY / name, DIRECTORY / f"{name}-draft"
     if draft.exists():
@@ -113,7 +120,7 @@ def _train(name: str, tree: Path, features: Path, threads: int) -> Path:
     # Without plug-ins: this project's needs the whole series.
     execute(
         *("env", f"PYTHONPATH={tree}", "SPECFORGE_PLUGINS=", sys.executable, "-m", "specforge.cli"),
-        *("train", "-c", CONFIG, *paths, *SETTINGS),
+        *("train", "-c", CONFIG, *paths, *SETTINGS, *budget),
         threads=threads,
     )
     execute(
@@ -154,9 +161,10 @@ def markdown(report: dict[str, Any]) -> str:
         "# Rotary angles in bfloat16",
         "",
         f"Written by `python -m studies.rotary` on a CPU: {report['patch']}. A DFlash draft of "
-        f"SmolLM2-135M-Instruct, SpecForge's own loss, one pass over {report['samples']} responses "
-        "in bfloat16, trained with frequencies rounded to bfloat16 (before the patch) and in "
-        f"float32 (with it); each measured with both on {report['conversations']} held-out "
+        f"SmolLM2-135M-Instruct, SpecForge's own loss, {report['steps']} steps of 2 responses and "
+        f"{report['anchors']} blocks in each, in bfloat16, trained with frequencies rounded to "
+        "bfloat16 (before the patch) and in float32 (with it); each measured with both on "
+        f"{report['conversations']} held-out "
         "responses at T = 1. The differences are paired, to the draft with its own angles; "
         "intervals by a bootstrap over responses.",
         "",
