@@ -2,8 +2,9 @@
 
 Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional, and
 those that change training on purpose: the loss mask of EAGLE-3 and P-EAGLE, with what it is written
-on (collation, and the loading of the target head), and the rotary angles of the DFlash family in
-bfloat16. What they record for resuming stays out: it is written on further patches.
+on (collation, and the target head's loading, transformation and dtype), and the rotary angles of
+the DFlash family in bfloat16. What they record for resuming stays out: it is written on further
+patches.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def unpatched(
     """SpecForge 0.2.0 with the patches named above."""
     wheel = pristine_wheel(f"specforge=={SERIES.version}")
     tree = unpack(wheel, tmp_path_factory.mktemp("unpatched"), SERIES)
-    words = {"without-Triton": 1, "target-head": 3, "collate-streamed": 1, "rotary": 1}
+    words = {"without-Triton": 1, "target-head": 4, "collate-streamed": 1, "rotary": 1}
     named = [p for p in SERIES.patches if any(word in p.name for word in words)]
     assert len(named) == sum(words.values())
     resuming = ("*providers.py", "*trainer.py", "*defaults.py")
