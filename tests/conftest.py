@@ -1,7 +1,9 @@
 """Small fixtures shared by the tests."""
 
+import atexit
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,8 +15,21 @@ import pytest
 
 # Compiling SpecForge's helpers costs more than any test, and needs g++. Read at torch's import.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Terminals and CI services have a say in the width and the colors of what commands print.
+for _name in ("TERM", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
+    os.environ.pop(_name, None)
+os.environ["COLUMNS"] = "200"
+# Caches of compiled code and of data sets, shared with parallel workers and with subprocesses: the
+# home of whoever runs the tests may not be writable, and what it holds is none of their business.
+_CACHE = "SPECFORGE_LK_TEST_CACHE"
+if _CACHE not in os.environ:
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="specforge-lk-tests-")
+    atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.environ[_CACHE]
+os.environ["HF_HOME"] = os.path.join(os.environ[_CACHE], "huggingface")
+os.environ["MPLCONFIGDIR"] = os.path.join(os.environ[_CACHE], "matplotlib")
 
-import torch
+import torch  # noqa: E402 (reads the environment)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +45,12 @@ def pristine_wheel(request) -> Callable[[str], Path]:
         variable = f"{name.upper()}_WHEEL"
         if given := os.environ.get(variable):
             return Path(given)
-        folder = request.config.cache.mkdir(f"{requirement}-wheel")
+        # Kept from run to run, unless pytest is told to keep nothing.
+        if cache := getattr(request.config, "cache", None):
+            folder = cache.mkdir(f"{requirement}-wheel")
+        else:
+            folder = Path(os.environ[_CACHE]) / f"{requirement}-wheel"
+            folder.mkdir(exist_ok=True)
         if not (cached := list(folder.glob("*.whl"))):
             with tempfile.TemporaryDirectory(dir=folder) as fresh:
                 pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", fresh]

@@ -84,7 +84,7 @@ def test_proposals_equal_teacher_forcing(target, tmp_path):
         draft.keep_rows(torch.tensor([1]))
         alone = draft.propose(HEADS, 0.0, True, None)
     assert alone.tokens.shape == (1, HEADS)
-    torch.testing.assert_close(alone.logits[0, 0], proposal.logits[1, 0])
+    torch.testing.assert_close(alone.logits[0, 0], proposal.logits[1, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_padding_does_not_show(target):
@@ -157,7 +157,7 @@ def test_starts_from_the_module_of_a_released_target(target, tmp_path):
         torch.testing.assert_close(loaded.state_dict()[name], value, msg=name)
     tokens, features, _ = inputs()
     for logits, wanted in zip(trained_logits(loaded, tokens, features), expected, strict=True):
-        torch.testing.assert_close(logits, wanted)
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_reads_a_module_released_in_fp8(tmp_path):

@@ -17,6 +17,9 @@ from test_patch_series import apply_until, unpack
 
 from specforge_lk.patching import PACKAGES, load_series
 
+# One group: what the fixture decodes is shared.
+pytestmark = pytest.mark.xdist_group("sglang")
+
 TESTS = Path(__file__).parent
 SERIES = load_series(PACKAGES["sglang"], "0.5.14")
 

@@ -57,6 +57,15 @@ def build_model(layers: int = 6, seed: int = 0):
     return LlamaForCausalLM(config).eval()
 
 
+def forward_sums(length: int, layers: int = 6) -> list[int]:
+    """Numbers of terms of the sums, one after another, that make a state of the target's.
+
+    Norm, projection, attention's scores and values and its output; norm, gate and down projection.
+    """
+    attention = (HIDDEN_SIZE, HIDDEN_SIZE, HIDDEN_SIZE // 4, length, HIDDEN_SIZE)
+    return [*attention, HIDDEN_SIZE, HIDDEN_SIZE, 64] * layers
+
+
 def save_target(path: Path, layers: int = 6, seed: int = 0) -> Path:
     """Write target and tokenizer to ``path`` as one safetensors file."""
     build_model(layers, seed).save_pretrained(path)
