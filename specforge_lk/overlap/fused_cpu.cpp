@@ -81,19 +81,28 @@ inline Floats exp2(Floats x) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// exp(x - shift) up to a factor near 1, which makes it one operation to subtract and scale: the
-// shift in base 2 is rounded to a float, and the factor undoes the rounding.
+// exp(x - shift) up to a factor near 1. A fused multiply-add subtracts and scales in one operation
+// with one rounding: the shift in base 2 is rounded to a float, and the factor undoes the rounding.
+// Without one the product would be rounded at the size of x, not of x - shift, so there the
+// difference comes first.
 struct Shift {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
     float in_base_2;
     double factor;
 
     explicit Shift(double shift)
         : in_base_2(shift * LOG2_E), factor(std::exp2(in_base_2 - shift * LOG2_E)) {}
-    Floats exp(Floats x) const { return exp2(x * LOG2_E - in_base_2); }
+    Floats exponent(Floats x) const { return x * LOG2_E - in_base_2; }
+#else
+    float rounded;
+    double factor;
+
+    explicit Shift(double shift) : rounded(shift), factor(std::exp(rounded - shift)) {}
+    Floats exponent(Floats x) const { return (x - rounded) * LOG2_E; }
+#endif
+    Floats exp(Floats x) const { return exp2(exponent(x)); }
     // For shifts that may be far from the greatest x: the result stays finite.
-    Floats bounded_exp(Floats x) const {
-        return exp2(min(splat(127.0f), x * LOG2_E - in_base_2));
-    }
+    Floats bounded_exp(Floats x) const { return exp2(min(splat(127.0f), exponent(x))); }
 };
 
 // ---------------------------------------------------------------------- rows in and out
