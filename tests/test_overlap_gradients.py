@@ -73,10 +73,9 @@ def test_every_implementation_against_the_reference(overlap_case, impl, shape, d
     computed = gradient(case, impl, coefficients)
     assert computed.dtype == dtype
     expected = gradient(exact, "reference", coefficients)
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(
-        computed.double(), expected, rtol=tolerance, atol=tolerance * scale * 0.1
-    )
+    # Entries are differences of larger ones: what these are rounded to is lost absolutely.
+    lost = (1e-12 if dtype == torch.float64 else 1e-5) * expected.abs().max().item()
+    torch.testing.assert_close(computed.double(), expected, rtol=tolerance, atol=lost)
 
     values = overlap_terms(*case, impl=impl, reverse_kl=True)
     exact_values = overlap_terms(*exact, impl="reference", reverse_kl=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from rounding import rounding
 from specforge.algorithms.eagle3.model import OnlineEagle3Model
 from specforge.algorithms.peagle import model as peagle
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
@@ -127,11 +128,13 @@ def test_reported_alpha_is_the_overlap_with_the_whole_target(train, loss, monkey
     with torch.compiler.set_stance("force_eager"):
         trained = train(loss, monkeypatch)
     assert len(trained.heads) == HEADS
+    # log p is a difference of logits, and p is off by the rounding of those.
+    close = rounding(trained.target, torch.float32, 1)["atol"]
     for head, (alpha, coverage) in enumerate(trained.definitions()):
         for name, expected in (("alpha", alpha), ("coverage", coverage)):
             numerator, count = (part[head] for part in trained.metrics[name])
             assert int(count) == len(expected) > 5 - head
-            assert float(numerator) == pytest.approx(float(expected.sum()), rel=1e-6)
+            assert float(numerator) == pytest.approx(float(expected.sum()), rel=close)
         # The vocabulary is truncated in earnest, and positions whose likeliest token is
         # outside it are among those that count.
         assert coverage.max() < 0.8
