@@ -15,6 +15,7 @@ from training_run import (
     EPOCH,
     HEADS,
     HELD_OUT,
+    MEAN_ERROR,
     Finished,
     Setup,
     capture_arguments,
@@ -119,9 +120,9 @@ def test_training_and_evaluation_measure_the_same(trained: Trained) -> None:
     run("specforge-lk", "eval", *models, *data, *settings, "--out", report)
     exact, sampled = read_report(report).results
     assert exact.loss == "lk_lambda" and exact.conversations == HELD_OUT
-    assert exact.tau_expected - 1 == pytest.approx(measured["tau_expected"] - 1, rel=1e-5)
+    assert exact.tau_expected - 1 == pytest.approx(measured["tau_expected"] - 1, rel=MEAN_ERROR)
     last = f"alpha_{HEADS - 1}"
-    assert exact.alpha_per_head[-1] == pytest.approx(measured[last], rel=1e-5)
+    assert exact.alpha_per_head[-1] == pytest.approx(measured[last], rel=MEAN_ERROR)
     # By rejection sampling: the acceptance that occurred is the one computed, within its noise.
     reached = sampled.drafted / HEADS
     noise = 4 * (sampled.alpha_per_head[0] / reached) ** 0.5
