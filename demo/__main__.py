@@ -54,7 +54,8 @@ TUNING = ("training.learning_rate=0.0005",)
 OPTIONS = {"lk_lambda": ("training.loss_options.eta=10",)}
 
 HEADS = 4
-PROMPTS = 32
+#: Prompts of each benchmark by temperature: sampled tokens need more of them than greedy ones.
+PROMPTS = {1: 48, 0: 16}
 NEW_TOKENS = 48
 
 
@@ -206,21 +207,19 @@ def main(
     ):
         common = (
             *("specforge-lk", "eval", "--target", assets.target, "--out", measurements),
-            *("--heads", HEADS, "--limit", PROMPTS, "--max-new-tokens", NEW_TOKENS),
-            *("--max-length", 512, "--temperature", 0, "--temperature", 1),
+            *("--heads", HEADS, "--max-new-tokens", NEW_TOKENS, "--max-length", 512),
         )
-        execute(
-            *common,
-            *("--held-out", HELD_OUT),
-            *(f"--draft={run.loss}@{run.seed}={run.draft}" for run in (*runs.starts, *runs.tuned)),
-            threads=cores,
-        )
-        execute(
-            *common,
-            *(f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()),
-            *(f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned),
-            threads=cores,
-        )
+        drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
+        starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]
+        temperatures = [word for t in PROMPTS for word in ("--temperature", t)]
+        execute(*(*common, *temperatures, "--held-out", HELD_OUT, *starts, *drafts), threads=cores)
+        benchmarks = [f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()]
+        for temperature, prompts in PROMPTS.items():
+            execute(
+                *(*common, "--temperature", temperature, "--limit", prompts),
+                *(*benchmarks, *drafts),
+                threads=cores,
+            )
     record(measurements, [*runs.starts, *runs.tuned])
     command = ["make", "demo", f'LOSSES="{losses}"', f'SEEDS="{seeds}"']
     report = _report(measurements, runs, stages, command)
@@ -248,6 +247,7 @@ def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> R
     report.results = [r for r in report.results if (r.loss, r.seed) in drafts]
     report.paired = [p for p in report.paired if {(p.loss, p.seed), (p.baseline, p.seed)} <= drafts]
     report.training = [run for run in report.training if (run.loss, run.seed) in drafts]
+    report.settings["limit"] = ", ".join(f"{n} at T = {t}" for t, n in PROMPTS.items())
     report.stages, report.command = stages.seconds, list(command)
     report.preface = preface(report, runs.losses)
     return report
