@@ -216,7 +216,7 @@ def test_killed_runs_continue_with_nothing_lost_or_doubled(server, tmp_path: Pat
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not out.exists() or out.read_bytes().count(b"\n") < until:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)

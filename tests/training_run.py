@@ -111,7 +111,7 @@ def run(script: str, *args: object, check: bool = True, **env: str) -> Finished:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     finished = Finished(done.returncode, done.stdout)
     assert not check or not done.returncode, f"{script} {args}\n{finished.tail(40)}"
