@@ -9,15 +9,17 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from fsdp_cpu import install
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model
+from torch.overrides import TorchFunctionMode
 from training_run import DRAFT_VOCAB_SIZE, algorithm_settings
 
 BUILT_IN = ("eagle3", "peagle", "dflash", "domino", "dspark")
@@ -206,10 +208,26 @@ def _config(case: Case, root: Path) -> Any:
     return Config.model_validate({"model": model, "data": data, "training": training})
 
 
-def step(case: Case, sharding: str, root: Path, rank: int) -> dict[str, Any]:
-    """Loss, gradients, and the target as the loss saw it."""
+class Built(NamedTuple):
+    """Strategy and backend of a case, as `specforge train` assembles them."""
+
+    strategy: Any
+    backend: Any
+    algorithm: Any
+    recorder: Recorder
+
+    def batch(self, case: Case, rank: int, name: str = "a") -> Any:
+        """A rank's samples, and random numbers of its own to train on them."""
+        from specforge.runtime.contracts import TrainBatch
+
+        tensors = _batch(self.algorithm, case.algorithm, rank, case.streamed)
+        torch.manual_seed(1 + rank)
+        return TrainBatch([name], case.algorithm, tensors, {"target_repr": "hidden_state"})
+
+
+def build(case: Case, sharding: str, root: Path) -> Built:
+    """The training model, wrapped."""
     from specforge.application import resolve_run
-    from specforge.runtime.contracts import TrainBatch
     from specforge.training.assembly import build_model_bundle
     from specforge.training.backend import FSDPTrainingBackend, ParallelConfig
 
@@ -222,23 +240,105 @@ def step(case: Case, sharding: str, root: Path, rank: int) -> dict[str, Any]:
     parallel = ParallelConfig.from_distributed(
         sharding_strategy=sharding, param_dtype=getattr(torch, case.dtype)
     )
-    backend = FSDPTrainingBackend(parallel)
+    backend = FSDPTrainingBackend(parallel, optimizer_factory=_Descent)
     wrapped = backend.prepare_model(model, optimizer_target=model.draft_model)
     strategy = algorithm.providers.step.build(
         wrapped, target_head=bundle.target_head, **bundle.strategy_kwargs.options
     )
-    tensors = _batch(algorithm, case.algorithm, rank, case.streamed)
-    metadata = {"target_repr": "hidden_state"}
-    torch.manual_seed(1 + rank)
-    batch = TrainBatch(["a"], case.algorithm, tensors, metadata)
-    out = strategy.forward_loss(batch)
-    backend.backward(out.loss)
-    fields = [torch.cat(column) for column in zip(*recorder.seen, strict=True)]
+    return Built(strategy, backend, algorithm, recorder)
+
+
+class _Descent:
+    """Gradient descent: AdamW reads its step counters, which are not the device's."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def step(self, before_update: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
+        """The gradient's norm on this rank."""
+        trained = [p for p in self.parameters if p.grad is not None]
+        norm = torch.stack([p.grad.float().norm() for p in trained]).norm()
+        if before_update:
+            before_update(norm)
+        for parameter in trained:
+            parameter -= 1e-2 * parameter.grad
+            parameter.grad = None
+        return norm
+
+
+def step(case: Case, sharding: str, root: Path, rank: int) -> dict[str, Any]:
+    """Loss, gradients, and the target as the loss saw it."""
+    built = build(case, sharding, root)
+    out = built.strategy.forward_loss(built.batch(case, rank))
+    built.backend.backward(out.loss)
+    fields = [torch.cat(column) for column in zip(*built.recorder.seen, strict=True)]
     return {
         "loss": out.loss.detach(),
-        "gradients": _gradients(wrapped),
+        "gradients": _gradients(built.strategy.trainable_module()),
         **dict(zip(("logits", "log_normalizer", "log_coverage", "perfect"), fields, strict=True)),
     }
+
+
+class Reads(TorchFunctionMode):
+    """Counts the operations that wait for a device."""
+
+    waiting = frozenset({"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Every function of torch comes by here."""
+        self.count += getattr(function, "__name__", "") in self.waiting
+        return function(*args, **(kwargs or {}))
+
+
+def reads(algorithm: str, root: Path, rank: int) -> list[int]:
+    """Reads of every micro-step of a window of three, but for what is read inside the model."""
+    from specforge.training.controller import TrainerCore
+
+    case = Case(algorithm, "bfloat16", "float32")
+    built = build(case, "SHARD_GRAD_OP", root)
+    core = TrainerCore(built.strategy, built.backend, accumulation_steps=3)
+    found = []
+    for _ in range(3):
+        batch = built.batch(case, rank)
+        out = built.strategy.forward_loss(batch)
+        given = mock.patch.object(built.strategy, "forward_loss", lambda *_, out=out: out)
+        with given, Reads() as counted:
+            core.train_step(batch)
+        found.append(counted.count)
+    return found
+
+
+def broken(algorithm: str, sharding: str, root: Path, rank: int) -> tuple[str, bool]:
+    """How training ends when rank 1 meets a state that is not finite in the middle of a window.
+
+    Returns:
+        The error's text, and whether the weights are as before.
+    """
+    from specforge.training.controller import TrainerCore
+
+    case = Case(algorithm, "bfloat16", "float32")
+    built = build(case, sharding, root)
+    core = TrainerCore(built.strategy, built.backend, accumulation_steps=3)
+    before = [parameter.detach().clone() for parameter in built.backend.module.parameters()]
+    try:
+        for name in "abc":
+            batch = built.batch(case, rank, f"{rank}{name}")
+            if (rank, name) == (1, "b"):
+                for state in ("hidden_state", "hidden_states", "target"):
+                    if state in batch.tensors:
+                        batch.tensors[state][:, LENGTH // 2] = torch.nan
+            core.train_step(batch)
+    except FloatingPointError as error:
+        after = built.backend.module.parameters()
+        return str(error), all(map(torch.equal, before, after))
+    return "", False
 
 
 def _gradients(wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -262,14 +362,22 @@ def _gradients(wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main(root: Path, rank: int, world: int) -> None:
-    """Every case under every sharding, into ``root/<world>-<rank>.pt``."""
+    """Everything that a world does, into ``root/<world>-<rank>.pt``."""
     install()
     torch.set_num_threads(1)
     store = dist.FileStore(str(root / f"store-{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    results = {
+    results: dict = {
         (tuple(case), sharding): step(case, sharding, root, rank) for case, sharding in runs(world)
     }
+    if world == 1:
+        results["reads"] = {name: reads(name, root, rank) for name in ALGORITHMS}
+    else:
+        results["broken"] = {
+            (name, sharding): broken(name, sharding, root, rank)
+            for name in ("eagle3", "peagle", "dflash", "medusa")
+            for sharding in ("NO_SHARD", "SHARD_GRAD_OP")
+        }
     torch.save(results, root / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 

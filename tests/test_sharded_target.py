@@ -133,3 +133,17 @@ def test_sharding_changes_neither_loss_nor_gradients(results: Results, algorithm
                 assert not torch.equal(first["loss"], other["loss"])
                 for name, gradient in first["gradients"].items():
                     assert torch.equal(gradient, other["gradients"][name]), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_metrics_are_read_once_where_they_are_logged(results: Results, algorithm: str) -> None:
+    assert results[1, 0]["reads"][algorithm] == [0, 0, 1]
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks(results: Results) -> None:
+    """With one message, before the update: a rank that left alone would keep the other waiting."""
+    first, second = (results[2, rank]["broken"] for rank in range(2))
+    for key, (message, unchanged) in first.items():
+        assert (message, unchanged) == second[key], key
+        assert unchanged, key
+        assert "not finite at samples ['1b'] of rank 1:" in message, (key, message)
