@@ -119,6 +119,30 @@ def test_stock_checkpoint_does_not_resume_with_a_loss(setup: Setup, before: Fini
     assert "training_loss=None" in refused.tail() and "training_loss=lk_lambda" in refused.tail()
 
 
+@pytest.mark.xdist_group("stock_eagle3")
+def test_sharded_step_is_the_same(unpatched: Path, tmp_path: Path) -> None:
+    """Loss and gradients under SHARD_GRAD_OP: FSDP cast the model's inputs before the patches."""
+    script = Path(__file__).with_name("sharded_stock.py")
+    saved = []
+    for name, path in (("before", [str(unpatched)]), ("after", [])):
+        file = tmp_path / f"{name}.pt"
+        environment = {
+            "PYTHONPATH": os.pathsep.join([*path, str(script.parent)]),
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(script), str(tmp_path), str(file)]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        assert not done.returncode, done.stderr[-4000:]
+        saved.append(torch.load(file, weights_only=True))
+    old, new = saved
+    assert len(old) == 5 and old.keys() == new.keys()
+    for name, result in old.items():
+        assert len(result) > 5 and result.keys() == new[name].keys()
+        for key, value in result.items():
+            assert torch.equal(value, new[name][key]), (name, key)
+
+
 PEAGLE_LOSS = """
 import sys
 import torch
