@@ -15,13 +15,20 @@ import torch
 import transformers
 from safetensors import safe_open
 from specforge.core.target_distribution import TargetDistribution
+from specforge.core.target_projection import LogitTransform
 from specforge.modeling.target import logit_settings
 from specforge.modeling.target.logit_settings import read_logit_transform
 from specforge.modeling.target.target_head import TargetHead
 from specforge.modeling.target.target_utils import TargetEmbeddingsAndHead
+from specforge.runtime.contracts import TrainBatch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from specforge_lk.drafts.medusa import MedusaConfig, MedusaModel
+from specforge_lk.drafts.model import TargetWeights
+from specforge_lk.drafts.mtp import MTPDraftModel
+from specforge_lk.drafts.training import HeadModel, HeadTrainStrategy
 
 VOCAB = 64
 #: Sizes by every name that a config has for them.
@@ -236,3 +243,77 @@ def test_other_heads_are_refused(family: str) -> None:
     assert family in CONFIG_MAPPING
     with pytest.raises(ValueError, match=f"model_type '{family}'"):
         read_logit_transform(SimpleNamespace(model_type=family))
+
+
+# ------------------------------------------------------------------------- drafts
+
+
+def test_medusa_starts_from_the_target_with_its_scale() -> None:
+    """An untrained head says what the target says, scale included: its weight has it."""
+    torch.manual_seed(0)
+    head, hidden = torch.randn(VOCAB, 32), torch.randn(1, 5, 32)
+    scaled = TargetWeights(head, {}.__getitem__, "", transform=LogitTransform(divisor=3.0))
+    for shared in (False, True):
+        sizes = {"hidden_size": 32, "vocab_size": VOCAB, "num_heads": 2}
+        draft = MedusaModel(MedusaConfig(**sizes, original_lm_head=shared))
+        draft.borrow(scaled)
+        draft.start_from(scaled)
+        mask = torch.ones(1, 5, dtype=torch.long)
+        for logits in draft.head_logits(hidden, mask, mask, 2):
+            torch.testing.assert_close(logits, hidden @ head.T / 3.0)
+
+
+def test_what_engines_leave_out_of_a_lent_head_is_said_or_refused() -> None:
+    head, bias = torch.randn(VOCAB, 32), torch.randn(VOCAB)
+    for beyond in ({"bias": bias}, {"transform": LogitTransform(soft_cap=30.0)}):
+        weights = TargetWeights(head, {}.__getitem__, "", **beyond)
+        (name,) = weights.beyond_weight
+        with pytest.warns(UserWarning, match=f"the target's {name} "):
+            assert weights.scaled_head(torch.ones(VOCAB, dtype=torch.bool)).equal(head)
+        with pytest.raises(ValueError, match=f"head has a {name}: an MTP module"):
+            MTPDraftModel.borrow(None, weights)
+
+
+class Recorder:
+    """A loss that keeps the distributions it is given."""
+
+    def __init__(self) -> None:
+        self.targets: list[TargetDistribution] = []
+
+    def terms(self, logits: torch.Tensor, target: Any, mask: torch.Tensor) -> dict[str, Any]:
+        self.targets.append(target)
+        return {"sum": logits.sum(-1)}
+
+    def combine(self, terms: dict[str, Any], mean: Any) -> dict[str, Any]:
+        return {"loss": terms["sum"]}
+
+
+@pytest.mark.parametrize("kept", [VOCAB, VOCAB // 2])
+def test_drafts_of_hidden_states_are_compared_with_the_targets_own_p(
+    kept: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of("gemma2")).eval()
+    with torch.no_grad():
+        # What the bfloat16 of a head without `model.target_head_dtype` holds.
+        linear = model.get_output_embeddings().weight
+        linear.copy_(torch.randn_like(linear).bfloat16())
+    model.save_pretrained(tmp_path)
+    head = TargetHead.from_pretrained(str(tmp_path), dtype=torch.float32).cpu()
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        log_p = model(input_ids=ids).logits.log_softmax(-1)
+    loss = Recorder()
+    sizes = {"hidden_size": 32, "vocab_size": VOCAB, "draft_vocab_size": kept, "num_heads": 1}
+    strategy = HeadTrainStrategy(
+        HeadModel(MedusaModel(MedusaConfig(**sizes)), 1, loss), target_head=head, name="medusa"
+    )
+    ones = torch.ones_like(ids)
+    features = {"input_ids": ids, "hidden_state": hidden, "attention_mask": ones, "loss_mask": ones}
+    strategy.forward_loss(TrainBatch(sample_ids=["a"], strategy="medusa", tensors=features))
+    (target,) = loss.targets
+    actual = target.logits - target.log_normalizer[..., None]
+    # Position t has the distribution after token t + 1.
+    expected = log_p[:, 1:, :kept]
+    torch.testing.assert_close(actual[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
