@@ -57,6 +57,8 @@ HEADS = 4
 #: Prompts of each benchmark by temperature: sampled tokens need more of them than greedy ones.
 PROMPTS = {1: 48, 0: 16}
 NEW_TOKENS = 48
+#: Held-out responses; the draws of the bootstrap are whole responses.
+CONVERSATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def main(
         drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
         starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]
         temperatures = [word for t in PROMPTS for word in ("--temperature", t)]
-        execute(*(*common, *temperatures, "--held-out", HELD_OUT, *starts, *drafts), threads=cores)
+        held_out = ("--held-out", HELD_OUT, "--held-out-limit", CONVERSATIONS)
+        execute(*(*common, *temperatures, *held_out, *starts, *drafts), threads=cores)
         benchmarks = [f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()]
         for temperature, prompts in PROMPTS.items():
             execute(
@@ -248,6 +251,7 @@ def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> R
     report.paired = [p for p in report.paired if {(p.loss, p.seed), (p.baseline, p.seed)} <= drafts]
     report.training = [run for run in report.training if (run.loss, run.seed) in drafts]
     report.settings["limit"] = ", ".join(f"{n} at T = {t}" for t, n in PROMPTS.items())
+    report.settings["held_out_limit"] = CONVERSATIONS
     report.stages, report.command = stages.seconds, list(command)
     report.preface = preface(report, runs.losses)
     return report

@@ -112,6 +112,21 @@ def sentence(report: Report, losses: Sequence[str]) -> str:
     )
 
 
+def _sizes(report: Report) -> str:
+    """What was measured on, by measurement."""
+    parts = []
+    for benchmark, temperature in _measurements(report):
+        here = (benchmark, temperature)
+        (first, *_) = [r for r in report.results if (r.benchmark, r.temperature) == here]
+        if benchmark != HELD_OUT:
+            parts.append(f"{first.prompts} prompts of {_TITLES[benchmark]} at T = {temperature:g}")
+        elif first.conversations and not parts:
+            parts.append(
+                f"{first.chain_starts:,} chain starts of {first.conversations} held-out responses"
+            )
+    return ", ".join(parts)
+
+
 def preface(report: Report, losses: Sequence[str]) -> str:
     """The table and the sentence as markdown."""
     header, rows = table(report, losses)
@@ -123,7 +138,8 @@ def preface(report: Report, losses: Sequence[str]) -> str:
             "τ, and the paired difference to the first loss: "
             f"{spread}; then that difference in percent of τ − 1, what a draft adds to a step of "
             "the target. `*`: a gain beyond the 95 % interval"
-            + (" with every seed." if seeds > 1 else "."),
+            + (" with every seed. " if seeds > 1 else ". ")
+            + f"Measured on {_sizes(report)}.",
             "\n".join("| " + " | ".join(line) + " |" for line in lines),
             sentence(report, losses),
         ]

@@ -40,7 +40,11 @@ def result(loss: str, benchmark: str, temperature: float, tau: float, seed: int 
         heads=4,
         alpha_per_head=[0.3],
         coverage=0.8,
-        **{"tau_expected" if benchmark == HELD_OUT else "tau": tau},
+        **(
+            {"tau_expected": tau, "chain_starts": 7865, "conversations": 64}
+            if benchmark == HELD_OUT
+            else {"tau": tau, "prompts": 48}
+        ),
     )
 
 
@@ -127,6 +131,8 @@ def test_preface_says_what_the_cells_are() -> None:
     one, two = preface(report_of(0), LOSSES), preface(report_of(0, 1), LOSSES)
     assert "in brackets the 95 % interval" in one and "in parentheses every seed" in two
     assert sentence(report_of(0), LOSSES) in one
+    measured = "7,865 chain starts of 64 held-out responses, 48 prompts of MT-bench at T = 1."
+    assert f"Measured on {measured}" in one
     assert "| held-out responses (exact) | 1 | 1.300 | 1.400 |" in one
 
 
