@@ -230,7 +230,8 @@ def test_a_library_for_another_cpu_is_not_loaded(nothing_compiled, monkeypatch):
     """Machines may share a home; on the lesser one it would be an illegal instruction."""
     fused_cpu.library()
     (built,) = nothing_compiled.iterdir()
-    built.write_bytes(b"")
+    built.unlink()  # a new file: this process has mapped the old one
+    built.touch()
     fused_cpu.library.cache_clear()
     monkeypatch.setattr(fused_cpu, "_instructions", lambda: "flags : fpu")
     fused_cpu.library()
