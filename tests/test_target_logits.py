@@ -147,8 +147,8 @@ def test_logits_and_distributions_are_those_of_the_model(family: str, tmp_path: 
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         logits = model(input_ids=ids, use_cache=False).logits.double()
 
-    embedding_key = name_in_file(model, model.get_input_embeddings().weight, tmp_path)
-    head_key = name_in_file(model, linear.weight, tmp_path)
+    embedding_key = name_in_file(model.get_input_embeddings().weight, tmp_path)
+    head_key = name_of_head(model, tmp_path)
     head = TargetHead.from_pretrained(
         str(tmp_path), lm_head_key=head_key, embedding_key=embedding_key, dtype=torch.float32
     ).cpu()
@@ -181,13 +181,23 @@ def test_logits_and_distributions_are_those_of_the_model(family: str, tmp_path: 
         close(target.log_coverage, log_p[..., t2d].logsumexp(-1))
 
 
-def name_in_file(model: Any, weight: torch.Tensor, path: Path) -> str:
-    """A parameter's name in a checkpoint, or in the model where it is tied to another."""
+def name_in_file(weight: torch.Tensor, path: Path) -> str:
+    """A parameter's name in a checkpoint."""
     with safe_open(path / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-        stored = [name for name in names if torch.equal(file.get_tensor(name).float(), weight)]
-    own = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    return stored[0] if stored else own[-1]
+        names = file.keys()
+        (name,) = (n for n in names if torch.equal(file.get_tensor(n).float(), weight))
+    return name
+
+
+def name_of_head(model: Any, path: Path) -> str:
+    """The head's name in a checkpoint, or in the model where the file has the embedding only.
+
+    A bias stands beside it in both.
+    """
+    weight = model.get_output_embeddings().weight
+    if weight is not model.get_input_embeddings().weight:
+        return name_in_file(weight, path)
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight][-1]
 
 
 # ------------------------------------------------------------------------- source
