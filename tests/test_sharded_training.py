@@ -52,12 +52,6 @@ def test_sharded_run_trains_resumes_and_exports(setup: Setup, site: Path) -> Non
     for metrics in trained.steps.values():
         for head in range(HEADS):
             assert 0 <= metrics[f"alpha_{head}"] <= metrics[f"coverage_{head}"] * (1 + 1e-6)
-    # The target is that of a run without sharding, to the last bit: so is its coverage.
-    plain = setup.train("plain", LAMBDA, "training.fsdp_sharding=NO_SHARD")
-    for step, metrics in trained.steps.items():
-        for head in range(HEADS):
-            name = f"coverage_{head}"
-            assert metrics[name] == pytest.approx(plain.steps[step][name], rel=1e-6)
 
     horizon, half = f"training.total_steps={STEPS}", STEPS // 2
     setup.train("stopped", LAMBDA, horizon, f"training.max_steps={half}", **env)
