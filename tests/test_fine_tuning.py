@@ -6,7 +6,6 @@ fine-tuned, from other responses: the draft must keep the tokens that it has bee
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,12 @@ import torch
 from safetensors.torch import load_file
 from training_run import EPOCH, Finished, Setup, capture_arguments, prepare_with_features, run
 
-ALGORITHMS = ("eagle3", "medusa", "mlp_speculator", "mtp")
+# One group: the runs are shared.
+pytestmark = pytest.mark.xdist_group("fine_tuning")
+
+#: Those whose drafts have a vocabulary of their own.
+TRUNCATED = ("eagle3", "medusa", "mlp_speculator")
+ALGORITHMS = (*TRUNCATED, "mtp")
 #: What the update of a parameter is lost in.
 STILL = "training.learning_rate=1e-30"
 
@@ -83,15 +87,9 @@ def test_training_starts_from_the_exported_weights(trained: Trained, tmp_path: P
         assert torch.equal(after[name], value), name
 
 
-def truncated(trained: Trained) -> bool:
-    return bool(json.loads(trained.setup.config.read_text())["model"]["vocab_mapping_path"])
-
-
+@pytest.mark.parametrize("trained", TRUNCATED, indirect=True)
 def test_the_draft_keeps_its_vocabulary(trained: Trained, tmp_path: Path) -> None:
     """Without a mapping, SpecForge derives one from the responses that it trains on."""
-    if not truncated(trained):
-        assert "d2t" not in load_file(trained.export / "model.safetensors")
-        return
     other = f"data.hidden_states_path={trained.setup.held_out_features}"
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     trained.fine_tune("own", "model.vocab_mapping_path=", other, cache)
@@ -101,9 +99,8 @@ def test_the_draft_keeps_its_vocabulary(trained: Trained, tmp_path: Path) -> Non
         assert torch.equal(after[name], before[name]), name
 
 
+@pytest.mark.parametrize("trained", TRUNCATED, indirect=True)
 def test_another_vocabulary_is_refused(trained: Trained, tmp_path: Path) -> None:
-    if not truncated(trained):
-        return
     t2d = torch.load(trained.setup.mapping, weights_only=True)["t2d"].roll(1)
     d2t = t2d.nonzero().flatten() - torch.arange(int(t2d.sum()))
     torch.save({"t2d": t2d, "d2t": d2t}, tmp_path / "other.pt")
