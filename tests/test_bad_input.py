@@ -94,7 +94,7 @@ def nan_run(setup: Setup) -> Finished:
 
 def test_target_states_that_are_not_finite(setup: Setup, nan_run: Finished) -> None:
     assert nan_run.returncode
-    for word in ("loss is nan", "'tiny:00000003'", "data.hidden_states_path"):
+    for word in ("loss is not finite", "'tiny:00000003'", "data.hidden_states_path"):
         assert word in nan_run.tail()
     saved = [int(path.name.rpartition("step")[2]) for path in setup.output("nan").glob("*-step*")]
     assert sorted(saved) == sorted(nan_run.steps), "the step that failed must not be saved"
