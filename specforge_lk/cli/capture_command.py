@@ -94,6 +94,7 @@ def _run(
     if (
         plan
         and plan.capture_method == "eagle3"
+        and plan.layout.aux_feature
         and layer_ids_are_inputs(target_config, plan.capture_layers)
     ):
         raise ValueError(
