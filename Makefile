@@ -10,18 +10,20 @@ TORCH  ?= torch==2.13.0
 LOSSES ?= kl lk_lambda tv
 # Its seeds: each trains a KL draft and fine-tunes it with every loss.
 SEEDS  ?= 0
-# Further options, such as `--publish reports/demo.json`: `python -m demo --help` lists them.
+# Further options, such as `--publish experiments/results/demo.json`;
+# `python -m experiments.demo --help` lists them.
 DEMO   ?=
 # Object store of server-streamed training; it needs the Debian packages libibverbs1 and librdmacm1.
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
 # Options of `make study` and `make article`, such as `--algorithms dflash` or `--drafts medusa`;
-# `python -m studies.trainers --help`, `python -m studies.article --help`.
+# `python -m experiments.algorithms --help`, `python -m experiments.paper --help`.
 STUDY  ?=
 # A git clone of github.com/sgl-project/SpecForge, whose tests `make upstream-tests` runs.
 export SPECFORGE_REPO ?=
-# Options of `make upstream-tests`: `python -m studies.upstream_tests --help`.
+# Options of `make upstream-tests`: `python -m tools.upstream_tests --help`.
 UPSTREAM ?=
-# Options of `make serve-check`, such as `--drafts eagle3`; `python -m serving --help` lists them.
+# Options of `make serve-check`, such as `--drafts eagle3`;
+# `python -m experiments.serving --help` lists them.
 SERVE  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
@@ -42,8 +44,9 @@ VLLM_READY := $(VLLM_VENV)/.ready
 # The lowest versions that pyproject.toml allows, beside SpecForge, which pins others: what needs
 # no more of it than its modules.
 LOWEST_VENV  := .venv-lowest
-LOWEST_TESTS := $(addprefix tests/test_,decode_*.py evaluate.py generate*.py data.py package.py \
-                report.py toy.py losses_options.py losses_values.py overlap_[cdglr]*.py)
+LOWEST_TESTS := $(addprefix tests/,decode evaluate losses/test_options.py losses/test_values.py \
+                overlap/test_[cdglr]*.py data/test_released.py data/test_sample_local.py \
+                data/test_sample_server.py test_package.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-online test-lowest serve-check upstream-tests defects study article \
@@ -76,7 +79,7 @@ $(READY): requirements.txt pyproject.toml $(PATCHES) $(CHOICE)
 	@echo "==> $(VENV) is ready"
 
 demo: $(READY) ## fine-tune an EAGLE-3 draft of SmolLM2-135M with each of LOSSES, compare acceptance
-	@$(BIN)/python -m demo --losses "$(LOSSES)" --seeds "$(SEEDS)" $(DEMO)
+	@$(BIN)/python -m experiments.demo --losses "$(LOSSES)" --seeds "$(SEEDS)" $(DEMO)
 
 test: $(READY) ## run the test suite
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
@@ -88,7 +91,7 @@ test-online: $(READY) ## test server-streamed training, with a real Mooncake on 
 test-lowest: ## test with the lowest versions of what this package needs
 	@test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
 	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" \
-	  $$($(PYTHON) tests/lowest.py) hatchling editables psutil tensorboard
+	  $$($(PYTHON) tools/lowest.py) hatchling editables psutil tensorboard
 	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps specforge==0.2.0
 	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 	  --no-build-isolation --editable .
@@ -97,12 +100,12 @@ test-lowest: ## test with the lowest versions of what this package needs
 	  --dist loadgroup $(LOWEST_TESTS)
 
 upstream-tests: $(READY) ## run SpecForge's own tests before and after the patches; needs SPECFORGE_REPO
-	@$(BIN)/python -m studies.upstream_tests $(UPSTREAM)
+	@$(BIN)/python -m tools.upstream_tests $(UPSTREAM)
 
 defects: $(READY) ## measure what each fix of the patches changes
-	@$(BIN)/python -m studies.defects
+	@$(BIN)/python -m tools.defects
 
-$(VLLM_READY): serving/requirements.txt
+$(VLLM_READY): experiments/serving/requirements.txt
 	@echo "==> virtual environment $(VLLM_VENV): $(VLLM)"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
@@ -111,13 +114,13 @@ $(VLLM_READY): serving/requirements.txt
 	@touch $@
 
 serve-check: $(READY) $(VLLM_READY) ## serve exported drafts with vLLM on the CPU, compare with our decoding
-	@$(BIN)/python -m serving --engine $(VLLM_VENV)/bin/python $(SERVE)
+	@$(BIN)/python -m experiments.serving --engine $(VLLM_VENV)/bin/python $(SERVE)
 
 study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
-	@$(BIN)/python -m studies.trainers $(STUDY)
+	@$(BIN)/python -m experiments.algorithms $(STUDY)
 
 article: $(READY) ## train the article's drafts with its losses; continues if interrupted
-	@$(BIN)/python -m studies.article $(STUDY)
+	@$(BIN)/python -m experiments.paper $(STUDY)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)

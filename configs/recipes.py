@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import yaml
 
-from specforge_lk.published import HEADS as DRAFTED
+from specforge_lk.evaluate.published import HEADS as DRAFTED
 
 CONFIGS: Final = Path(__file__).parent
 HEADS: Final = 6

@@ -7,7 +7,7 @@ import importlib
 import typer
 
 #: Subcommand -> module that defines a typer ``app``; the order is that of ``--help``.
-_COMMANDS = ("patch", "data", "generate", "capture", "eval", "cost", "toy")
+_COMMANDS = ("patch", "data", "generate", "capture", "eval", "cost")
 
 app = typer.Typer(
     name="specforge-lk",
@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name in _COMMANDS:
-    _module = importlib.import_module(f"specforge_lk.cli.{_name}_command")
+    _module = importlib.import_module(f"specforge_lk.cli.{_name}")
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name)
     else:

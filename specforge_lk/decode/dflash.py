@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, last_valid, read_weights
+from specforge_lk.decode.draft import DraftError, Proposal, last_valid, read_weights
 from specforge_lk.decode.eagle3 import rotate
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
@@ -58,7 +58,7 @@ class _Layer(nn.Module):
 
 
 class DFlashDraft(nn.Module):
-    """A DFlash draft; see `specforge_lk.decode.drafts.Draft` for the interface.
+    """A DFlash draft; see `specforge_lk.decode.draft.Draft` for the interface.
 
     Its cache slot is the position, as in `Eagle3Draft`; only verified positions are cached.
 

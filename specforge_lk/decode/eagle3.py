@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import (
+from specforge_lk.decode.draft import (
     DraftError,
     Proposal,
     draft_vocabulary,
@@ -26,7 +26,7 @@ from specforge_lk.decode.drafts import (
 )
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
-from specforge_lk.targets import layer_ids_are_inputs
+from specforge_lk.target import layer_ids_are_inputs
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -62,7 +62,7 @@ class _Layer(nn.Module):
 
 
 class Eagle3Draft(nn.Module):
-    """An EAGLE-3 draft; see `specforge_lk.decode.drafts.Draft` for the interface.
+    """An EAGLE-3 draft; see `specforge_lk.decode.draft.Draft` for the interface.
 
     Its cache slot is the token's position. A drafted or rejected position is therefore simply
     overwritten by the verified one, always before any later query can reach it, and rows of

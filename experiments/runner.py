@@ -1,0 +1,365 @@
+"""Comparable `specforge train` runs: started side by side, continued when interrupted, exported.
+
+Every run is a command of SpecForge on a config of ``configs/smollm2-135m/``, with what differs
+between runs on the command line. A run that was made from other inputs is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from specforge.losses import installed_loss_registry
+
+from specforge_lk.evaluate.report import Training as TrainingRecord
+from specforge_lk.evaluate.report import read_report, write_all
+
+ROOT = Path(__file__).parent.parent
+RUNS = Path("runs")
+CONFIGS = Path("configs/smollm2-135m")
+
+#: The name of a run without `training.loss`: SpecForge's own objective.
+STOCK = "stock"
+#: The name of the draft that every loss of the demo fine-tunes.
+START = "start"
+#: Runs that are more than a registered loss, and the settings they stand for.
+VARIANTS = {
+    STOCK: (),
+    "lk_fixed": (
+        "training.loss=lk_lambda",
+        "training.loss_options.lambda_scope=fixed",
+        "training.loss_options.lambda_fixed=0.5",
+    ),
+    START: ("training.loss=kl",),
+    # A module that knows one position only, as a target's own pretraining leaves it.
+    "untuned": ("training.loss=kl", "training.ttt_length=1"),
+}
+
+#: Settings of glibc's allocator; elsewhere they mean nothing.
+ALLOCATOR = ":".join(
+    f"glibc.malloc.{setting}"
+    for setting in ("hugetlb=1", "mmap_max=0", f"trim_threshold={1 << 34}")
+)
+
+#: Seconds between two lines of progress where output is not a terminal.
+LINE_INTERVAL = 20.0
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One `specforge train`: an algorithm, a loss or variant and a seed, below ``parent``.
+
+    ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config, ``max_steps``
+    ends a run before its last pass is complete; the draft of ``start`` is where it starts from.
+    ``settings`` are further overrides.
+    """
+
+    algorithm: str
+    loss: str
+    seed: int
+    parent: Path
+    epochs: int | None = None
+    batch: int | None = None
+    max_steps: int | None = None
+    start: Training | None = None
+    settings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.algorithm} {self.loss} {self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        return self.parent / f"{self.algorithm}-{self.loss}-seed{self.seed}"
+
+    @property
+    def draft(self) -> Path:
+        return self.directory / "draft"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "train.log"
+
+    @property
+    def made_from(self) -> Path:
+        """Record of the command and of a digest of everything the draft was made from."""
+        return self.directory / "made-from.json"
+
+    @property
+    def seconds_path(self) -> Path:
+        return self.directory / "seconds.json"
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall clock of the training; None where it was interrupted."""
+        return json.loads(self.seconds_path.read_text()) if self.seconds_path.exists() else None
+
+    @property
+    def config_path(self) -> Path:
+        return CONFIGS / f"{self.algorithm}.yaml"
+
+    @cached_property
+    def config(self) -> dict[str, dict]:
+        return yaml.safe_load(self.config_path.read_text())
+
+    @property
+    def draft_config(self) -> Path:
+        return Path(self.config["model"]["draft_model_config"])
+
+    @property
+    def vocab_mapping(self) -> Path | None:
+        path = self.config["model"].get("vocab_mapping_path")
+        return Path(path) if path else None
+
+    @property
+    def features(self) -> Path:
+        return Path(self.config["data"]["hidden_states_path"])
+
+    @property
+    def samples(self) -> int:
+        return len(list(self.features.glob("*.ckpt")))
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What replaces settings of the config's training section."""
+        # P-EAGLE takes one sample at a time and accumulates.
+        accumulates = "accumulation_steps" in self.config["training"]
+        size = "accumulation_steps" if accumulates else "batch_size"
+        replaced = {
+            "num_epochs": self.epochs,
+            size: self.batch,
+            # Of the run, and of the learning rate's schedule.
+            "max_steps": self.max_steps,
+            "total_steps": self.max_steps,
+        }
+        return {name: value for name, value in replaced.items() if value is not None}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        training = self.config["training"] | self.budget
+        per_step = training["batch_size"] * training.get("accumulation_steps", 1)
+        return self.max_steps or self.samples // per_step * training["num_epochs"]
+
+    @property
+    def command(self) -> list[str]:
+        objective = VARIANTS.get(self.loss, (f"training.loss={self.loss}",))
+        start = [f"model.draft_checkpoint_path={self.start.draft}"] if self.start else []
+        return [
+            *("specforge", "train", "--config", str(self.config_path), *objective, *start),
+            *(f"training.{name}={value}" for name, value in self.budget.items()),
+            *self.settings,
+            f"training.seed={self.seed}",
+            "training.log_interval=1",
+            "training.save_interval=50",
+            "training.max_checkpoints=1",
+            f"run_id={self.loss}",
+            f"output_dir={self.directory}",
+        ]
+
+    def discard_if_outdated(self) -> None:
+        """Remove what another command, other features or other code has left behind."""
+        current = {"command": self.command, "inputs": self._digest_of_inputs()}
+        if not self.made_from.exists() or json.loads(self.made_from.read_text()) != current:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            self.made_from.write_text(json.dumps(current, indent=1))
+
+    def _digest_of_inputs(self) -> str:
+        """Of everything a trained draft depends on, beside its command line."""
+        digest = hashlib.sha256()
+        sources = [self.config_path, self.draft_config, self.features / "capture.json"]
+        sources += [self.vocab_mapping] if self.vocab_mapping else []
+        sources += [self.start.made_from] if self.start else []
+        drafts = Path("specforge_lk/drafts")
+        if (drafts / f"{self.algorithm}.py").exists():
+            sources += sorted(drafts.glob("*.py"))
+        sources += sorted(Path("patches").glob("specforge/*/*.patch"))
+        overlap = Path("specforge_lk/overlap")
+        sources += [Path("specforge_lk/losses.py"), *sorted(overlap.glob("*.[pc]*"))]
+        for path in sources:
+            digest.update(path.read_bytes())
+        digest.update(" ".join(sorted(path.name for path in self.features.glob("*.ckpt"))).encode())
+        return digest.hexdigest()
+
+    def resumable_command(self) -> list[str]:
+        """The command, continuing from the last checkpoint if there is one."""
+        if (self.directory / f"{self.loss}-latest").exists():
+            return [*self.command, f"training.resume_from={self.directory}"]
+        return self.command
+
+    def done_steps(self) -> int:
+        found = re.findall(r"^step (\d+):", self.log.read_text(errors="replace"), re.MULTILINE)
+        return int(found[-1]) if found else 0
+
+    def last_metrics(self) -> dict[str, float]:
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith("step ")]
+        shown = dict(re.findall(r"'([a-z_0-9]+)': ([-+.0-9e]+)", lines[-1])) if lines else {}
+        return {name: float(value) for name, value in shown.items()}
+
+    def export(self) -> None:
+        """Write the draft as a Hugging Face folder that engines and `specforge-lk eval` load."""
+        temporary = self.draft.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        mapping = ["--vocab-mapping", self.vocab_mapping] if self.vocab_mapping else []
+        command = [
+            *("specforge", "export", "--to", "hf", "--checkpoint", self.directory),
+            *("--draft-config", self.draft_config, *mapping),
+            *("--embedding-source", self.config["model"]["target_model_path"]),
+            *("--output-dir", temporary),
+        ]
+        log = self.directory / "export.log"
+        if _start([str(word) for word in command], log, threads=1).wait():
+            fail(f"export of {self.name} failed", log)
+        temporary.rename(self.draft)
+
+
+def check_losses(losses: Sequence[str], option: str) -> None:
+    """Raise typer.BadParameter unless every loss is registered, and named once."""
+    known = [name for name in VARIANTS if name != START]
+    known += installed_loss_registry().names
+    unknown = [loss for loss in losses if loss not in known]
+    if not losses or unknown or len(set(losses)) < len(losses):
+        raise typer.BadParameter(
+            f"{' '.join(losses)!r}: name losses once each, of {', '.join(known)}",
+            param_hint=option,
+        )
+
+
+def train(trainings: Sequence[Training], cores: int) -> None:
+    """Train and export every run that has no draft yet, as many at once as there are cores.
+
+    Runs of one length end together: where fewer are left than there are cores, they begin when
+    all others have ended, and share the cores.
+    """
+    for run in trainings:
+        run.discard_if_outdated()
+    waiting = [run for run in trainings if not run.draft.exists()]
+    next_line = time.monotonic() + LINE_INTERVAL
+    with Progress(
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        running: dict[int, tuple[Training, subprocess.Popen, int, float, bool]] = {}
+        while waiting or running:
+            together = 0 if running else min(cores, len(waiting))
+            for _ in range(together):
+                run = waiting.pop(0)
+                command = run.resumable_command()
+                process = _start(command, run.log, threads=cores // together)
+                bar = progress.add_task(run.name, total=run.steps)
+                resumed = command != run.command
+                running[process.pid] = (run, process, bar, time.monotonic(), resumed)
+            time.sleep(0.5)
+            for pid, (run, process, bar, began, resumed) in list(running.items()):
+                progress.update(bar, completed=run.done_steps())
+                if process.poll() is None:
+                    continue
+                del running[pid]
+                if process.returncode:
+                    for _, other, *_ in running.values():
+                        other.terminate()
+                    fail(f"training of {run.name} failed", run.log)
+                if not resumed:
+                    run.seconds_path.write_text(json.dumps(round(time.monotonic() - began, 1)))
+                run.export()
+            if not console.is_terminal and time.monotonic() > next_line:
+                next_line += LINE_INTERVAL
+                for run, _, _, began, _ in running.values():
+                    done, elapsed = run.done_steps(), time.monotonic() - began
+                    left = elapsed * (run.steps - done) / max(done, 1)
+                    console.print(f"{run.name}: step {done}/{run.steps}, about {left:.0f} s left")
+
+
+def record(path: Path, trainings: Sequence[Training]) -> None:
+    """Add to the report at ``path`` how each draft was trained, and draw it again."""
+    report = read_report(path)
+    current = {(run.algorithm, run.loss, run.seed) for run in trainings}
+    report.training = [
+        old for old in report.training if (old.algorithm, old.loss, old.seed) not in current
+    ]
+    report.training += [
+        TrainingRecord(
+            algorithm=run.algorithm,
+            loss=run.loss,
+            seed=run.seed,
+            command=shlex.join(run.command),
+            steps=run.done_steps(),
+            seconds=run.seconds,
+            last_step=run.last_metrics(),
+        )
+        for run in trainings
+    ]
+    report.settings["training_samples"] = max(run.samples for run in trainings)
+    write_all(report, path)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        # Two processes with two threads each would slow each other down tenfold on two cores.
+        "OMP_NUM_THREADS": str(threads),
+        # Logits of tens of MB come and go in every step: kept in the process, and in huge pages,
+        # they make these runs a quarter faster.
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ALLOCATOR),
+        # Compiling costs more than these short runs could gain.
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def _start(command: list[str], log: Path, *, threads: int) -> subprocess.Popen:
+    console.print(f"[dim]$ {shlex.join(command)}[/]")
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads)
+        )
+
+
+def execute(*command: object, threads: int) -> None:
+    """Run a command of this interpreter's environment; end the program if it fails."""
+    words = [str(word) for word in command]
+    console.print(f"[dim]$ {shlex.join(words)}[/]")
+    if subprocess.run(words, env=_environment(threads), check=False).returncode:
+        fail(f"{words[0]} {words[1]} failed")
+
+
+def fail(message: str, log: Path | None = None) -> None:
+    """Show the end of ``log`` and end the program."""
+    if log is not None:
+        console.print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), markup=False)
+        message += f"; the whole log is {log}"
+    console.print(f"[bold red]{message}[/]")
+    raise typer.Exit(1)

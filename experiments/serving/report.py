@@ -1,0 +1,221 @@
+"""What `make serve-check` found: one schema, drawn as a table on the terminal and as markdown."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from specforge_lk.evaluate.report import write_text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Side(_Strict):
+    """One side's sums over all prompts; ``accepted[k]``: steps that accepted position k."""
+
+    cycles: int
+    accepted: list[int]
+    tau: float
+
+
+class FirstDifference(_Strict):
+    """The first token in which a greedy response differs from the target's own."""
+
+    prompt: int
+    position: int
+    expected: int | None
+    found: int | None
+    gap: float | None
+    near_tie: bool
+
+
+class Comparison(_Strict):
+    """One engine run against our own decoding.
+
+    ``intervals`` are of the difference of acceptance per step, engine minus ours (Newcombe's score
+    intervals, together 95 %). ``differing`` counts prompts whose records differ; ``same_output``
+    counts responses equal to the target's own without a draft. Both are null where tokens were
+    sampled.
+    """
+
+    draft: str
+    temperature: float
+    drafting: str
+    prompts: int
+    engine: Side
+    ours: Side
+    intervals: list[tuple[float, float]]
+    differing: int | None
+    same_output: int | None
+    first_differences: list[FirstDifference] = []
+    counters: dict[str, Any]
+    counters_agree: bool
+    speculative_config: dict[str, Any]
+    options: dict[str, Any]
+    passed: bool
+
+
+class Speculator(_Strict):
+    """The MLP speculator in vLLM's class; errors are of logits, relative to their spread."""
+
+    draft: str
+    refusal: str | None
+    exported: int
+    missing: list[str]
+    unknown: list[str]
+    error: float
+    rows: int
+    passed: bool
+
+
+class ServingReport(_Strict):
+    """Everything the check found."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    training: dict[str, dict[str, Any]]
+    notes: list[str] = []
+    comparisons: list[Comparison] = []
+    speculator: Speculator | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every part of the check passed."""
+        parts = [c.passed for c in self.comparisons]
+        return all(parts) and (self.speculator is None or self.speculator.passed)
+
+
+def continued(report: ServingReport, path: Path) -> ServingReport:
+    """``report`` with what the one at ``path`` says of other drafts, found with these settings."""
+    if not path.exists():
+        return report
+    try:
+        old = ServingReport.model_validate_json(path.read_text())
+    except ValidationError:
+        return report
+    if (old.settings, old.versions) != (report.settings, report.versions):
+        return report
+    kept = [c for c in old.comparisons if c.draft not in report.training]
+    return report.model_copy(
+        update={
+            "training": old.training | report.training,
+            "comparisons": kept + report.comparisons,
+            "speculator": report.speculator or old.speculator,
+        }
+    )
+
+
+HEADER = (
+    "draft",
+    "T",
+    "drafting",
+    "output = target's",
+    "steps",
+    "accepted per position",
+    "the same, ours",
+    "prompts that differ",
+    "interval of the difference, position 1",
+    "",
+)
+
+
+def rows(report: ServingReport) -> list[tuple[str, ...]]:
+    """One row per comparison."""
+    return [
+        (
+            c.draft,
+            f"{c.temperature:g}",
+            c.drafting,
+            "–" if c.same_output is None else f"{c.same_output} of {c.prompts}",
+            f"{c.engine.cycles}, ours {c.ours.cycles}",
+            _per_step(c.engine),
+            _per_step(c.ours),
+            "–" if c.differing is None else f"{c.differing} of {c.prompts}",
+            f"[{c.intervals[0][0]:+.3f}, {c.intervals[0][1]:+.3f}]",
+            "ok" if c.passed else "FAILED",
+        )
+        for c in report.comparisons
+    ]
+
+
+def _per_step(side: Side) -> str:
+    return " / ".join(f"{count / side.cycles:.3f}" for count in side.accepted)
+
+
+def speculator_lines(found: Speculator) -> list[str]:
+    """The MLP speculator's part as sentences."""
+    verdict = "ok" if found.passed else "FAILED"
+    refused = f"refuses to serve it: “{found.refusal.strip()}”" if found.refusal else "accepts it"
+    return [
+        f"MLP speculator: vLLM {refused}. Its class loads {found.exported} exported tensors, "
+        f"{len(found.missing)} parameters missing, {len(found.unknown)} tensors unknown; logits of "
+        f"{found.rows} chains differ from ours by at most {found.error:.1e} of their spread: "
+        f"{verdict}."
+    ]
+
+
+def show(report: ServingReport, console: Console) -> None:
+    """Print the tables."""
+    if not console.is_terminal:
+        console = Console(width=200, highlight=False)
+    table = Table(*HEADER, title="Served by vLLM, and decoded here")
+    for row in rows(report):
+        table.add_row(*row)
+    console.print(table)
+    for c in report.comparisons:
+        for d in c.first_differences:
+            console.print(_difference(c, d))
+    if report.speculator is not None:
+        for line in speculator_lines(report.speculator):
+            console.print(line)
+
+
+def _difference(c: Comparison, d: FirstDifference) -> str:
+    gap = "not its second choice" if d.gap is None else f"log-probability gap {d.gap:.2g}"
+    return (
+        f"{c.draft}, T = {c.temperature:g}: prompt {d.prompt} differs from token {d.position} on, "
+        f"{d.found} for {d.expected}, {gap}{', a near-tie' if d.near_tie else ''}"
+    )
+
+
+def markdown(report: ServingReport) -> str:
+    """The report as markdown."""
+    lines = ["# Drafts served by vLLM", ""]
+    lines += [line for note in report.notes for line in (note, "")]
+    lines += [
+        "Made by `make serve-check`. Accepted per position: share of the steps that accepted it "
+        "and all before it, as vLLM counts. At T = 0 both sides must take the same decisions, "
+        "prompt by prompt; at T = 1 both sample, and the intervals of the difference (engine minus "
+        "ours; score intervals, 95 % together over the positions) must contain 0.",
+        "",
+    ]
+    lines += [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(report)]
+    lines += [""]
+    lines += [f"- {_difference(c, d)}" for c in report.comparisons for d in c.first_differences]
+    if report.speculator is not None:
+        lines += ["", *speculator_lines(report.speculator)]
+    lines += ["", "| draft | made by | steps |", "|---|---|---|"]
+    lines += [
+        f"| {name} | `{t.get('command', t.get('draft'))}` | {t.get('steps', 'given')} |"
+        for name, t in report.training.items()
+    ]
+    lines += ["", "| setting | |", "|---|---|"]
+    pairs = report.settings | report.versions
+    lines += [f"| {name} | {value} |" for name, value in pairs.items()]
+    return "\n".join(lines) + "\n"
+
+
+def write(report: ServingReport, path: Path) -> list[Path]:
+    """Write ``path`` (.json) and its markdown beside it."""
+    drawn = path.with_suffix(".md")
+    write_text(path, report.model_dump_json(indent=2) + os.linesep)
+    write_text(drawn, markdown(report))
+    return [path, drawn]

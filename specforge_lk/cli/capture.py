@@ -1,0 +1,234 @@
+"""``specforge-lk capture``: write what SpecForge trains from, a target's features or tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from specforge_lk.cli.generate import Dtype
+
+
+def run(
+    config: Annotated[Path, typer.Option(help="SpecForge run config (YAML or JSON).")],
+    responses: Annotated[
+        Path,
+        typer.Option(help="Conversations as JSONL or .jsonl.gz, such as `generate` writes."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of features. Default: data.hidden_states_path."),
+    ] = None,
+    vocab_mapping: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the draft vocabulary here: the draft_vocab_size tokens most frequent "
+            "in these responses. Use it as model.vocab_mapping_path."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Type to compute in. Default: model.torch_dtype on a GPU, float32 on a CPU. "
+            "Features are stored in model.torch_dtype in any case.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first responses.")] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens in one forward pass, padding included.")
+    ] = 4096,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if any.")] = "auto",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Config overrides, as for specforge train: section.field=value."),
+    ] = None,
+) -> None:
+    """Write the feature files that SpecForge trains from offline, for any of its algorithms.
+
+    The algorithm in the config (training.strategy) decides which layers of the target are
+    captured and what the features are called. Run the same command again after an interruption:
+    whole feature files of the same responses are kept.
+
+    In a streamed run, one with data.prompts_path, servers capture. For it this writes the tokens
+    that servers are asked for, with their loss masks, to that file, and loads no target. They are
+    those that features have; from conversations SpecForge would make others, with the system
+    prompt of data.chat_template.
+    """
+    try:
+        _run(config, responses, out, vocab_mapping, dtype, limit, batch_tokens, device, overrides)
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
+        message = str(error)
+        if isinstance(error, ImportError):
+            message += "; capture needs SpecForge: pip install 'specforge-lk[specforge,data]'"
+        Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _run(
+    config: Path,
+    responses: Path,
+    out: Path | None,
+    vocab_mapping: Path | None,
+    dtype: Dtype | None,
+    limit: int | None,
+    batch_tokens: int,
+    device: str,
+    overrides: list[str] | None,
+) -> None:
+    import torch
+    from specforge.application.composition import resolve_offline_capture, resolve_run
+    from specforge.training.model_loading import resolve_draft_config
+
+    from specforge_lk.cli.progress import ProgressBar
+    from specforge_lk.data import capture
+    from specforge_lk.target import layer_ids_are_inputs, load_target, load_tokenizer
+
+    run, target_config = _load(config, out, overrides)
+    algorithm = resolve_run(run).algorithm
+    streamed = run.mode == "online"
+    plan = None if streamed else resolve_offline_capture(run, target_config=target_config)
+    if (
+        plan
+        and plan.capture_method == "eagle3"
+        and plan.layout.aux_feature
+        and layer_ids_are_inputs(target_config, plan.capture_layers)
+    ):
+        raise ValueError(
+            f"model.aux_hidden_state_layer_ids, or the draft config's eagle_config, names the "
+            f"layers {list(plan.capture_layers)}: of a {target_config.architectures[0]} SGLang "
+            "takes their inputs, this command their outputs, so the draft would be served other "
+            "states than it was trained on; choose layers of which the first is 1, whose outputs "
+            "both take"
+        )
+    place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
+    vocab_size = target_config.get_text_config().vocab_size
+    if vocab_mapping and not algorithm.spec.capabilities.supports_vocab_mapping:
+        raise ValueError(
+            f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "
+            "leave out --vocab-mapping"
+        )
+    samples = capture.read_samples(
+        responses,
+        load_tokenizer(run.model.target_model_path, trust_remote_code=run.model.trust_remote_code),
+        place,
+        vocab_size=vocab_size,
+        max_length=run.data.max_length,
+        limit=limit,
+        loss_mask_filter=algorithm.providers.model.loss_mask_filter,
+    )
+    if not samples.kept:
+        raise ValueError(
+            f"{responses} has no response of two tokens or more, within "
+            f"data.max_length={run.data.max_length}, to train on"
+        )
+    if plan:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        compute = dtype or Dtype(run.model.torch_dtype if device != "cpu" else "float32")
+        model, _ = load_target(
+            run.model.target_model_path,
+            compute.value,
+            device,
+            trust_remote_code=run.model.trust_remote_code,
+        )
+        decoder = model.get_decoder()
+        capture.check_target(
+            model,
+            decoder,
+            samples.kept[0].tokens.input_ids,
+            _target_head(run) if plan.layout.last_hidden_feature else None,
+        )
+        del model  # and its head with it
+        names = plan.layout.output_names
+        capture.open_directory(
+            place,
+            names,
+            {
+                "target": run.model.target_model_path,
+                "responses": responses.name,
+                "responses_sha256": capture.file_digest(responses),
+                "layers": list(plan.capture_layers),
+                "max_length": run.data.max_length,
+                "compute_dtype": compute.value,
+                "stored_dtype": run.model.torch_dtype,
+            },
+        )
+    if vocab_mapping:
+        counts = samples.token_counts()
+        draft = resolve_draft_config(run, provider=algorithm.providers.model.draft_config)
+        size = draft.draft_vocab_size
+        mapping = capture.vocabulary_mapping(counts, size, vocab_size)
+        capture.save_mapping(mapping, vocab_mapping)
+        share = capture.coverage(mapping, counts)
+        typer.echo(
+            f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
+        )
+    supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
+    cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {samples.skipped} skipped"
+    if not plan:
+        capture.write_tokens(samples.kept, place)
+        typer.echo(f"{len(samples.kept)} samples ({cut}), {supervised} supervised tokens: {place}")
+        return
+    todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
+    total = sum(map(len, todo))
+    with ProgressBar("capturing", total, "tok/s") as bar:
+        for batch in capture.batches(todo, batch_tokens):
+            capture.capture(
+                decoder,
+                batch,
+                layers=plan.capture_layers,
+                layout=plan.layout,
+                dtype=getattr(torch, run.model.torch_dtype),
+            )
+            tokens = sum(map(len, batch))
+            bar.advance(tokens, tokens)
+    typer.echo(
+        f"{len(samples.kept)} samples ({len(todo)} new, {cut}), {supervised} supervised tokens, "
+        f"layers {list(plan.capture_layers)}: {place}"
+    )
+    foreign = set(place.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
+    if foreign:
+        typer.echo(f"{place} has {len(foreign)} more feature files, which training will read")
+
+
+def _target_head(run: Any) -> Any:
+    """The head that training makes the target's logits with, in float32."""
+    import torch
+    from specforge.modeling.target.target_head import TargetHead
+
+    try:
+        return TargetHead.from_pretrained(
+            run.model.target_model_path,
+            lm_head_key=run.model.lm_head_key,
+            cache_dir=run.model.cache_dir,
+            trust_remote_code=run.model.trust_remote_code,
+            embedding_key=run.model.embedding_key,
+            dtype=torch.float32,
+        )
+    except KeyError as error:  # a tensor that the checkpoint has under another name
+        raise ValueError(error.args[0]) from error
+
+
+def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
+    """The run config and the target's config."""
+    from specforge.config import load_config
+
+    from specforge_lk.target import load_target_config
+
+    if not config.is_file():
+        raise FileNotFoundError(f"config {config} does not exist")
+    place = [f"data.hidden_states_path={out}"] if out else []
+    run = load_config(str(config), [*(overrides or []), *place])
+    if run.data.train_data_path:
+        raise ValueError(
+            f"{config}: with data.train_data_path SpecForge tokenises by itself; set "
+            "data.prompts_path for a streamed run, or data.hidden_states_path for features"
+        )
+    target_config = load_target_config(
+        run.model.target_model_path, trust_remote_code=run.model.trust_remote_code
+    )
+    return run, target_config

@@ -1,0 +1,86 @@
+"""``specforge-lk data``: released prompts and completions to SpecForge conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+
+def run(
+    source: Annotated[
+        str,
+        typer.Option(
+            help="Hub id such as nebius/Llama-3.1-8B-Instruct-Infinity-Instruct-0625, a folder in "
+            "that layout, or a .parquet, .jsonl or .jsonl.gz file."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="JSONL of conversations to write. An interrupted run continues it.")
+    ],
+    subset: Annotated[
+        str | None, typer.Option(help="Configuration of a data set that has several.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    completion: Annotated[
+        str, typer.Option(help="Field of the completion, where a row has those of several targets.")
+    ] = "generated_message",
+    prompts_only: Annotated[
+        bool,
+        typer.Option("--prompts-only", help="Write prompts for `generate`, without completions."),
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first rows of the data set.")
+    ] = None,
+    skip_malformed: Annotated[
+        bool,
+        typer.Option("--skip-malformed", help="Leave out rows that lack a field, and count them."),
+    ] = False,
+) -> None:
+    """Turn prompts and completions into SpecForge conversations, which `capture` reads.
+
+    Rows have an id, the messages of a conversation, and the completion: the layout of the sets
+    that the authors of the LK losses released. They are streamed: nothing is downloaded whole.
+    Run the same command again after an interruption, or with a larger --limit: rows that are
+    there are kept.
+    """
+    from specforge_lk.cli.progress import ProgressBar
+    from specforge_lk.data import released as data
+    from specforge_lk.data.jsonl import open_lines
+
+    layout = data.Layout(completion, prompts_only)
+    settings = {
+        "source": source,
+        "subset": subset,
+        "split": split,
+        "completion": None if prompts_only else completion,
+    }
+    try:
+        rows = data.open_rows(source, subset, split)
+        total = min(filter(None, (limit, data.known_size(rows))), default=None)
+        with open_lines(out, settings) as lines, ProgressBar("reading", total, "rows/s") as bar:
+            counts = data.convert(
+                rows,
+                lines,
+                layout,
+                limit=limit,
+                skip_malformed=skip_malformed,
+                advance=bar.advance,
+            )
+    except data.MalformedRow as error:
+        _fail(f"{source}: {error}; all rows before it are in {out}, and --skip-malformed goes on")
+    except ImportError as error:
+        _fail(f"{error}; install with: pip install 'specforge-lk[data]'")
+    except (OSError, ValueError) as error:
+        _fail(f"{source}: {error}" if source not in str(error) else str(error))
+    read = counts.before + counts.added + counts.left_out
+    what = "prompts" if prompts_only else "conversations"
+    typer.echo(f"{read} rows read, {counts.added} new {what}, {counts.left_out} left out: {out}")
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
+    raise typer.Exit(1)

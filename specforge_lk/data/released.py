@@ -1,0 +1,229 @@
+"""Released prompts and completions as SpecForge conversations, row by row as they stream in.
+
+The authors of the LK losses released what they trained on, one data set per target
+(``nebius/Llama-3.3-70B-Instruct-Infinity-Instruct-0625`` and its siblings, which are the hub
+collection ``nebius/infinity-instruct-completions``): rows with an ``id``, the messages of a
+``conversation`` and the target's ``generated_message``. Fields that are not needed are ignored; a
+row that lacks one that is needed is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from specforge_lk.data.conversations import Message
+from specforge_lk.data.jsonl import LineFile
+
+#: Rows between two writes to disk; what a crash costs at most.
+WRITE_EVERY = 500
+
+#: Suffix of a single file -> loader of the package `datasets`.
+_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+#: What other layouts call the speaker of a message.
+_ROLES = {"human": "user", "gpt": "assistant"}
+#: What chat templates read of an assistant's message: the answer, and the thoughts before it.
+_SAID = ("content", "reasoning_content", "thinking")
+
+
+class MalformedRow(ValueError):
+    """A row without what a conversation needs; the message names the row and the field."""
+
+
+def open_rows(source: str, subset: str | None = None, split: str = "train") -> Any:
+    """Open a data set as a stream of rows.
+
+    Args:
+        source: hub id, folder in a hub data set's layout, or one .parquet, .jsonl or .json file
+            (.gz as well).
+        subset: configuration of a data set that has several.
+        split: which split; a single file has ``train`` only.
+
+    Returns:
+        A `datasets.IterableDataset`.
+
+    Raises:
+        OSError: there is no such data set.
+        ValueError: it has no such subset or split, or the file is of no known kind.
+    """
+    from datasets import load_dataset
+
+    path = Path(source)
+    if not path.is_file():
+        return load_dataset(source, subset, split=split, streaming=True)
+    loader = _LOADERS.get(Path(path.name.removesuffix(".gz")).suffix)
+    if loader is None:
+        raise ValueError(f"{path} is none of {', '.join(_LOADERS)}")
+    if subset is not None:
+        raise ValueError(
+            f"--subset {subset}: {path} is a single file, which has none; leave it out"
+        )
+    return load_dataset(loader, data_files=str(path), split=split, streaming=True)
+
+
+def known_size(rows: Any) -> int | None:
+    """How many rows a data set says it has; None if it does not say."""
+    splits = rows.info.splits or {}
+    return splits[rows.split].num_examples if rows.split in splits else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows have what.
+
+    Attributes:
+        completion: field of the completion, a message.
+        prompts_only: make prompts for ``specforge-lk generate`` instead of conversations.
+    """
+
+    completion: str = "generated_message"
+    prompts_only: bool = False
+
+    def convert(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        """Convert one row.
+
+        Args:
+            row: as the data set has it.
+            number: its place in the data set, from 0; kept as ``source_row``.
+
+        Raises:
+            MalformedRow: it lacks a field.
+        """
+        name = f"row {number} (id {row.get('id')!r})"
+        if row.get("id") is None:
+            raise MalformedRow(f"{name} has no id; its fields are {sorted(row)}")
+        messages = _messages(row, name)
+        if self.prompts_only:
+            if len(messages) > 1:
+                raise MalformedRow(
+                    f"{name} has {len(messages)} messages in its field conversation; prompts "
+                    "for generate are single messages"
+                )
+            prompt = messages[0]["content"]
+            return {"id": str(row["id"]), "prompt": prompt, "source_row": number}
+        completion = row.get(self.completion)
+        if not isinstance(completion, dict) or not _is_text(completion.get("content")):
+            raise MalformedRow(
+                f"{name} has no text in {self.completion}.content; its fields are {sorted(row)}"
+            )
+        said = {key: completion[key] for key in _SAID if _is_text(completion.get(key))}
+        messages.append({"role": "assistant", **said})
+        converted = {"id": str(row["id"]), "conversations": messages}
+        reason = completion.get("finish_reason") or row.get("finish_reason")
+        if reason is not None:  # a response cut at its longest has no end-of-turn token
+            converted["finished"] = reason != "length"
+        return {**converted, "source_row": number}
+
+
+def _messages(row: dict[str, Any], name: str) -> list[Message]:
+    """The messages of a prompt, the last of which is the user's."""
+    conversation = row.get("conversation")
+    if not isinstance(conversation, list) or not conversation:
+        raise MalformedRow(
+            f"{name} has no messages in its field conversation; its fields are {sorted(row)}"
+        )
+    messages = []
+    for index, message in enumerate(conversation):
+        if not isinstance(message, dict) or not _is_text(message.get("content")):
+            raise MalformedRow(f"{name} has no text in conversation[{index}].content")
+        role = message.get("role") or message.get("from")
+        if role is None and len(conversation) == 1:
+            role = "user"
+        if role is None:
+            raise MalformedRow(f"{name} does not say whose conversation[{index}] is: no role")
+        messages.append({"role": _ROLES.get(role, role), "content": message["content"]})
+    if messages[-1]["role"] != "user":
+        raise MalformedRow(
+            f"{name}: the last message of its field conversation is the "
+            f"{messages[-1]['role']}'s, not the user's"
+        )
+    return messages
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+@dataclass
+class Counts:
+    """Rows of one run: in the file before, added, and left out as malformed."""
+
+    before: int = 0
+    added: int = 0
+    left_out: int = 0
+
+
+def convert(
+    rows: Any,
+    out: LineFile,
+    layout: Layout,
+    *,
+    limit: int | None = None,
+    skip_malformed: bool = False,
+    advance: Callable[[int, int], None] = lambda items, work: None,
+) -> Counts:
+    """Append every row of a data set that is not in ``out`` yet, in order.
+
+    Args:
+        rows: a `datasets.IterableDataset`.
+        out: the file, begun by the same call or empty.
+        layout: where rows have what.
+        limit: only the first rows of the data set.
+        skip_malformed: leave malformed rows out instead of raising.
+        advance: called with the rows read, for the rate and towards the total.
+
+    Raises:
+        MalformedRow: a row lacks a field; all rows before it are in ``out``.
+        ValueError: the data set is not the one that ``out`` was begun from.
+    """
+    counts = Counts()
+    numbered = _behind(rows, out, counts)
+    waiting: list[dict[str, Any]] = []
+    if limit is not None:
+        numbered = islice(numbered, max(0, limit - counts.before))
+    advance(0, counts.before)
+
+    def write() -> None:
+        ready = waiting[:]
+        waiting.clear()  # first: whatever interrupts the next line, no row is written twice
+        out.append(ready)
+        counts.added += len(ready)
+
+    try:
+        for number, row in numbered:
+            try:
+                waiting.append(layout.convert(row, number))
+            except MalformedRow:
+                if not skip_malformed:
+                    raise
+                counts.left_out += 1
+            advance(1, 1)
+            if len(waiting) == WRITE_EVERY:
+                write()
+    finally:
+        write()
+    return counts
+
+
+def _behind(rows: Any, out: LineFile, counts: Counts) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows behind the last one in ``out``, with their numbers."""
+    last = out.last()
+    if last is None:
+        return enumerate(rows)
+    number = last["source_row"]
+    counts.before = number + 1
+    numbered = enumerate(rows.skip(number), start=number)
+    again = next(numbered, (number, {}))[1]
+    if str(again.get("id")) != last["id"]:
+        raise ValueError(
+            f"{out.path} was begun from other data: its last row is row {number}, id "
+            f"{last['id']!r}, but there the data set has id {again.get('id')!r}; write to a new "
+            "file"
+        )
+    return numbered
+
+
+__all__ = ["Counts", "Layout", "MalformedRow", "convert", "known_size", "open_rows"]

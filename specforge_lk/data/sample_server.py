@@ -1,0 +1,313 @@
+"""Sample a target's responses from a server that speaks the OpenAI protocol: SGLang, vLLM, others.
+
+A response is one chat completion. What can pass by itself (a lost connection, a hanging request,
+statuses 408, 409, 425, 429 and 5xx, an aborted response) is tried again after a growing, jittered
+pause, and not before Retry-After. A prompt that the server refuses is named with the reason.
+
+The sampled token ids become ``response_ids``, because text often tokenises to something else than
+what was sampled. vLLM returns them where a request has ``return_token_ids``; SGLang 0.5.14, which
+ignores that, beside the log-probabilities in ``meta_info``. Both engines take sampling settings
+that a request leaves out from the target's generation_config.json, such as a top_k of 20, so
+requests name them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx
+
+from specforge_lk.data.sample_local import Sampling, conversation_row
+
+_T = TypeVar("_T")
+
+#: Seconds of the first pause before a request is tried again; each is double the one before.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
+#: Statuses that are tried again, beside all from 500.
+_PASSING = {408, 409, 425, 429}
+#: Statuses of a request that is wrong in itself: a prompt that is too long, for example.
+_REFUSED = {400, 413, 422}
+#: What SGLang and vLLM have beyond the OpenAI protocol: token ids, and no further truncation.
+_EXTENSIONS = {
+    "return_token_ids": True,
+    "logprobs": True,
+    "return_meta_info": True,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+class ServerError(ValueError):
+    """A server that cannot be used; the message says why."""
+
+
+class RefusedPrompt(ServerError):
+    """A prompt that the server does not take; the message names it and has the server's reason."""
+
+
+class _Passing(Exception):
+    """What the next attempt may not meet; ``pause`` seconds from now, as the server says."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server and how it is used.
+
+    Attributes:
+        url: with or without the ``/v1`` that paths of the protocol begin with.
+        api_key: sent as bearer token.
+        concurrency: most requests under way at once.
+        timeout: seconds that a response may take.
+        retries: how often a request is tried again.
+        extensions: send what SGLang and vLLM have beyond the OpenAI protocol.
+        note: told what is tried again, and why.
+    """
+
+    url: str
+    api_key: str | None = None
+    concurrency: int = 64
+    timeout: float = 600.0
+    retries: int = 10
+    extensions: bool = True
+    note: Callable[[str], None] = lambda text: None
+
+    def only_model(self) -> str:
+        """Name of the only model that is served.
+
+        Raises:
+            ServerError: there are several, or the server cannot be used.
+        """
+
+        async def ask() -> dict[str, Any]:
+            async with self._client() as client:
+                return await self._persist("models", lambda: self._call(client, "GET", "models"))
+
+        try:
+            names = [model["id"] for model in asyncio.run(ask())["data"]]
+        except (KeyError, TypeError) as error:
+            raise ServerError(f"{self.url} does not say which models it serves") from error
+        if len(names) != 1:
+            raise ServerError(f"{self.url} serves {', '.join(names) or 'no model'}: name one")
+        return names[0]
+
+    def respond(
+        self,
+        model: str,
+        prompts: Sequence[dict[str, str]],
+        sampling: Sampling,
+        *,
+        save: Callable[[list[dict[str, Any]]], None],
+        advance: Callable[[int, int], None] = lambda tokens, budget: None,
+        refused: Callable[[RefusedPrompt], None] | None = None,
+    ) -> None:
+        """Sample one response to each prompt.
+
+        Args:
+            model: the server's name of the target.
+            prompts: rows ``{"id", "prompt"}``.
+            sampling: temperature, length, seed and top_p.
+            save: called with conversation rows, in the order in which they are done.
+            advance: called with the tokens of a response, and the budget of ``max_new_tokens``.
+            refused: called with prompts that the server refuses; by default the first one is an
+                error.
+
+        Raises:
+            ServerError: a prompt is refused, and there is no ``refused``; or it fails
+                ``retries`` + 1 times in a row. What was done before is saved.
+        """
+        asyncio.run(self._respond(model, prompts, sampling, save, advance, refused))
+
+    async def _respond(
+        self,
+        model: str,
+        prompts: Sequence[dict[str, str]],
+        sampling: Sampling,
+        save: Callable[[list[dict[str, Any]]], None],
+        advance: Callable[[int, int], None],
+        refused: Callable[[RefusedPrompt], None] | None,
+    ) -> None:
+        done: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        todo = iter(prompts)
+
+        async def work(client: httpx.AsyncClient) -> None:
+            for prompt in todo:  # of all workers: each takes the next
+                body = self._body(model, prompt, sampling)
+
+                async def attempt(prompt: dict = prompt, body: dict = body) -> tuple[dict, int]:
+                    reply = await self._call(client, "POST", "chat/completions", body)
+                    return _row(prompt, reply)
+
+                tokens = 0
+                try:
+                    row, tokens = await self._persist(f"prompt {prompt['id']!r}", attempt)
+                    done.put_nowait(row)
+                except RefusedPrompt as error:
+                    if refused is None:
+                        raise ServerError(
+                            f"{error}; --skip-refused leaves such prompts out, --no-extensions "
+                            "what is not of the OpenAI protocol"
+                        ) from None
+                    refused(error)
+                advance(tokens, sampling.max_new_tokens)
+
+        async def write() -> None:
+            # One flush to disk for all that is done, however much that is.
+            while True:
+                save([await done.get(), *_drained(done)])
+
+        try:
+            async with self._client() as client, asyncio.TaskGroup() as outer:
+                writer = outer.create_task(write())
+                async with asyncio.TaskGroup() as inner:
+                    for _ in range(min(self.concurrency, len(prompts))):
+                        inner.create_task(work(client))
+                writer.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            if rest := _drained(done):
+                save(rest)
+
+    @contextlib.asynccontextmanager
+    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        try:
+            known = httpx.URL(self.url).scheme in ("http", "https")
+        except httpx.InvalidURL as error:
+            raise ServerError(f"{self.url} is no address of a server: {error}") from error
+        if not known:
+            raise ServerError(f"{self.url!r} is no http:// or https:// address")
+        base = self.url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        limits = httpx.Limits(max_connections=self.concurrency)
+        # The deadline is that of a whole attempt, in _persist.
+        async with httpx.AsyncClient(
+            base_url=f"{base}/v1", headers=headers, limits=limits, timeout=None
+        ) as client:
+            yield client
+
+    def _body(self, model: str, prompt: dict[str, str], sampling: Sampling) -> dict[str, Any]:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt["prompt"]}],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": sampling.number(prompt["id"]) >> 32,  # some servers take 32 bits
+        }
+        return {**body, **_EXTENSIONS} if self.extensions else body
+
+    async def _persist(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Try until it works, or has failed too often."""
+        for tried in range(self.retries + 1):
+            try:
+                async with asyncio.timeout(self.timeout):
+                    return await attempt()
+            except TimeoutError:
+                failure = _Passing(f"no response within {self.timeout:g} s")
+            except _Passing as error:
+                failure = error
+            except RefusedPrompt as error:
+                raise RefusedPrompt(f"{what} was refused by {self.url}: {error}") from None
+            if tried < self.retries:
+                # The jitter spreads what a restarting server would meet all at once.
+                backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1)
+                self.note(f"{what}: {failure}; tried again in {failure.pause + backoff:.1f} s")
+                await asyncio.sleep(failure.pause + backoff)
+        raise ServerError(
+            f"{what}: {failure}, {self.retries + 1} times in a row, from {self.url}; see to the "
+            "server and run the same command again: what is done is kept"
+        )
+
+    async def _call(
+        self, client: httpx.AsyncClient, method: str, path: str, body: dict | None = None
+    ) -> dict[str, Any]:
+        """One request; the JSON object of its answer."""
+        try:
+            response = await client.request(method, path, json=body)
+        except httpx.RequestError as error:
+            raise _Passing(f"{type(error).__name__} ({error})") from error
+        status = response.status_code
+        if status in _PASSING or status >= 500:
+            raise _Passing(f"status {status}", _retry_after(response))
+        if status in _REFUSED:
+            raise RefusedPrompt(f"status {status}, {response.text[:500]}")
+        if not response.is_success:
+            raise ServerError(
+                f"{response.url}: status {status}, {response.text[:500]}; check --server, --target "
+                "and --api-key"
+            )
+        try:
+            return response.json()
+        except ValueError as error:
+            raise _Passing("an answer that is not JSON") from error
+
+
+def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """A conversation row from a chat completion, and how many tokens were sampled."""
+    try:
+        choice = reply["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise _Passing("an answer without a chat completion") from error
+    if reason not in ("stop", "length"):
+        raise _Passing(f"finish_reason {reason!r}")
+    text, ids = message.get("content") or "", _token_ids(choice)
+    if ids is None and (message.get("reasoning_content") or message.get("reasoning")):
+        raise ServerError(
+            f"prompt {prompt['id']!r}: the server takes thoughts out of the response and gives no "
+            "token ids, so what was sampled is not known; start it without a reasoning parser, or "
+            "use SGLang or vLLM with extensions"
+        )
+    finished = reason == "stop"
+    if ids is not None:
+        end = choice.get("matched_stop")  # SGLang's name of the token that ended the response
+        if finished and isinstance(end, int) and ids[-1:] != [end]:
+            ids = [*ids, end]
+    usage = reply.get("usage") or {}
+    tokens = len(ids) if ids is not None else usage.get("completion_tokens") or 0
+    return conversation_row(prompt, text, finished, ids), tokens
+
+
+def _token_ids(choice: dict[str, Any]) -> list[int] | None:
+    """The sampled tokens of a choice; None if the server does not say."""
+    if (ids := choice.get("token_ids")) is not None:
+        return ids
+    # Rows of log-probability, token id and text.
+    logged = (choice.get("meta_info") or {}).get("output_token_logprobs")
+    return [row[1] for row in logged] if logged else None
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds of a Retry-After header, which has seconds or a date; 0 without one."""
+    value = response.headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _drained(queue: asyncio.Queue[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first exception in nested groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+__all__ = ["RefusedPrompt", "Server", "ServerError"]

@@ -1,0 +1,175 @@
+"""Generation samples the target's own distribution and survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_target import build_model, build_tokenizer, save_target
+from typer.testing import CliRunner
+
+from specforge_lk.cli import app
+from specforge_lk.data.conversations import prompt_ids, tokenise
+from specforge_lk.data.sample_local import Sampling, generate, open_responses
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_target(tmp_path_factory.mktemp("target"), layers=2)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "prompt": "word " * (1 + i % 5)} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(target: Path, prompts: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--max-new-tokens", "24", "--batch-size", "2", "--device", "cpu"]
+    paths = ["--target", str(target), "--prompts", str(prompts), "--out", str(out)]
+    return ["generate", *paths, *fixed, *more]
+
+
+def run(*args: object) -> str:
+    result = CliRunner().invoke(app, arguments(*args))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_first_tokens_follow_the_full_softmax():
+    from scipy.stats import chisquare
+
+    model, tokenizer = build_model(layers=2), build_tokenizer()
+    prompts = [{"id": str(i), "prompt": "hi"} for i in range(4000)]
+    sampling = Sampling(temperature=0.7, max_new_tokens=1)
+    drawn = torch.tensor(
+        [row["response_ids"][0] for row in generate(model, tokenizer, prompts, sampling)]
+    )
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "hi"}])
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, -1].double()
+    expected = (logits / 0.7).softmax(-1) * len(prompts)
+    common = expected >= 5
+    observed = drawn.bincount(minlength=len(expected)).double()
+    # Rare tokens are one class: chi-square needs a handful of expected counts in each.
+    observed = torch.cat([observed[common], observed[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    assert common.sum() > 20
+    assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+
+
+def test_a_response_does_not_depend_on_its_batch():
+    # In float64: a draw between two tokens is not to fall on the rounding of a batch's sums.
+    model, tokenizer = build_model(layers=2).double(), build_tokenizer()
+    # Likely end-of-turn tokens, so that rows leave the batch at different steps.
+    model.generation_config.eos_token_id = list(range(2, 20))
+    prompts = [{"id": f"p{i}", "prompt": "ab" * (1 + 3 * i)} for i in range(16)]
+    sampling = Sampling(max_new_tokens=20)
+    together = generate(model, tokenizer, prompts, sampling)
+    alone = [generate(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
+    assert together == alone
+    assert len({len(row["response_ids"]) for row in together}) > 3
+    for row in together:
+        ends = [token in range(2, 20) for token in row["response_ids"]]
+        assert not any(ends[:-1])
+        assert ends[-1] == row["finished"]
+        assert len(ends) == 20 or row["finished"]
+
+
+def test_greedy_equals_transformers():
+    model, tokenizer = build_model(layers=2).double(), build_tokenizer()
+    (row,) = generate(
+        model, tokenizer, [{"id": "0", "prompt": "hello"}], Sampling(0.0, max_new_tokens=12)
+    )
+    ids = prompt_ids(tokenizer, row["conversations"][:1])
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
+    assert tokenise(row, tokenizer).input_ids == expected.tolist()
+
+
+def test_killed_run_continues_with_nothing_lost_or_doubled(
+    target: Path, prompts: Path, tmp_path: Path
+):
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    # The whole run would batch other rows together, and its sums would round otherwise.
+    alone = ("--batch-size", "1")
+    program = "from specforge_lk.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments(target, prompts, out, *alone)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not out.exists() or out.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = rows(out)
+    assert 4 <= len(before) < 24
+    with out.open("a") as stream:  # what a crash in the middle of a write leaves
+        stream.write('{"id": "p23", "conversations": [{"role"')
+
+    assert f"24 responses ({24 - len(before)} new" in run(target, prompts, out, *alone)
+    run(target, prompts, whole, *alone)
+    assert rows(out)[: len(before)] == before
+    assert rows(out) == rows(whole)
+    assert "(0 new" in run(target, prompts, out, *alone)
+
+
+def test_responses_of_other_settings_or_prompts_are_refused(
+    target: Path, prompts: Path, tmp_path: Path
+):
+    out = tmp_path / "out.jsonl"
+    run(target, prompts, out, "--limit", "2")
+    result = CliRunner().invoke(app, arguments(target, prompts, out, "--temperature", "0.5"))
+    assert result.exit_code == 1 and "temperature=1.0, not 0.5" in result.output
+    prompts.write_text(json.dumps({"id": "p0", "prompt": "another question"}))
+    result = CliRunner().invoke(app, arguments(target, prompts, out))
+    assert result.exit_code == 1 and "'p0' belongs to another prompt" in result.output
+    assert len(rows(out)) == 2
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    result = CliRunner().invoke(app, arguments(target, prompts, out))
+    assert result.exit_code == 1 and "settings.json is missing" in result.output
+
+
+def test_two_processes_cannot_write_one_file(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    other = pytest.raises(ValueError, match="another process")
+    with open_responses(path, {}), other, open_responses(path, {}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "a"}', "no text in its field 'prompt'"),
+        ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}', "occurs twice"),
+        ("{", "prompts.jsonl:1 is not JSON"),
+    ],
+)
+def test_bad_prompts(target: Path, prompts: Path, tmp_path: Path, line: str, message: str):
+    prompts.write_text(line)
+    result = CliRunner().invoke(app, arguments(target, prompts, tmp_path / "out.jsonl"))
+    assert result.exit_code == 1 and message in result.output
+
+
+def test_demo_prompts_are_distinct_and_split():
+    from experiments.prompts import split
+
+    train, held_out = split("train"), split("held_out")
+    texts = [row["prompt"] for row in train + held_out]
+    assert len(set(texts)) == len(texts) == len({row["id"] for row in train + held_out})
+    assert (len(train), len(held_out)) == (987, 109)

@@ -1,0 +1,105 @@
+"""The real series on pristine wheels: every patch stands by itself, and all can be taken back."""
+
+from __future__ import annotations
+
+import compileall
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from patch_helpers import tree_hashes
+from series_tree import ALL_SERIES, SERIES, VERSION, apply_until, unpack
+
+from specforge_lk import patching
+from specforge_lk.patching import Series
+
+#: How a package's tests run; SGLang's dependencies are stubbed.
+UNITTEST = {"sglang": [str(Path(__file__).parents[1] / "helpers" / "sglang_stubs.py")]}
+
+
+@pytest.fixture
+def tree(series: Series, pristine_wheel: Callable[[str], Path], tmp_path: Path) -> Path:
+    wheel = pristine_wheel(f"{series.package.name}=={series.version}")
+    return unpack(wheel, tmp_path / "tree", series)
+
+
+@pytest.mark.parametrize(
+    ("series", "patch"),
+    [
+        pytest.param(series, patch, id=f"{series.package.name}-{patch.name}")
+        for series in ALL_SERIES
+        for patch in series.patches
+    ],
+)
+def test_patch_compiles_and_passes_its_own_tests(tree, series, patch):
+    """On top of the patches before it and without those after it."""
+    apply_until(tree, series, patch)
+    for path in patch.changes:
+        if path.endswith(".py") and (tree / path).exists():
+            assert compileall.compile_file(tree / path, quiet=1), f"{path} does not byte-compile"
+
+    own = series.package.tests
+    changed = [path for path in patch.changes if re.fullmatch(rf"{own}/(.+/)?test_\w+\.py", path)]
+    assert changed, f"{patch.name} brings no tests of its own"
+    # Packages, as in the package's repository; a patch adds only those that are new there.
+    for folder in {parent for path in changed for parent in (tree / path).parents}:
+        if folder.is_relative_to(tree / own) and folder.is_dir():
+            (folder / "__init__.py").touch()
+    tests = [path for path in changed if (tree / path).is_file()]
+    if not tests:
+        pytest.skip(f"{patch.name} only edits tests that the wheel lacks")
+    # The tree comes first, so that it shadows an installed package.
+    source = str(tree / series.package.source)
+    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Without plug-ins: this project's needs the whole series.
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SPECFORGE_PLUGINS": ""}
+    runner = UNITTEST.get(series.package.name, ["-m", "unittest"])
+    command = [sys.executable, *runner, *tests]
+    run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, f"{patch.name}: {' '.join(tests)} failed\n{run.stdout}{run.stderr}"
+    assert "Ran 0 tests" not in run.stderr, f"{patch.name}: {' '.join(tests)} holds no tests"
+
+
+def test_what_a_patch_needs_is_in_the_cover_letter(pristine_wheel, tmp_path):
+    """Every patch applies to the release after those that the cover letter's table names."""
+    letter = (patching.series_root() / SERIES.package.name / VERSION / "README.md").read_text()
+    table = letter.partition("## Order and dependencies")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d{4}) [^|]*\|([^|]*)\|", table, re.MULTILINE)
+    needs = {number: re.findall(r"\d{4}", named) for number, named in rows}
+    assert list(needs) == [patch.name[:4] for patch in SERIES.patches]
+    for patch in SERIES.patches:
+        wanted = {patch.name[:4]}
+        for number in reversed(needs):
+            if number in wanted:
+                wanted.update(needs[number])
+        tree = unpack(pristine_wheel(f"specforge=={VERSION}"), tmp_path / patch.name, SERIES)
+        for needed in SERIES.patches:
+            if needed.name[:4] in wanted:
+                patching.git_apply(tree, needed, "specforge/*")
+
+
+@pytest.mark.parametrize("series", ALL_SERIES, ids=lambda series: series.package.name)
+def test_reversing_every_patch_gives_the_wheel_back(tree, series):
+    pristine = tree_hashes(tree)
+    done = apply_until(tree, series, series.patches[-1])
+    assert tree_hashes(tree) != pristine
+    for patch, options in reversed(done):
+        patching.git_apply(tree, patch, None, *options, "--reverse")
+    assert tree_hashes(tree) == pristine
+
+
+@pytest.mark.parametrize("series", ALL_SERIES, ids=lambda series: series.package.name)
+def test_apply_and_revert_give_the_wheel_back(tree, series):
+    """The same through the public functions, as for an installed package."""
+    pristine = tree_hashes(tree)
+    installed = tree / series.package.source
+    target = patching.find_target(series.package, installed)
+    assert patching.apply(target, series).unchanged is False
+    assert patching.status(target, series) == patching.Status(patching.State.APPLIED, True)
+    assert not (installed / series.package.tests).exists()
+    patching.revert(target)
+    assert tree_hashes(tree) == pristine

@@ -1,0 +1,69 @@
+"""`specforge train` sharded, in bfloat16, from features to an export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from training_run import EPOCH, HEADS, Setup, prepare_with_features, run
+
+STEPS = 3 * EPOCH
+LAMBDA = "training.loss=lk_lambda"
+TESTS = Path(__file__).parents[1] / "helpers"
+#: Every Python process of a command lets FSDP wrap modules on a CPU.
+SITE = "import sys\nsys.path.append({tests!r})\nimport fsdp_cpu\nfsdp_cpu.install()\n"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for PYTHONPATH."""
+    path = tmp_path_factory.mktemp("site")
+    (path / "sitecustomize.py").write_text(SITE.format(tests=str(TESTS)))
+    return path
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.xdist_group(f"sharded_{name}"))
+        for name in ("eagle3", "medusa")
+    ],
+)
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """SpecForge's default: bfloat16, SHARD_GRAD_OP; the target's head in float32."""
+    half = "model.torch_dtype=bfloat16"
+    setup = prepare_with_features(tmp_path_factory.mktemp("cli"), half, algorithm=request.param)
+    config = json.loads(setup.config.read_text())
+    config["model"]["torch_dtype"] = "bfloat16"
+    config["training"]["fsdp_sharding"] = "SHARD_GRAD_OP"
+    setup.config.write_text(json.dumps(config))
+    return setup
+
+
+def test_sharded_run_trains_resumes_and_exports(setup: Setup, site: Path) -> None:
+    env = {"PYTHONPATH": str(site)}
+    trained = setup.train("whole", LAMBDA, **env)
+    assert "FSDP is switching" in trained.output, "FSDP did not wrap the model"
+    assert sorted(trained.steps) == list(range(1, STEPS + 1))
+    losses = trained.epoch_losses()
+    assert losses[-1] < 0.95 * losses[0], losses
+    for metrics in trained.steps.values():
+        for head in range(HEADS):
+            assert 0 <= metrics[f"alpha_{head}"] <= metrics[f"coverage_{head}"] * (1 + 1e-6)
+
+    horizon, half = f"training.total_steps={STEPS}", STEPS // 2
+    setup.train("stopped", LAMBDA, horizon, f"training.max_steps={half}", **env)
+    resume = f"training.resume_from={setup.checkpoint('stopped', half)}"
+    setup.train("resumed", LAMBDA, horizon, resume, **env)
+    weights, expected = setup.weights("resumed", STEPS), setup.weights("whole", STEPS)
+    assert weights.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(weights[name], expected[name]), name
+
+    draft = setup.root / "export"
+    paths = ["--checkpoint", setup.checkpoint("whole", STEPS), "--output-dir", draft]
+    source = ["--draft-config", setup.draft_config, "--embedding-source", setup.target]
+    run("specforge", "export", "--to", "hf", *paths, *source)
+    assert (draft / "model.safetensors").is_file()

@@ -1,0 +1,179 @@
+"""``make defects``: what each fix of the patch series changes, in figures before and after it.
+
+A probe (`tools.defect_probes`) measures one defect. It runs in a process of its own on SpecForge
+with the patches before the fix, and again with the fix. The last tables are for those who trained
+with ``training.lk_loss_type``: the same batch under the old settings and the new ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.baselines import SPECFORGE, wheel
+from specforge_lk.evaluate.report import write_text
+from specforge_lk.patching import PACKAGES, git_apply, load_series
+
+ROOT = Path(__file__).parent.parent
+SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])
+#: The probe of each fix; the fixes come first in the series, in this order.
+FIXES = (
+    "without_triton",
+    "target_head_files",
+    "target_logits",
+    "target_head_precision",
+    "missing_features",
+    "pickled_code",
+    "lk_objective",
+    "kl_decay_default",
+    "acceptance_metric",
+    "streamed_samples",
+    "supervised_states",
+    "vocabulary_mapping",
+    "exported_settings",
+    "rotary_angles",
+    "evaluation_random_numbers",
+)
+#: Titles of the migration tables' columns, with the probe and the number of patches applied:
+#: the first alone, without which EAGLE-3's loss does not run on a CPU, the fixes, or all.
+ALL = len(SERIES.patches)
+MIGRATIONS = {
+    "lambda": {
+        "`lk_loss_type: lambda`, 0.2.0": ("legacy_lambda", 1),
+        "the same, patched": ("legacy_lambda", len(FIXES)),
+        "`loss: lk_lambda`": ("registered_lk_lambda", ALL),
+    },
+    "alpha": {
+        "`lk_loss_type: alpha`, 0.2.0": ("legacy_alpha", 1),
+        "the same, patched": ("legacy_alpha", len(FIXES)),
+        "`loss: lk_alpha`": ("registered_lk_alpha", ALL),
+    },
+}
+
+Figures = dict[str, Any]
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(
+    publish: Annotated[
+        Path | None, typer.Option(help="Also write the report here: a .json, with .md beside it.")
+    ] = None,
+) -> None:
+    """Measure every fix; exit 1 if one of them changes none of its figures."""
+    publish = publish.resolve() if publish else None
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as scratch:
+        levels = Levels(Path(scratch))
+        fixes = []
+        for number, probe in enumerate(FIXES, 1):
+            name = SERIES.patches[number - 1].name
+            before, after = (levels.measure(probe, level) for level in (number - 1, number))
+            fixes.append({"patch": name, "before": before, "after": after})
+            console.print(f"{name}: {_changed(before, after)} figures changed", markup=False)
+        migration = {
+            objective: {title: levels.measure(*column) for title, column in columns.items()}
+            for objective, columns in MIGRATIONS.items()
+        }
+    report = {"specforge": SPECFORGE, "fixes": fixes, "migration": migration}
+    text = markdown(report)
+    if publish is not None:
+        write_text(publish, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_text(publish.with_suffix(".md"), text)
+    console.print(text, markup=False)
+    if idle := [fix["patch"] for fix in fixes if not _changed(fix["before"], fix["after"])]:
+        console.print(f"no figure changes with {', '.join(idle)}", markup=False)
+        raise typer.Exit(code=1)
+
+
+class Levels:
+    """SpecForge trees with the first n patches, made when first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def tree(self, level: int) -> Path:
+        root = self.directory / str(level)
+        if not root.exists():
+            source = wheel(SPECFORGE) if level == 0 else self.tree(level - 1)
+            shutil.copytree(
+                source / "specforge",
+                root / "specforge",
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+            if level:
+                git_apply(root, SERIES.patches[level - 1], "specforge/*")
+        return root
+
+    def measure(self, probe: str, level: int) -> Figures:
+        """The figures of ``probe`` with the first ``level`` patches."""
+        run = subprocess.run(
+            [sys.executable, "-m", "tools.defect_probes", probe],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join((str(self.tree(level)), str(ROOT))),
+                "SPECFORGE_PLUGINS": "",
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+                "TORCHDYNAMO_DISABLE": "1",
+            },
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            raise RuntimeError(f"{probe} with {level} patches failed: {run.stderr}")
+        return json.loads(run.stdout)
+
+
+def _changed(before: Figures, after: Figures) -> int:
+    return sum(before.get(name) != value for name, value in after.items())
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report's tables."""
+    lines = [
+        "# What the fixes change",
+        "",
+        f"Written by `make defects` on a CPU: {report['specforge']}, with the patches before the "
+        "one named, and with it.",
+    ]
+    for fix in report["fixes"]:
+        before, after = fix["before"], fix["after"]
+        lines += ["", f"## {fix['patch'].removesuffix('.patch')}", ""]
+        lines += ["| | before | after |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {_shown(before.get(name, '–'))} | {_shown(value)} |"
+            for name, value in after.items()
+        ]
+    lines += [
+        "",
+        "# Migration from `lk_loss_type`",
+        "",
+        "One batch, coverage 0.83, default options: loss, gradient (L2) and reported acceptance "
+        "rate. Masked padding follows the supervised positions until they are the share named.",
+    ]
+    for columns in report["migration"].values():
+        titles = list(columns)
+        lines += ["", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        lines += [
+            f"| {name} | {' | '.join(_shown(columns[title][name]) for title in titles)} |"
+            for name in columns[titles[0]]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(figure: Any) -> str:
+    return f"{figure:.4g}" if isinstance(figure, float) else str(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
