@@ -17,7 +17,7 @@ from benchmarks.progress import cells_of
 from specforge_lk.losses import LOSSES
 from specforge_lk.overlap import OverlapTerms, overlap_terms
 
-SOURCES: Final = ("baselines", "accuracy")
+SOURCES: Final = ("benchmarks.baselines", "benchmarks.accuracy")
 COVERAGE: Final = 0.85
 #: |log p - log q| below which tokens count as tied: what float32 makes of log Z.
 TIE: Final = 1e-6

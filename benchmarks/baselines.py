@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -26,9 +25,8 @@ from specforge.losses.reduction import DraftLoss, reduce_head_loss
 from benchmarks.measure import compiles
 from specforge_lk.losses import KL, KLOptions, LambdaOptions, LKAlpha, LKLambda, NoOptions
 from specforge_lk.overlap import OverlapTerms, overlap_terms
+from tools.wheels import SPECFORGE, WHEELS, wheel
 
-WHEELS: Final = Path("runs/benchmarks")
-SPECFORGE: Final = "specforge==0.2.0"
 SPECULATORS: Final = "speculators==0.9.0"
 
 OURS: Final[Mapping[str, DraftLoss]] = {
@@ -358,25 +356,6 @@ def check(known: Mapping[str, Implementation]) -> dict[str, float]:
     if wrong:
         raise RuntimeError(f"gradients differ from their definitions: {wrong} of {errors}")
     return errors
-
-
-# -------------------------------------------------------------------------------- wheels
-
-
-def wheel(requirement: str) -> Path:
-    """Directory with an unpacked wheel of PyPI, without its dependencies."""
-    directory = WHEELS / requirement.replace("==", "-")
-    if not directory.exists():
-        temporary = directory.with_suffix(".tmp")
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
-                *("--disable-pip-version-check", "--target", str(temporary), requirement),
-            ],
-            check=True,
-        )
-        temporary.rename(directory)
-    return directory
 
 
 def _load(path: Path) -> ModuleType:

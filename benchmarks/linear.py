@@ -30,7 +30,7 @@ from specforge_lk.overlap import OverlapTerms, Projection, linear_overlap, overl
 
 #: SmolLM2-135M's hidden size.
 HIDDEN: Final = 576
-SOURCES: Final = ("baselines", "linear")
+SOURCES: Final = ("benchmarks.baselines", "benchmarks.linear")
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,8 @@ class Results:
 
     Args:
         path: the JSON file.
-        sources: modules of this package that the section's figures depend on, besides the
-            overlap operation, the losses and this module.
+        sources: modules of this repository, by their dotted names, that the section's figures
+            depend on, besides the overlap operation, the losses and this module.
         fresh: discard what is there.
         notes: further facts for the head of the file.
     """
@@ -244,8 +244,8 @@ def write_json(path: Path, value: object) -> None:
 
 def _digest(modules: tuple[str, ...]) -> str:
     package = Path(specforge_lk.overlap.__file__).parent
-    here = Path(__file__).parent
+    root = Path(__file__).parent.parent
     sources = [*sorted(package.glob("*.py")), *sorted(package.glob("*.cpp"))]
     sources += [package.parent / "losses.py", Path(__file__)]
-    sources += [here / f"{module}.py" for module in modules]
+    sources += [root.joinpath(*module.split(".")).with_suffix(".py") for module in modules]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]

@@ -37,7 +37,7 @@ TOKENS: Final = (256, 1024, 4096, 8192)
 VOCABULARIES: Final = (4096, 32000, 131072)
 DTYPES: Final = ("float32", "bfloat16")
 SUPERVISED: Final = (1.0, 0.5, 0.1)
-SOURCES: Final = ("baselines", "operation")
+SOURCES: Final = ("benchmarks.baselines", "benchmarks.operation", "tools.wheels")
 #: The N at which everything is measured, by more repeats. At others, baselines are measured with
 #: all positions supervised, and only those that the targets name.
 MAIN_TOKENS: Final = 1024

@@ -19,12 +19,12 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from benchmarks.baselines import SPECFORGE, WHEELS, wheel
 from benchmarks.measure import Results, distribution
 from benchmarks.progress import cells_of
 from specforge_lk import patching
+from tools.wheels import SPECFORGE, WHEELS, wheel
 
-SOURCES: Final = ("baselines", "training_step", "step_worker")
+SOURCES: Final = ("benchmarks.training_step", "benchmarks.step_worker", "tools.wheels")
 ROOT: Final = Path(__file__).parent.parent
 
 

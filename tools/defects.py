@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.baselines import SPECFORGE, wheel
 from specforge_lk.evaluate.report import write_text
 from specforge_lk.patching import PACKAGES, git_apply, load_series
+from tools.wheels import SPECFORGE, wheel
 
 ROOT = Path(__file__).parent.parent
 SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])

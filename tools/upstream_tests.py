@@ -30,7 +30,6 @@ from xml.etree import ElementTree
 import typer
 from rich.console import Console
 
-from benchmarks.baselines import SPECFORGE, wheel
 from specforge_lk.evaluate.report import write_text
 from specforge_lk.patching import (
     PACKAGES,
@@ -40,6 +39,7 @@ from specforge_lk.patching import (
     load_series,
     series_root,
 )
+from tools.wheels import SPECFORGE, wheel
 
 ROOT = Path(__file__).parent.parent
 WORK = Path("runs/upstream-tests")

@@ -1,0 +1,36 @@
+"""Released wheels, unpatched and unpacked: what tools and benchmarks compare this project with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+#: Where unpacked wheels are kept, from the root of the repository.
+WHEELS: Final = Path("runs/benchmarks")
+#: The release of SpecForge that the patch series is for.
+SPECFORGE: Final = "specforge==0.2.0"
+
+
+def wheel(requirement: str) -> Path:
+    """Return the directory of an unpacked wheel of PyPI, without its dependencies.
+
+    Args:
+        requirement: name and version, such as ``specforge==0.2.0``; downloaded once.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install it; its own message is on stderr.
+    """
+    directory = WHEELS / requirement.replace("==", "-")
+    if not directory.exists():
+        temporary = directory.with_suffix(".tmp")
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
+                *("--disable-pip-version-check", "--target", str(temporary), requirement),
+            ],
+            check=True,
+        )
+        temporary.rename(directory)
+    return directory
