@@ -15,7 +15,6 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import json
-import os
 import pickle
 from array import array
 from collections import Counter
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_lk.data.conversations import Tokens, read_rows, tokenise
+from specforge_lk.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -167,10 +167,7 @@ def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, 
                 "it, or write to another directory"
             )
         names = tuple(held.union(names))
-    temporary = directory / f".{MANIFEST}.{os.getpid()}"
-    content = {"features": sorted(names), **settings}
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(manifest)
+    write_text(manifest, json.dumps({"features": sorted(names), **settings}, indent=2) + "\n")
 
 
 def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
@@ -398,7 +395,6 @@ def save_mapping(mapping: dict[str, torch.Tensor], path: Path) -> None:
             f"{path} holds another draft vocabulary; drafts trained with it need it: remove it, "
             "or write to another --vocab-mapping"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     _save(mapping, path)
 
 
@@ -415,26 +411,22 @@ def write_tokens(samples: list[Sample], path: Path) -> None:
         ValueError: something else is there: conversations, which SpecForge can read as well, or
             the tokens of other ones.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        for sample in samples:
-            stream.write(json.dumps(asdict(sample.tokens)) + "\n")
-    if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
-        temporary.unlink()
-        raise ValueError(
-            f"data.prompts_path={path} holds something else than these tokens; remove it, or give "
-            "data.prompts_path the name of a new file"
-        )
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        with temporary.open("w", encoding="utf-8") as stream:
+            for sample in samples:
+                stream.write(json.dumps(asdict(sample.tokens)) + "\n")
+        if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            raise ValueError(
+                f"data.prompts_path={path} holds something else than these tokens; remove it, or "
+                "give data.prompts_path the name of a new file"
+            )
 
 
 def _save(record: dict[str, torch.Tensor], path: Path) -> None:
     import torch
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(record, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        torch.save(record, temporary)
 
 
 __all__ = [

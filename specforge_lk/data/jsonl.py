@@ -16,6 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from specforge_lk.files import write_text
+
 _BLOCK = 1 << 20
 
 
@@ -114,12 +116,7 @@ def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
                     f"{settings.get(name)!r}; use the same value, or write to a new file"
                 )
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(settings, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(settings, indent=2) + "\n", durable=True)
 
 
 __all__ = ["LineFile", "open_lines"]
