@@ -23,7 +23,7 @@ import typer
 from experiments.assets import prepare
 from experiments.demo import HELD_OUT, RESPONSES
 from experiments.runner import CONFIGS, ROOT, RUNS, console, execute
-from specforge_lk.data.conversations import tokenise
+from specforge_lk.data.conversations import tokenize
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.report import write_text
@@ -78,7 +78,7 @@ def main(
     drafts = {ROUNDED: rounded, EXACT: exact}
     target = Target.load(str(assets.target), torch.float32, "cpu")
     with gzip.open(HELD_OUT, "rt") as rows:
-        held_out = [tokenise(json.loads(row), target.tokenizer) for row in rows][:conversations]
+        held_out = [tokenize(json.loads(row), target.tokenizer) for row in rows][:conversations]
     kinds = [(trained, used) for trained in drafts for used in (ROUNDED, EXACT)]
     measured = measure_held_out(
         target,

@@ -225,7 +225,7 @@ def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[
     run = load_config(str(config), [*(overrides or []), *place])
     if run.data.train_data_path:
         raise ValueError(
-            f"{config}: with data.train_data_path SpecForge tokenises by itself; set "
+            f"{config}: with data.train_data_path SpecForge tokenizes by itself; set "
             "data.prompts_path for a streamed run, or data.hidden_states_path for features"
         )
     target_config = load_target_config(

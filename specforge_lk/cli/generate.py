@@ -197,5 +197,5 @@ def run(
     if left_out:
         line += f"; {left_out} prompts were refused"
     if without := sum(row.tokens is None for row in wanted):
-        line += f"; {without} without token ids, whose text `capture` will tokenise"
+        line += f"; {without} without token ids, whose text `capture` will tokenize"
     typer.echo(line)

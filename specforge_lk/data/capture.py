@@ -24,7 +24,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specforge_lk.data.conversations import Tokens, read_rows, tokenise
+from specforge_lk.data.conversations import Tokens, read_rows, tokenize
 from specforge_lk.files import atomic_write, write_text
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def read_samples(
     for index, row in enumerate(read_rows(responses)):
         if limit is not None and index >= limit:
             break
-        tokens = tokenise(row, tokenizer)
+        tokens = tokenize(row, tokenizer)
         if not all(0 <= token < vocab_size for token in tokens.input_ids):
             raise ValueError(
                 f"{responses}: row {row.get('id', index)!r} has token id {max(tokens.input_ids)}, "

@@ -1,4 +1,4 @@
-"""Conversation JSONL: SpecForge's ``conversations`` rows, read and tokenised with a loss mask.
+"""Conversation JSONL: SpecForge's ``conversations`` rows, read and tokenized with a loss mask.
 
 A row is ``{"id", "conversations": [{"role", "content"}, ...]}``. Rows written by ``specforge-lk
 generate`` also have ``response_ids``, the sampled tokens of the last message, and ``finished``,
@@ -61,7 +61,7 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
-def tokenise(row: dict[str, Any], tokenizer: Any) -> Tokens:
+def tokenize(row: dict[str, Any], tokenizer: Any) -> Tokens:
     """Tokenise a conversation row and mark what the assistant said.
 
     Every assistant message is supervised. Where the row has ``response_ids`` they are the last
@@ -125,4 +125,4 @@ def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: b
     )
 
 
-__all__ = ["Message", "Tokens", "prompt_ids", "read_rows", "tokenise"]
+__all__ = ["Message", "Tokens", "prompt_ids", "read_rows", "tokenize"]

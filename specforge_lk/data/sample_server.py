@@ -4,7 +4,7 @@ A response is one chat completion. What can pass by itself (a lost connection, a
 statuses 408, 409, 425, 429 and 5xx, an aborted response) is tried again after a growing, jittered
 pause, and not before Retry-After. A prompt that the server refuses is named with the reason.
 
-The sampled token ids become ``response_ids``, because text often tokenises to something else than
+The sampled token ids become ``response_ids``, because text often tokenizes to something else than
 what was sampled. vLLM returns them where a request has ``return_token_ids``; SGLang 0.5.14, which
 ignores that, beside the log-probabilities in ``meta_info``. Both engines take sampling settings
 that a request leaves out from the target's generation_config.json, such as a top_k of 20, so

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-from specforge_lk.data.conversations import Tokens, prompt_ids, tokenise
+from specforge_lk.data.conversations import Tokens, prompt_ids, tokenize
 from specforge_lk.data.prompts import (
     HUB_PREFIX,
     DataError,
@@ -388,14 +388,14 @@ def measure_held_out(
     settings: Settings,
     advance: Advance = _silent,
 ) -> list[dict[float, ChainStarts]]:
-    """Exact acceptance at all chain starts of tokenised conversations.
+    """Exact acceptance at all chain starts of tokenized conversations.
 
     The target runs once per batch, whatever the number of drafts and temperatures.
 
     Args:
         target: the target model.
         wanted: drafts, each with the temperatures to measure it at.
-        conversations: tokenised held-out responses.
+        conversations: tokenized held-out responses.
         settings: see `Settings`.
         advance: see `Advance`; the total is that of the conversations' tokens.
 
@@ -671,7 +671,7 @@ def run(
         ]
         wanted = [(i, ts) for i, ts in wanted if ts]
         if wanted:
-            encoded = [tokenise(row, target.tokenizer) for row in rows[HELD_OUT]]
+            encoded = [tokenize(row, target.tokenizer) for row in rows[HELD_OUT]]
             longest = min(settings.max_length, target.max_positions - settings.heads)
             fitting = [c for c in encoded if len(c.input_ids) <= longest]
             began = time.monotonic()

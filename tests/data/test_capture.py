@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.data.capture import coverage, vocabulary_mapping
-from specforge_lk.data.conversations import prompt_ids, tokenise
+from specforge_lk.data.conversations import prompt_ids, tokenize
 
 #: Algorithm -> feature of the auxiliary layers, feature of the last hidden state.
 FEATURES = {
@@ -109,7 +109,7 @@ def test_features_equal_a_plain_forward(
     aux_name, last_name = FEATURES["dspark" if with_loss else algorithm]
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     for row, record in zip(rows, records(tmp_path), strict=True):
-        tokens = tokenise(row, tokenizer)
+        tokens = tokenize(row, tokenizer)
         assert record["input_ids"].tolist() == tokens.input_ids
         assert record["loss_mask"].tolist() == tokens.loss_mask
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def test_rows_that_train_nothing_are_skipped_and_counted(target: Path, tmp_path:
     assert f"1 samples (1 new, 1 cut to {cut} tokens, 2 skipped), 2 supervised tokens" in output
 
     model = resolve_run(load_config(str(config), ["training.loss=kl"])).algorithm.providers.model
-    masks = [tokenise(row, tokenizer).loss_mask[:cut] for row in rows]
+    masks = [tokenize(row, tokenizer).loss_mask[:cut] for row in rows]
     assert [model.loss_mask_filter(mask) for mask in masks] == [False, False, True]
 
     path.write_text(json.dumps(rows[0]) + "\n")
@@ -203,7 +203,7 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     end = tokenizer.eos_token_id
     supervised = []
     for row in map(json.loads, responses.read_text().splitlines()):
-        tokens = tokenise(row, tokenizer)
+        tokens = tokenize(row, tokenizer)
         pairs = zip(tokens.input_ids, tokens.loss_mask, strict=True)
         supervised.append([token for token, mask in pairs if mask])
     text = tokenizer.encode
@@ -212,7 +212,7 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     assert supervised[2] == [*text("world"), end, *text("text"), end]
     assert supervised[3] == text("cut")
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
-    first = tokenise(json.loads(responses.read_text().splitlines()[0]), tokenizer)
+    first = tokenize(json.loads(responses.read_text().splitlines()[0]), tokenizer)
     assert first.input_ids == [*prompt, 30, 31, end]
 
 

@@ -16,7 +16,7 @@ from tiny_target import build_tokenizer
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import read_rows, tokenise
+from specforge_lk.data.conversations import read_rows, tokenize
 from specforge_lk.data.sample_local import read_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_rows_become_conversations_that_capture_reads(name: str, tmp_path: Path)
     assert "30 rows read, 30 new conversations, 0 left out" in run(save(rows, tmp_path / name), out)
     assert read(out) == wanted(rows)
     tokenizer = build_tokenizer()
-    tokens = tokenise(read(out)[3], tokenizer)
+    tokens = tokenize(read(out)[3], tokenizer)
     supervised = [t for t, m in zip(tokens.input_ids, tokens.loss_mask, strict=True) if m]
     assert tokenizer.decode(supervised) == rows[3]["generated_message"]["content"] + "<|im_end|>"
 

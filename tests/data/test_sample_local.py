@@ -14,7 +14,7 @@ from tiny_target import build_model, build_tokenizer, save_target
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import prompt_ids, tokenise
+from specforge_lk.data.conversations import prompt_ids, tokenize
 from specforge_lk.data.sample_local import Sampling, generate, open_responses
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_greedy_equals_transformers():
     )
     ids = prompt_ids(tokenizer, row["conversations"][:1])
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
-    assert tokenise(row, tokenizer).input_ids == expected.tolist()
+    assert tokenize(row, tokenizer).input_ids == expected.tolist()
 
 
 def test_killed_run_continues_with_nothing_lost_or_doubled(

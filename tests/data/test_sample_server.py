@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.data import sample_server as client
-from specforge_lk.data.conversations import tokenise
+from specforge_lk.data.conversations import tokenize
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +92,7 @@ def test_requests_ask_for_the_target_s_own_distribution(server, tmp_path: Path):
     assert result.exit_code == 1 and "target='tiny', not 'other'" in result.output
 
 
-def test_plain_openai_servers_give_rows_that_capture_tokenises(server, tmp_path: Path):
+def test_plain_openai_servers_give_rows_that_capture_tokenizes(server, tmp_path: Path):
     prompts(tmp_path, 2)
     server.with_ids = False
     server.choice = {"finish_reason": "length"}
@@ -105,7 +105,7 @@ def test_plain_openai_servers_give_rows_that_capture_tokenises(server, tmp_path:
     tokenizer = build_tokenizer()
     for row in rows(tmp_path):
         assert "response_ids" not in row and row["finished"] is False
-        tokens = tokenise(row, tokenizer)
+        tokens = tokenize(row, tokenizer)
         said = [t for t, mask in zip(tokens.input_ids, tokens.loss_mask, strict=True) if mask]
         assert tokenizer.decode(said) == answer(row["conversations"][0]["content"])
 

@@ -36,7 +36,7 @@ from training_run import (
     write_rows,
 )
 
-from specforge_lk.data.conversations import read_rows, tokenise
+from specforge_lk.data.conversations import read_rows, tokenize
 
 pytestmark = pytest.mark.online
 
@@ -173,7 +173,7 @@ def online(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         write_rows(setup.responses, [{**first, "id": str(i)} for i in range(SAMPLES)])
     run("specforge-lk", *capture_arguments(setup), LAMBDA)
     tokenizer = build_tokenizer()
-    samples = [tokenise(row, tokenizer) for row in read_rows(setup.responses)]
+    samples = [tokenize(row, tokenizer) for row in read_rows(setup.responses)]
     rows = [{"input_ids": s.input_ids, "loss_mask": s.loss_mask} for s in samples]
     prompts = setup.root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
