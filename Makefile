@@ -32,6 +32,8 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What `types`, `docs` and pre-commit need beside that: nobody else waits for it.
+DEV_READY := $(VENV)/.dev-ready
 PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 # Remembers the chosen torch, so that choosing another one rebuilds the environment.
 CHOICE := $(VENV)/.torch-choice
@@ -50,7 +52,7 @@ LOWEST_TESTS := $(addprefix tests/,decode evaluate losses/test_options.py losses
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-online test-lowest serve-check upstream-tests defects study article \
-        bench lint clean force
+        bench lint types docs pages dev clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,8 +127,24 @@ article: $(READY) ## train the article's drafts with its losses; continues if in
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)
 
-lint: $(READY) ## ruff
+$(DEV_READY): $(READY) requirements-dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+dev: $(DEV_READY) ## add mypy, mkdocs and pre-commit to .venv, and install the commit hooks
+	@$(BIN)/pre-commit install
+
+lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(DEV_READY) ## mypy over everything but the tests
+	$(BIN)/mypy
+
+docs: $(DEV_READY) ## build the pages of docs/ into runs/site; a dead link is an error
+	$(BIN)/mkdocs build --quiet --strict
+
+pages: $(READY) ## write anew what README.md and docs/ repeat from reports, settings and versions
+	@$(BIN)/python -m tools.pages
 
 clean: ## remove .venv, .venv-lowest, .venv-vllm and runs/
 	rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) runs

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from training_run import EPOCH, HEADS, Setup, prepare_with_features
 
-pytestmark = pytest.mark.xdist_group("toy_plugin")
+pytestmark = pytest.mark.xdist_group("plugin_example")
 
 SOURCE = Path(__file__).parents[2] / "examples" / "plugin_loss"
 
@@ -25,12 +25,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    return prepare_with_features(tmp_path_factory.mktemp("toy"))
+    return prepare_with_features(tmp_path_factory.mktemp("plugin_example"))
 
 
 def test_a_loss_of_another_package_trains(setup: Setup, installed: Path) -> None:
     options = ["training.loss=hellinger", "training.loss_options.scale=2.5"]
-    finished = setup.train("toy", *options, PYTHONPATH=str(installed))
+    finished = setup.train("hellinger", *options, PYTHONPATH=str(installed))
     assert sorted(finished.steps) == list(range(1, 3 * EPOCH + 1))
     losses = finished.epoch_losses()
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
