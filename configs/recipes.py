@@ -1,11 +1,11 @@
-"""Writes the recipes of the paper's six targets (arXiv 2602.23881, section 5).
+"""Write the recipes of the paper's six targets (arXiv 2602.23881, section 5).
 
     python configs/recipes.py
 
-Every file in configs/<target>/ but target-facts.json is written by this script, from the facts
-there and the tables below, and README.md from README.in.md; tests/test_recipes.py asserts that they
-are up to date. Losses have no files of their own: `training.loss` on the command line is all that
-differs between them.
+This script writes every file in configs/<target>/ but target-facts.json, from the facts there and
+the tables below; tests/experiments/test_recipes.py asserts that they are up to date. `make pages`
+writes the tables of README.md. Losses have no files of their own: `training.loss` on the command
+line is all that differs between them.
 """
 
 from __future__ import annotations
@@ -334,11 +334,9 @@ def sglang_command(target: Target, draft: Draft) -> str | None:
     return ("specforge-lk patch apply --package sglang\n" if patched else "") + " \\\n".join(lines)
 
 
-def readme() -> str:
-    """configs/README.md: its text, and the serving commands of every recipe."""
-    text = (CONFIGS / "README.in.md").read_text()
+def table() -> str:
+    """Return the table of all recipes, of configs/README.md."""
     rows = ["| target | draft | draft vocabulary | offline | streamed |", "|---|---|---|---|---|"]
-    commands = []
     for target in TARGETS:
         for draft in target.drafts:
             stem = f"{target.name}/{draft.algorithm}"
@@ -348,18 +346,23 @@ def readme() -> str:
                 f"| [{draft.algorithm}.yaml]({stem}.yaml) "
                 f"| [{draft.algorithm}-online.yaml]({stem}-online.yaml) |"
             )
-            vllm, sglang = vllm_command(target, draft), sglang_command(target, draft)
-            if vllm or sglang:
-                shown = "\n".join(command for command in (vllm, sglang) if command)
-                commands.append(
-                    f"{_TITLES[draft.algorithm]}, {target.name}:\n\n```sh\n{shown}\n```\n"
-                )
-    return text.replace("{recipes}", "\n".join(rows)).replace("{serving}", "\n".join(commands))
+    return "\n".join(rows)
+
+
+def serving_commands() -> str:
+    """Return the commands that serve every recipe's draft, of configs/README.md."""
+    parts = []
+    for target in TARGETS:
+        for draft in target.drafts:
+            commands = filter(None, (vllm_command(target, draft), sglang_command(target, draft)))
+            if shown := "\n".join(commands):
+                parts.append(f"{_TITLES[draft.algorithm]}, {target.name}:\n\n```sh\n{shown}\n```")
+    return "\n\n".join(parts)
 
 
 def files() -> dict[Path, str]:
     """Every file of the recipes with its content."""
-    content = {CONFIGS / "README.md": readme()}
+    content = {}
     for target in TARGETS:
         for draft in target.drafts:
             base = CONFIGS / target.name

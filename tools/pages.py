@@ -1,0 +1,347 @@
+"""``make pages``: what README.md and docs/ repeat from reports, settings and versions.
+
+A page holds each such block between two comments; a test asserts that all of them are up to date.
+Nothing here measures: every figure is read from a results file of this repository, or is the
+paper's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, Final
+
+from configs import recipes
+from experiments.demo_summary import preface
+from experiments.runner import START
+from experiments.serving.report import ServingReport
+from specforge_lk.evaluate.report import (
+    HELD_OUT,
+    Report,
+    gain_rows,
+    read_report,
+    relative_difference,
+)
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+RESULTS: Final = ROOT / "experiments" / "results"
+
+#: Least and greatest gain of mean τ over the paper's six targets, in percent, by temperature
+#: (arXiv 2602.23881, table 2).
+PAPER_GAINS: Final = {1: (3.5, 8.2), 0: (0.5, 1.8)}
+_NOT_YET: Final = "Not measured yet."
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---------------------------------------------------------------------------- experiments
+
+
+def _demo() -> tuple[Report, list[str]] | None:
+    """The demo's report and its losses, baseline first; None if it is of an earlier demo."""
+    report = read_report(RESULTS / "demo.json")
+    losses = list(dict.fromkeys(r.loss for r in report.results if r.loss != START))
+    if START not in {r.loss for r in report.results} or not report.paired:
+        return None
+    baseline = report.paired[0].baseline
+    return report, [baseline, *(loss for loss in losses if loss != baseline)]
+
+
+def demo() -> str:
+    """What `make demo` measured, every measurement."""
+    found = _demo()
+    return preface(*found) if found else _NOT_YET
+
+
+def _demo_gain(report: Report, loss: str, temperature: float) -> str:
+    pairs = [
+        p
+        for p in report.paired
+        if (p.loss, p.benchmark, p.temperature) == (loss, HELD_OUT, temperature)
+    ]
+    share = mean(relative_difference(report, p) or 0 for p in pairs)
+    return f"`{loss}` {100 * share:+.1f} %"
+
+
+def gains() -> str:
+    """The README's table: what `lk_lambda` gains and costs."""
+    (low, high), (cold_low, cold_high) = PAPER_GAINS[1], PAPER_GAINS[0]
+    found = _demo()
+    here = _NOT_YET
+    if found:
+        report, (baseline, *losses) = found
+        here = "; ".join(
+            f"T = {t}: {', '.join(_demo_gain(report, loss, t) for loss in losses)}" for t in (1, 0)
+        )
+        here = f"over `{baseline}`, in percent of τ − 1: {here}"
+    time, memory = (_target(f"lk_lambda over kl, {what}") for what in ("time", "memory"))
+    eager, inductor = (
+        _target(f"lk_lambda over specforge kl{how}, time") for how in ("", ", inductor")
+    )
+    return table(
+        ["", "`lk_lambda` in place of KL", "measured by"],
+        [
+            [
+                "τ, six targets of 8B to 671B",
+                f"+{low} to +{high} % at T = 1, +{cold_low} to +{cold_high} % at T = 0",
+                "the paper, on GPUs",
+            ],
+            ["τ, a small draft, held-out responses", here, "`make demo`, on a CPU"],
+            [
+                "time of the loss",
+                f"{time['median']:.2f} × ours of KL; "
+                f"{eager['measured']:.2f} × SpecForge's, eager, "
+                f"{inductor['measured']:.2f} × through inductor",
+                "`make bench`, on a CPU",
+            ],
+            ["memory of the loss", f"{memory['median']:.2f} ×", "`make bench`, on a CPU"],
+        ],
+    )
+
+
+def algorithms() -> str:
+    """Expected τ of every algorithm of SpecForge with every loss, over seeds."""
+    report = read_report(RESULTS / "algorithms.json")
+    titles = {
+        "eagle3": "EAGLE-3",
+        "peagle": "P-EAGLE",
+        "dflash": "DFlash",
+        "domino": "Domino",
+        "dspark": "DSpark",
+    }
+    losses = list(dict.fromkeys(r.loss for r in report.results))
+    compared = [loss for loss in losses if loss.startswith("lk_")]
+    rows = []
+    for temperature in (1.0, 0.0):
+        for name, title in titles.items():
+            here = [
+                r
+                for r in report.results
+                if (r.algorithm, r.benchmark, r.temperature) == (name, HELD_OUT, temperature)
+            ]
+            taus = {loss: mean(_taus(here, loss)) for loss in losses}
+            best = max(taus, key=taus.__getitem__)
+            row = [title, f"{temperature:g}"]
+            row += [f"**{tau:.3f}**" if loss == best else f"{tau:.3f}" for loss, tau in taus.items()]
+            for loss in compared:
+                pairs = [
+                    p.difference
+                    for p in sorted(report.paired, key=lambda p: p.seed)
+                    if (p.algorithm, p.benchmark, p.temperature) == (name, HELD_OUT, temperature)
+                    and (p.loss, p.baseline) == (loss, "kl")
+                ]
+                row.append(f"{mean(pairs):+.4f} ({', '.join(f'{d:+.4f}' for d in pairs)})")
+            rows.append(row)
+    header = ["", "T", *(f"`{loss}`" for loss in losses), *(f"`{loss}` − `kl`" for loss in compared)]
+    return table(header, rows)
+
+
+def _taus(results: Sequence[Any], loss: str) -> list[float]:
+    return [r.tau_expected for r in results if r.loss == loss]
+
+
+def paper() -> str:
+    """Gains over KL in percent of τ - 1: ours beside the paper's."""
+    header, rows = gain_rows(read_report(RESULTS / "paper.json"))
+    at = {name: header.index(name) for name in ("T", "draft", "τ - 1", "expected τ - 1")}
+    by_draft: dict[str, dict[str, tuple[str, str]]] = {}
+    for row in rows:
+        measured = by_draft.setdefault(row[at["draft"]], {})
+        measured[row[at["T"]]] = row[at["expected τ - 1"]], row[at["τ - 1"]]
+    return table(
+        ["", "T = 1: here", "the paper", "T = 0: here", "the paper"],
+        [[draft, *measured["1"], *measured["0"]] for draft, measured in by_draft.items()],
+    )
+
+
+def vllm() -> str:
+    """What vLLM accepted of exported drafts, beside our own decoding."""
+    report = ServingReport.model_validate_json((RESULTS / "serving.json").read_text())
+    rows = []
+    for c in report.comparisons:
+        engine, ours = (
+            " / ".join(f"{count / side.cycles:.3f}" for count in side.accepted)
+            for side in (c.engine, c.ours)
+        )
+        same = "(sampled)" if c.same_output is None else f"{c.same_output} of {c.prompts}"
+        differing = "(sampled)" if c.differing is None else f"{c.differing} of {c.prompts}"
+        rows.append([c.draft, f"{c.temperature:g}, {c.drafting}", same, engine, ours, differing])
+    header = ["draft", "T, drafting", "output is the target's", "vLLM accepts, by position"]
+    return table([*header, "our decoding", "prompts that differ"], rows)
+
+
+# ------------------------------------------------------------------------------ benchmark
+
+
+def _summary() -> Mapping[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "summary.json").read_text())
+
+
+def _target(name: str) -> Mapping[str, Any]:
+    return next(target for target in _summary()["targets"] if target["name"] == name)
+
+
+def bounds() -> str:
+    """Every bound of the benchmark, and what was measured."""
+    rows = []
+    for target in _summary()["targets"]:
+        if target["bound"] is None:
+            continue
+        measured = f"{target['measured']:.3g}"
+        rows.append(
+            [
+                target["name"],
+                f"{target['bound']:g}",
+                measured if target["met"] else f"**{measured}**",
+                f"{target['median']:.3g}",
+                f"{target['worst']:.3g}",
+                f"{target['cells_met']} of {target['cells']}",
+            ]
+        )
+    return table(["", "bound", "measured", "median", "worst", "cells within"], rows)
+
+
+#: The implementations of the page, of those that the benchmark measures.
+_SHOWN: Final = {
+    "ours kl": "`kl`",
+    "ours lk_alpha": "`lk_alpha`",
+    "ours lk_lambda": "`lk_lambda`",
+    "floor": "memory-bandwidth bound: two reads, one write",
+    "floor, new gradient": "the same, into a new tensor",
+    "specforge kl": "SpecForge's KL, eager",
+    "specforge kl, inductor": "SpecForge's KL, through inductor",
+    "specforge lk_lambda": "SpecForge's KL + acceptance, eager",
+    "specforge lk_lambda, inductor": "SpecForge's KL + acceptance, KL through inductor",
+    "speculators lk_hybrid": "speculators 0.9.0 `lk_hybrid`",
+    "cross-entropy": "cross-entropy with hard labels",
+}
+
+
+def operation() -> str:
+    """Time and memory of the losses at 1024 × 32000 float32."""
+    cells = json.loads((ROOT / "benchmarks" / "results" / "operation.json").read_text())["cells"]
+    wanted = {"tokens": 1024, "vocabulary": 32000, "dtype": "float32", "supervised": 1.0}
+    (found,) = (c["implementations"] for c in cells if c["cell"] == wanted)
+    return table(
+        ["", "median [ms]", "peak beyond inputs [MiB]"],
+        [
+            [
+                title,
+                f"{1e3 * found[name]['median']:.0f}",
+                f"{found[name]['memory']['allocated'] / 2**20:.0f}",
+            ]
+            for name, title in _SHOWN.items()
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------- versions
+
+
+def versions() -> str:
+    """What works together: what the package allows, and what the tests ran with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = dict(_requirement(text) for text in project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        allowed |= dict(_requirement(text) for text in extra)
+    pinned = dict(
+        _requirement(line)
+        for file in (ROOT / "requirements.txt", RESULTS.parent / "serving" / "requirements.txt")
+        for line in file.read_text().splitlines()
+        if "==" in line and file.name
+    )
+    pinned = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if "==" in line:
+            pinned |= dict([_requirement(line)])
+    torch, engine = (
+        re.search(rf"^{name} +\?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for name in ("TORCH", "VLLM")
+    )
+    assert torch and engine
+    pinned |= dict([_requirement(torch[1])])
+    (sglang,) = (path.name for path in (ROOT / "patches" / "sglang").iterdir())
+    (specforge,) = (path.name for path in (ROOT / "patches" / "specforge").iterdir())
+    return table(
+        ["", "allowed", "tested with"],
+        [
+            ["Python", project["requires-python"], "3.11"],
+            ["SpecForge", f"=={specforge}, patched", specforge],
+            *(
+                [name, allowed[name], pinned[name]]
+                for name in ("torch", "transformers", "numpy", "pydantic", "triton")
+            ),
+            ["SGLang, to serve", f"=={sglang}, patched for a truncated vocabulary", "its code, on a CPU"],
+            ["vLLM, to serve", "not restricted", engine[1].replace("==", " ")],
+        ],
+    )
+
+
+def _requirement(text: str) -> tuple[str, str]:
+    """Name and version of "name>=1" or "name==1"; the version without "=="."""
+    name, sign, version = re.fullmatch(r"([\w.-]+)(?:\[[^]]*\])?(?:(==|>=)(.*))?", text).groups()
+    return name.lower(), f"{sign or ''}{version or ''}".removeprefix("==")
+
+
+# --------------------------------------------------------------------------------- blocks
+
+#: Page -> name of the block -> what stands in it.
+BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
+    "README.md": {"gains": gains},
+    "docs/results.md": {"demo": demo, "algorithms": algorithms, "paper": paper},
+    "docs/cost.md": {"operation": operation, "bounds": bounds},
+    "docs/serving.md": {"vllm": vllm},
+    "docs/install.md": {"versions": versions},
+    "configs/README.md": {"recipes": recipes.table, "serving": recipes.serving_commands},
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Return ``text`` with ``content`` between the two comments of the block ``name``.
+
+    Raises:
+        ValueError: the comments are not there, or not in this order.
+    """
+    begin, end = f"<!-- {name}: written by `make pages` -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"block {name!r}: no line {begin!r} with {end!r} after it")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def filled(page: str) -> str:
+    """Return a page's text with all its blocks written anew.
+
+    Raises:
+        ValueError: a block's comments are missing; the page is named.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, content in BLOCKS[page].items():
+        try:
+            text = fill(text, name, content())
+        except ValueError as error:
+            raise ValueError(f"{page}: {error}") from None
+    return text
+
+
+def write_all() -> list[str]:
+    """Write every page whose blocks are not up to date; returns their names."""
+    texts = {page: filled(page) for page in BLOCKS}
+    changed = [page for page, text in texts.items() if text != (ROOT / page).read_text("utf-8")]
+    for page in changed:
+        (ROOT / page).write_text(texts[page], encoding="utf-8")
+    return changed
+
+
+if __name__ == "__main__":
+    for changed_page in write_all():
+        print(f"wrote {changed_page}")
