@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 
 from experiments.assets import prepare
-from experiments.demo_summary import into_readme, preface, sentence, table
+from experiments.demo_summary import preface, sentence, table
 from experiments.runner import (
     ROOT,
     RUNS,
@@ -150,8 +150,8 @@ def main(
         Path | None,
         typer.Option(
             "--publish",
-            help="Also write the report here: a .json, with .md and .png beside it; and its "
-            "table into README.md.",
+            help="Also write the report here: a .json, with .md and .png beside it; and the tables "
+            "of README.md and docs/.",
         ),
     ] = None,
 ) -> None:
@@ -240,7 +240,11 @@ def main(
     if to is not None:
         for path in write_all(report, to):
             console.print(f"  {path}")
-        into_readme(Path("README.md"), preface(report, runs.losses))
+        # This reads the published reports of all experiments, and imports their modules.
+        from tools import pages
+
+        for page in pages.write_all():
+            console.print(f"  {page}")
 
 
 def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> Report:

@@ -1,19 +1,12 @@
-"""What the demo says of its report: a table, a sentence, and both in the project's README."""
+"""What the demo says of its report: a table and a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 
 from experiments.runner import START
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, relative_difference
-
-#: Between these lines of the README stands what `readme` writes.
-BEGIN = (
-    "<!-- from experiments/results/demo.json, by `python -m experiments.demo --publish`: begin -->"
-)
-END = "<!-- from experiments/results/demo.json: end -->"
 
 _TITLES = {
     HELD_OUT: "held-out responses (exact)",
@@ -146,17 +139,3 @@ def preface(report: Report, losses: Sequence[str]) -> str:
             sentence(report, losses),
         ]
     )
-
-
-def into_readme(path: Path, content: str) -> None:
-    """Put ``content`` between the README's two marks.
-
-    Raises:
-        ValueError: a mark is missing, or they are in the wrong order.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{path} has no line {BEGIN!r} with {END!r} after it")
-    path.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")

@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final
@@ -90,7 +91,7 @@ def gains() -> str:
         ["", "`lk_lambda` in place of KL", "measured by"],
         [
             [
-                "τ, six targets of 8B to 671B",
+                "τ, six targets of 8B to 685B",
                 f"+{low} to +{high} % at T = 1, +{cold_low} to +{cold_high} % at T = 0",
                 "the paper, on GPUs",
             ],
@@ -243,7 +244,12 @@ def operation() -> str:
     )
 
 
-# ------------------------------------------------------------------------------- versions
+# ----------------------------------------------------------------- sources and versions
+
+
+def source(path: str) -> str:
+    """Return a source file of the repository as a block of code, with its path."""
+    return f"```python title=\"{path}\"\n{(ROOT / path).read_text(encoding='utf-8')}```"
 
 
 def versions() -> str:
@@ -252,12 +258,6 @@ def versions() -> str:
     allowed = dict(_requirement(text) for text in project["dependencies"])
     for extra in project["optional-dependencies"].values():
         allowed |= dict(_requirement(text) for text in extra)
-    pinned = dict(
-        _requirement(line)
-        for file in (ROOT / "requirements.txt", RESULTS.parent / "serving" / "requirements.txt")
-        for line in file.read_text().splitlines()
-        if "==" in line and file.name
-    )
     pinned = {}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if "==" in line:
@@ -287,7 +287,10 @@ def versions() -> str:
 
 def _requirement(text: str) -> tuple[str, str]:
     """Name and version of "name>=1" or "name==1"; the version without "=="."""
-    name, sign, version = re.fullmatch(r"([\w.-]+)(?:\[[^]]*\])?(?:(==|>=)(.*))?", text).groups()
+    found = re.fullmatch(r"([\w.-]+)(?:\[[^]]*\])?(?:(==|>=)(.*))?", text)
+    if found is None:
+        raise ValueError(f"requirement {text!r}: neither NAME, NAME==VERSION nor NAME>=VERSION")
+    name, sign, version = found.groups()
     return name.lower(), f"{sign or ''}{version or ''}".removeprefix("==")
 
 
@@ -300,6 +303,10 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "docs/cost.md": {"operation": operation, "bounds": bounds},
     "docs/serving.md": {"vllm": vllm},
     "docs/install.md": {"versions": versions},
+    "docs/extending.md": {
+        "loss": partial(source, "examples/plugin_loss/specforge_hellinger.py"),
+        "draft": partial(source, "examples/plugin_draft/specforge_linear_heads/model.py"),
+    },
     "configs/README.md": {"recipes": recipes.table, "serving": recipes.serving_commands},
 }
 

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from experiments.demo import Runs, Stages
-from experiments.demo_summary import BEGIN, END, into_readme, preface, sentence, table
-from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, Training, read_report
+from experiments.demo_summary import preface, sentence, table
+from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, Training
 
-ROOT = Path(__file__).parents[2]
 LOSSES = ("kl", "lk_lambda", "tv")
 
 
@@ -134,22 +131,6 @@ def test_preface_says_what_the_cells_are() -> None:
     measured = "7,865 chain starts of 64 held-out responses, 48 prompts of MT-bench at T = 1."
     assert f"Measured on {measured}" in one
     assert "| held-out responses (exact) | 1 | 1.300 | 1.400 |" in one
-
-
-def test_readme_takes_the_table(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    into_readme(readme, "new")
-    assert readme.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-    readme.write_text(f"{END} {BEGIN}")
-    with pytest.raises(ValueError, match=r"README.md has no line"):
-        into_readme(readme, "new")
-
-
-def test_readme_shows_the_committed_report() -> None:
-    report = read_report(ROOT / "experiments" / "results" / "demo.json")
-    shown = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
-    assert shown == (report.preface or "Not measured yet.")
 
 
 def test_only_a_whole_stage_has_a_time(tmp_path: Path) -> None:

@@ -1,31 +1,43 @@
-"""A package that knows SpecForge only brings a loss, and trains with it through the CLI."""
+"""The packages in examples/: a loss that knows SpecForge only, and a draft that knows this project."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from training_run import EPOCH, HEADS, Setup, prepare_with_features
+from tiny_target import HIDDEN_SIZE, VOCAB_SIZE
+from training_run import (
+    DRAFT_VOCAB_SIZE,
+    EPOCH,
+    HEADS,
+    Setup,
+    capture_arguments,
+    prepare,
+    prepare_with_features,
+    run,
+)
 
 pytestmark = pytest.mark.xdist_group("plugin_example")
 
-SOURCE = Path(__file__).parents[2] / "examples" / "plugin_loss"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory that pip installed the package to."""
+    """The directory that pip installed the examples to."""
     site = tmp_path_factory.mktemp("site")
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", site]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, SOURCE], check=True)
+    sources = [EXAMPLES / "plugin_loss", EXAMPLES / "plugin_draft"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *sources], check=True)
     return site
 
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    return prepare_with_features(tmp_path_factory.mktemp("plugin_example"))
+    return prepare_with_features(tmp_path_factory.mktemp("plugin_loss"))
 
 
 def test_a_loss_of_another_package_trains(setup: Setup, installed: Path) -> None:
@@ -52,3 +64,33 @@ def test_a_plugin_can_be_left_out(setup: Setup, installed: Path) -> None:
     assert refused.returncode
     assert "training.loss='hellinger'" in refused.tail(1)
     assert "['kl', 'lk_alpha', 'lk_lambda', 'reverse_kl', 'tv']" in refused.tail(1)
+
+
+def test_a_draft_of_another_package_trains_and_is_exported(
+    installed: Path, tmp_path: Path
+) -> None:
+    setup = prepare(tmp_path, "medusa")
+    settings = json.loads(setup.config.read_text())
+    settings["training"]["strategy"] = "linear_heads"
+    setup.config.write_text(json.dumps(settings))
+    draft = {
+        "architectures": ["LinearHeadsModel"],
+        "model_type": "linear_heads",
+        "hidden_size": HIDDEN_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "draft_vocab_size": DRAFT_VOCAB_SIZE,
+        "num_heads": HEADS,
+    }
+    setup.draft_config.write_text(json.dumps(draft))
+    path = {"PYTHONPATH": str(installed)}
+    run("specforge-lk", *capture_arguments(setup), **path)
+    losses = setup.train("linear", "training.loss=lk_lambda", **path).epoch_losses()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
+    run(
+        *("specforge", "export", "--to", "hf"),
+        *("--checkpoint", setup.checkpoint("linear", 3 * EPOCH)),
+        *("--draft-config", setup.draft_config, "--output-dir", tmp_path / "export"),
+        **path,
+    )
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["architectures"] == ["LinearHeadsModel"]
