@@ -131,7 +131,9 @@ def algorithms() -> str:
             taus = {loss: mean(_taus(here, loss)) for loss in losses}
             best = max(taus, key=taus.__getitem__)
             row = [title, f"{temperature:g}"]
-            row += [f"**{tau:.3f}**" if loss == best else f"{tau:.3f}" for loss, tau in taus.items()]
+            row += [
+                f"**{tau:.3f}**" if loss == best else f"{tau:.3f}" for loss, tau in taus.items()
+            ]
             for loss in compared:
                 pairs = [
                     p.difference
@@ -141,7 +143,12 @@ def algorithms() -> str:
                 ]
                 row.append(f"{mean(pairs):+.4f} ({', '.join(f'{d:+.4f}' for d in pairs)})")
             rows.append(row)
-    header = ["", "T", *(f"`{loss}`" for loss in losses), *(f"`{loss}` − `kl`" for loss in compared)]
+    header = [
+        "",
+        "T",
+        *(f"`{loss}`" for loss in losses),
+        *(f"`{loss}` − `kl`" for loss in compared),
+    ]
     return table(header, rows)
 
 
@@ -249,7 +256,7 @@ def operation() -> str:
 
 def source(path: str) -> str:
     """Return a source file of the repository as a block of code, with its path."""
-    return f"```python title=\"{path}\"\n{(ROOT / path).read_text(encoding='utf-8')}```"
+    return f'```python title="{path}"\n{(ROOT / path).read_text(encoding="utf-8")}```'
 
 
 def versions() -> str:
@@ -279,7 +286,11 @@ def versions() -> str:
                 [name, allowed[name], pinned[name]]
                 for name in ("torch", "transformers", "numpy", "pydantic", "triton")
             ),
-            ["SGLang, to serve", f"=={sglang}, patched for a truncated vocabulary", "its code, on a CPU"],
+            [
+                "SGLang, to serve",
+                f"=={sglang}, patched for a truncated vocabulary",
+                "its code, on a CPU",
+            ],
             ["vLLM, to serve", "not restricted", engine[1].replace("==", " ")],
         ],
     )
