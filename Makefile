@@ -141,7 +141,7 @@ types: $(DEV_READY) ## mypy over everything but the tests
 	$(BIN)/mypy
 
 docs: $(DEV_READY) ## build the pages of docs/ into runs/site; a dead link is an error
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 pages: $(READY) ## write anew what README.md and docs/ repeat from reports, settings and versions
 	@$(BIN)/python -m tools.pages

@@ -1,4 +1,4 @@
-"""The packages in examples/: a loss that knows SpecForge only, and a draft that knows this project."""
+"""The packages in examples/: a loss that knows SpecForge alone, and a draft for this project."""
 
 from __future__ import annotations
 

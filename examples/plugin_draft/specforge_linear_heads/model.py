@@ -73,7 +73,7 @@ class LinearHeadsModel(HeadDraftModel):
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Yield the logits [B, L, V_d] of every draft position; they do not depend on the tokens."""
+        """Yield the logits [B, L, V_d] of every draft position; tokens play no part in them."""
         hidden = hidden.to(self.lm_head.weight.dtype)
         for matrix in self.matrices[:heads]:
             yield self.lm_head(hidden + matrix(hidden))
