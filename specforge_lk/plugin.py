@@ -20,9 +20,11 @@ def create_plugin() -> "Plugin":
 
         from specforge_lk.drafts.algorithms import ALGORITHMS
     except ImportError as error:
+        from specforge_lk.patching import SUPPORTED
+
         raise ImportError(
-            "specforge has no plug-in support: install specforge==0.2.0 and run "
-            "'specforge-lk patch apply'"
+            "specforge has no plug-in support: install "
+            f"specforge=={SUPPORTED['specforge']} and run 'specforge-lk patch apply'"
         ) from error
 
     return Plugin(

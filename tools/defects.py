@@ -111,7 +111,7 @@ class Levels:
                 ignore=shutil.ignore_patterns("__pycache__"),
             )
             if level:
-                git_apply(root, SERIES.patches[level - 1], "specforge/*")
+                git_apply(root, SERIES.patches[level - 1], "--include=specforge/*")
         return root
 
     def measure(self, probe: str, level: int) -> Figures:

@@ -26,7 +26,7 @@ app = typer.Typer(
         "known version, a bad patch series, or no git."
     ),
 )
-PackageName = enum.StrEnum("PackageName", list(patching.PACKAGES))
+PackageName = enum.StrEnum("PackageName", {name: name for name in patching.PACKAGES})
 DEFAULT = PackageName(patching.SPECFORGE.name)
 PackageOption = Annotated[
     PackageName,
@@ -147,7 +147,7 @@ def revert(
 ) -> None:
     """Restore every file byte for byte and remove the files that the series added."""
     with _errors():
-        found = patching.find_target(patching.PACKAGES[package], target)
+        found = patching.find_installation(patching.PACKAGES[package], target)
         leftovers = found.state_dir.exists()
         files = patching.revert(found, force=force)
     if files:
@@ -158,9 +158,9 @@ def revert(
         _say(f"nothing is applied in {found.root}, nothing to do")
 
 
-def _find(package: str, path: Path | None) -> tuple[patching.Target, patching.Series]:
-    target = patching.find_target(patching.PACKAGES[package], path)
-    return target, patching.load_series(target.package, target.version)
+def _find(package: str, path: Path | None) -> tuple[patching.Installation, patching.Series]:
+    found = patching.find_installation(patching.PACKAGES[package], path)
+    return found, patching.load_series(found.package, found.version)
 
 
 def _count(series: patching.Series) -> str:

@@ -7,9 +7,17 @@ import zipfile
 from pathlib import Path
 
 from specforge_lk import patching
-from specforge_lk.patching import PACKAGES, SPECFORGE, Patch, Series, known_versions, load_series
+from specforge_lk.patching import (
+    PACKAGES,
+    SPECFORGE,
+    SUPPORTED,
+    Patch,
+    Series,
+    known_versions,
+    load_series,
+)
 
-VERSION = "0.2.0"
+VERSION = SUPPORTED["specforge"]
 SERIES = load_series(SPECFORGE, VERSION)
 ALL_SERIES = [
     load_series(package, version)
@@ -40,7 +48,7 @@ def apply_until(root: Path, series: Series, last: Patch) -> list[tuple[Patch, li
     for patch in series.patches:
         absent = absent_from_wheel(root, series, patch)
         options = [f"--exclude={path}" for path in absent]
-        patching.git_apply(root, patch, None, *options)
+        patching.git_apply(root, patch, *options)
         done.append((patch, options))
         if patch is last:
             if absent:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from specforge_lk import patching
 from specforge_lk.cli import app
+from specforge_lk.patching import series
 
 LOSS = FILES["specforge/loss.py"]
 STEPS = [
@@ -43,7 +44,7 @@ STEPS = [
 def series_root(tmp_path, monkeypatch):
     root = tmp_path / "patches"
     write_series(root / "specforge/0.2.0", tmp_path / "authoring", STEPS)
-    monkeypatch.setattr(patching, "series_root", lambda: root)
+    monkeypatch.setattr(series, "series_root", lambda: root)
     return root
 
 
@@ -276,7 +277,7 @@ def test_a_damaged_manifest_is_named_and_nothing_is_touched(wheel):
 def test_commands_on_one_target_wait_for_each_other(wheel):
     directory = os.open(wheel / "specforge", os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_EX)
-    found = patching.find_target(patching.SPECFORGE, wheel)
+    found = patching.find_installation(patching.SPECFORGE, wheel)
     series = patching.load_series(found.package, found.version)
     with ThreadPoolExecutor() as pool:
         first, second = (pool.submit(patching.apply, found, series) for _ in range(2))
@@ -340,7 +341,7 @@ def test_the_default_target_is_found_without_importing_it(wheel, monkeypatch):
     write_tree(wheel, {"specforge/__init__.py": "raise RuntimeError('imported')\n"})
     only_specforge_is(wheel, monkeypatch)
     monkeypatch.setattr("sys.prefix", str(wheel.parent))
-    assert patching.find_target(patching.SPECFORGE).root == wheel.resolve()
+    assert patching.find_installation(patching.SPECFORGE).root == wheel.resolve()
 
 
 def test_another_environment_is_never_the_default_target(wheel, monkeypatch, tmp_path):

@@ -19,8 +19,9 @@ from killed import run_killed
 from patch_helpers import FILES, tree_hashes, write_series, write_wheel
 from typer.testing import CliRunner
 
-from specforge_lk import patching
 from specforge_lk.cli import app
+from specforge_lk.patching import SUPPORTED
+from specforge_lk.patching import series as patching_series
 
 LOSS = FILES["specforge/loss.py"]
 #: Two series: files changed, added (one in a new directory) and deleted.
@@ -82,7 +83,7 @@ def package(root: Path) -> dict[str, str]:
 @pytest.mark.parametrize("killed", MOMENTS)
 def test_killed_before_a_change_of_a_file(killed, series_roots, tmp_path, monkeypatch):
     def use(series: str) -> None:
-        monkeypatch.setattr(patching, "series_root", lambda: series_roots[series])
+        monkeypatch.setattr(patching_series, "series_root", lambda: series_roots[series])
 
     original = write_wheel(tmp_path / "original")
     pristine = everything(original)
@@ -133,7 +134,7 @@ def test_killed_before_a_change_of_a_file(killed, series_roots, tmp_path, monkey
 def test_the_real_series_killed_by_the_clock(killed, pristine_wheel, tmp_path):
     """The command as a user runs it, on SpecForge's wheel, killed while it writes."""
     tree = tmp_path / "site-packages"
-    zipfile.ZipFile(pristine_wheel("specforge==0.2.0")).extractall(tree)
+    zipfile.ZipFile(pristine_wheel(f"specforge=={SUPPORTED['specforge']}")).extractall(tree)
     pristine = tree_hashes(tree)
     writing = tree / "specforge/.specforge-lk" / ("." if killed == "apply" else "staged")
 

@@ -79,7 +79,7 @@ def test_what_a_patch_needs_is_in_the_cover_letter(pristine_wheel, tmp_path):
         tree = unpack(pristine_wheel(f"specforge=={VERSION}"), tmp_path / patch.name, SERIES)
         for needed in SERIES.patches:
             if needed.name[:4] in wanted:
-                patching.git_apply(tree, needed, "specforge/*")
+                patching.git_apply(tree, needed, "--include=specforge/*")
 
 
 @pytest.mark.parametrize("series", ALL_SERIES, ids=lambda series: series.package.name)
@@ -88,7 +88,7 @@ def test_reversing_every_patch_gives_the_wheel_back(tree, series):
     done = apply_until(tree, series, series.patches[-1])
     assert tree_hashes(tree) != pristine
     for patch, options in reversed(done):
-        patching.git_apply(tree, patch, None, *options, "--reverse")
+        patching.git_apply(tree, patch, *options, "--reverse")
     assert tree_hashes(tree) == pristine
 
 
@@ -97,7 +97,7 @@ def test_apply_and_revert_give_the_wheel_back(tree, series):
     """The same through the public functions, as for an installed package."""
     pristine = tree_hashes(tree)
     installed = tree / series.package.source
-    target = patching.find_target(series.package, installed)
+    target = patching.find_installation(series.package, installed)
     assert patching.apply(target, series).unchanged is False
     assert patching.status(target, series) == patching.Status(patching.State.APPLIED, True)
     assert not (installed / series.package.tests).exists()

@@ -42,7 +42,7 @@ def unpatched(
     assert len(named) == len(words)
     resuming = ("*providers.py", "*trainer.py", "*defaults.py")
     for patch in named:
-        git_apply(tree, patch, None, *(f"--exclude={path}" for path in ("tests/*", *resuming)))
+        git_apply(tree, patch, *(f"--exclude={path}" for path in ("tests/*", *resuming)))
     return tree
 
 
