@@ -100,9 +100,8 @@ def _unpatched() -> Path:
         temporary = directory.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(wheel(SPECFORGE), temporary)
-        version = SPECFORGE.partition("==")[2]
-        first = patching.load_series(patching.SPECFORGE, version).patches[0]
-        patching.git_apply(temporary, first, "specforge/*")
+        first = patching.load_series(patching.SPECFORGE).patches[0]
+        patching.git_apply(temporary, first, "--include=specforge/*")
         temporary.rename(directory)
     return directory
 

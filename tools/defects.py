@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from specforge_lk import patching
 from specforge_lk.evaluate.report import write_text
-from specforge_lk.patching import PACKAGES, git_apply, load_series
+from specforge_lk.patching import git_apply, load_series
 from tools.wheels import SPECFORGE, wheel
 
 ROOT = Path(__file__).parent.parent
-SERIES = load_series(PACKAGES["specforge"], SPECFORGE.partition("==")[2])
+SERIES = load_series(patching.SPECFORGE)
 #: The probe of each fix; the fixes come first in the series, in this order.
 FIXES = (
     "without_triton",
@@ -48,12 +49,12 @@ FIXES = (
 ALL = len(SERIES.patches)
 MIGRATIONS = {
     "lambda": {
-        "`lk_loss_type: lambda`, 0.2.0": ("legacy_lambda", 1),
+        f"`lk_loss_type: lambda`, {SERIES.version}": ("legacy_lambda", 1),
         "the same, patched": ("legacy_lambda", len(FIXES)),
         "`loss: lk_lambda`": ("registered_lk_lambda", ALL),
     },
     "alpha": {
-        "`lk_loss_type: alpha`, 0.2.0": ("legacy_alpha", 1),
+        f"`lk_loss_type: alpha`, {SERIES.version}": ("legacy_alpha", 1),
         "the same, patched": ("legacy_alpha", len(FIXES)),
         "`loss: lk_alpha`": ("registered_lk_alpha", ALL),
     },

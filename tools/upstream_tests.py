@@ -30,9 +30,9 @@ from xml.etree import ElementTree
 import typer
 from rich.console import Console
 
+from specforge_lk import patching
 from specforge_lk.evaluate.report import write_text
 from specforge_lk.patching import (
-    PACKAGES,
     PatchFailedError,
     Series,
     git_apply,
@@ -43,7 +43,7 @@ from tools.wheels import SPECFORGE, wheel
 
 ROOT = Path(__file__).parent.parent
 WORK = Path("runs/upstream-tests")
-VERSION = SPECFORGE.partition("==")[2]
+SERIES = load_series(patching.SPECFORGE)
 #: Seconds that one test, and one file of tests, may take.
 TEST_LIMIT, FILE_LIMIT = 120, 900
 #: No plug-ins, for the tests pin the built-in names; nothing is downloaded, nothing compiled.
@@ -89,8 +89,7 @@ def main(
         )
     repository, publish = repository.resolve(), publish and publish.resolve()
     os.chdir(ROOT)
-    series = load_series(PACKAGES["specforge"], VERSION)
-    trees = {"before": _tree(repository, commit, None), "after": _tree(repository, commit, series)}
+    trees = {"before": _tree(repository, commit, None), "after": _tree(repository, commit, SERIES)}
     outcomes = {when: Outcomes() for when in trees}
     for directory in sorted({path for tree in trees.values() for path in _directories(tree)}):
         for when, tree in trees.items():
@@ -110,7 +109,7 @@ def main(
     report = {
         "run twice": again,
         "commit": _git(repository, "show", "--no-patch", "--format=%H of %cs", commit),
-        "plain": _plain(repository, commit, series),
+        "plain": _plain(repository, commit),
         **compare(outcomes),
     }
     _write(WORK / "report.json", report)
@@ -156,7 +155,7 @@ def _checkout(repository: Path, commit: str, directory: Path) -> Path:
     return root
 
 
-def _plain(repository: Path, commit: str, series: Series) -> dict[str, Any]:
+def _plain(repository: Path, commit: str) -> dict[str, Any]:
     """How the series fares on the commit's own package, which is not quite the wheel's."""
     with tempfile.TemporaryDirectory() as scratch:
         root = _checkout(repository, commit, Path(scratch))
@@ -169,9 +168,9 @@ def _plain(repository: Path, commit: str, series: Series) -> dict[str, Any]:
         unlike = [
             path for path in sorted(sources) if _bytes(root / path) != _bytes(released / path)
         ]
-        touched = {path for patch in series.patches for path in patch.changes}
+        touched = {path for patch in SERIES.patches for path in patch.changes}
         conflicts = {}
-        for patch in series.patches:
+        for patch in SERIES.patches:
             try:
                 git_apply(root, patch)
             except PatchFailedError as failure:
@@ -276,7 +275,7 @@ def _read(xml: Path, files: Sequence[str]) -> dict[str, Outcomes]:
 
 def explanations() -> dict[str, str]:
     """Why a test is meant to change, by test, from ``changed-upstream-tests.txt``."""
-    path = series_root() / "specforge" / VERSION / "changed-upstream-tests.txt"
+    path = series_root() / "specforge" / SERIES.version / "changed-upstream-tests.txt"
     lines = (line for line in path.read_text().splitlines() if line and not line.startswith("#"))
     rows = (line.split(" | ") for line in lines)
     return {test: f"{patch}: {why}" for test, patch, why in rows}
@@ -295,7 +294,7 @@ def compare(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
     worse += [test for test, outcome in added.items() if outcome in ("failed", "error")]
     return {
         "specforge": SPECFORGE,
-        "patches": [patch.name for patch in load_series(PACKAGES["specforge"], VERSION).patches],
+        "patches": [patch.name for patch in SERIES.patches],
         "environment": _environment(),
         "counts": {
             when: {outcome: list(found.values()).count(outcome) for outcome in OUTCOMES}

@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from specforge_lk.patching import SUPPORTED
+
 #: Where unpacked wheels are kept, from the root of the repository.
 WHEELS: Final = Path("runs/benchmarks")
 #: The release of SpecForge that the patch series is for.
-SPECFORGE: Final = "specforge==0.2.0"
+SPECFORGE: Final = f"specforge=={SUPPORTED['specforge']}"
 
 
 def wheel(requirement: str) -> Path:
     """Return the directory of an unpacked wheel of PyPI, without its dependencies.
 
     Args:
-        requirement: name and version, such as ``specforge==0.2.0``; downloaded once.
+        requirement: name and version, such as ``torch==2.13.0``; downloaded once.
 
     Raises:
         subprocess.CalledProcessError: pip could not install it; its own message is on stderr.

@@ -1,7 +1,7 @@
 """Apply, check and revert a patch series of SpecForge or SGLang (``PACKAGES``).
 
 The series of a version is ``patches/<package>/<version>/``: a file ``series`` that names
-``git format-patch`` files in order. A *installation* is what it is applied to: site-packages, an
+``git format-patch`` files in order. An *installation* is what it is applied to: site-packages, an
 unpacked wheel or a checkout of the package's repository.
 
 How nothing is ever half done:
@@ -12,7 +12,8 @@ How nothing is ever half done:
   ``manifest.json`` with the sha256 of every file before and after. Only then are the new files
   renamed over the old ones. The state of an installation is read from these hashes, not from a
   flag, so it is right after a crash at any point, kill -9 included, and both ``apply`` and
-  ``revert`` recover from one. ``revert`` restores copies of the originals and removes the manifest last.
+  ``revert`` recover from one. ``revert`` restores copies of the originals and removes the manifest
+  last.
 - ``apply`` and ``revert`` of one installation wait for each other.
 - Renaming also leaves alone a package cache whose files pip or uv linked into the environment.
 

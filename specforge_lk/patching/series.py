@@ -102,8 +102,14 @@ SUPPORTED: Mapping[str, str] = {
 }
 
 
-def load_series(package: Package, version: str) -> Series:
-    """Read the series of a version; UnknownVersionError lists the known ones."""
+def load_series(package: Package, version: str | None = None) -> Series:
+    """Read the series of a version, by default of the supported one.
+
+    Raises:
+        UnknownVersionError: no series is for this version; the message lists those that have one.
+        PatchError: a file is missing, or is not formatted as the series needs it.
+    """
+    version = version or SUPPORTED[package.name]
     if version not in known_versions(package):
         raise UnknownVersionError(
             f"no patch series for {package.title} {version}; known versions: "

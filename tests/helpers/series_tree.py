@@ -18,7 +18,7 @@ from specforge_lk.patching import (
 )
 
 VERSION = SUPPORTED["specforge"]
-SERIES = load_series(SPECFORGE, VERSION)
+SERIES = load_series(SPECFORGE)
 ALL_SERIES = [
     load_series(package, version)
     for package in PACKAGES.values()

@@ -15,13 +15,13 @@ import pytest
 from scipy import stats
 from series_tree import apply_until, unpack
 
-from specforge_lk.patching import PACKAGES, SUPPORTED, load_series
+from specforge_lk.patching import PACKAGES, load_series
 
 # One group: what the fixture decodes is shared.
 pytestmark = pytest.mark.xdist_group("sglang")
 
 TESTS = Path(__file__).parents[1] / "helpers"
-SERIES = load_series(PACKAGES["sglang"], SUPPORTED["sglang"])
+SERIES = load_series(PACKAGES["sglang"])
 
 
 @pytest.fixture(scope="module")
