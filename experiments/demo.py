@@ -14,33 +14,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from experiments.assets import prepare
+from experiments.assets import HELD_OUT, SAMPLES, Assets, prepare
 from experiments.demo_summary import preface, sentence, table
 from experiments.runner import (
     ROOT,
     RUNS,
     START,
     Training,
+    capture,
     check_losses,
     console,
     execute,
     record,
     train,
 )
-from specforge_lk.evaluate.report import Report, read_report, write_all, write_text
+from specforge_lk.evaluate.report import Report, read_report, write_all
+from specforge_lk.files import write_text
 
-RESPONSES = Path("experiments/data/responses.jsonl.gz")
-HELD_OUT = Path("experiments/data/held_out.jsonl.gz")
 DEMO = RUNS / "demo"
 
-#: Responses whose features are captured.
-SAMPLES = 256
 #: Responses per optimizer step.
 BATCH = 2
 #: One and a half passes over the responses.
@@ -49,7 +48,7 @@ START_STEPS = 192
 TUNING_STEPS = 96
 #: Lower than the config's, which is for a draft from scratch.
 TUNING = ("training.learning_rate=0.0005",)
-#: λ = exp(-η α) is the weight of KL. These drafts have α = 0.3, where the article's η = 3 leaves
+#: λ = exp(-η α) is the weight of KL. These drafts have α = 0.3, where the paper's η = 3 leaves
 #: KL 0.4 and η = 10 leaves it 0.05.
 OPTIONS = {"lk_lambda": ("training.loss_options.eta=10",)}
 
@@ -111,6 +110,7 @@ class Stages:
             self.seconds = json.loads(self.path.read_text())
 
     def announce(self, what: str) -> None:
+        """Print the heading of the next stage."""
         self.number += 1
         console.print(f"\n[bold][{self.number}/5][/] {what}")
 
@@ -127,13 +127,13 @@ class Stages:
 
 
 def _files(*directories: Path) -> list[tuple[str, int]]:
-    """Files and when they were written."""
+    """Return the files of directories, and when each was written."""
     found = [path for directory in directories for path in sorted(directory.glob("*"))]
     return [(str(path), path.stat().st_mtime_ns) for path in found if path.suffix != ".json"]
 
 
 def _measured(path: Path, runs: Runs) -> list[str | None]:
-    """The measurements of these drafts that a report has."""
+    """Return the fingerprints of these drafts' measurements that a report has."""
     results = read_report(path).results if path.exists() else []
     return [r.fingerprint for r in results if r.seed in runs.seeds]
 
@@ -144,7 +144,7 @@ def main(
         typer.Option(help="Losses to fine-tune with, baseline first; `stock` is SpecForge's own."),
     ] = "kl lk_lambda tv",
     seeds: Annotated[
-        str, typer.Option(help="Seeds of initialisation and data order; each adds a whole demo.")
+        str, typer.Option(help="Seeds of initialization and data order; each adds a whole demo.")
     ] = "0",
     to: Annotated[
         Path | None,
@@ -181,11 +181,7 @@ def main(
         f"features: the target's hidden states over {SAMPLES} of its own responses",
         lambda: _files(first.features),
     ):
-        execute(
-            *("specforge-lk", "capture", "--config", first.config_path, "--responses", RESPONSES),
-            *("--limit", SAMPLES, "--out", first.features, "--vocab-mapping", first.vocab_mapping),
-            threads=cores,
-        )
+        capture(first.config_path, first.features, first.vocab_mapping, threads=cores)
 
     for name, what, trainings in (
         ("start", f"a draft to start from: {START_STEPS} steps with KL", runs.starts),
@@ -198,7 +194,7 @@ def main(
         for run in trainings:
             run.discard_if_outdated()
         directories = [run.directory for run in trainings]
-        with stages.stage(name, what, lambda found=directories: _files(*found)):
+        with stages.stage(name, what, partial(_files, *directories)):
             train(trainings, cores)
 
     measurements = DEMO / "measurements" / "report.json"
@@ -207,32 +203,11 @@ def main(
         "evaluation: held-out responses, and speculative decoding with rejection sampling",
         lambda: _measured(measurements, runs),
     ):
-        common = (
-            *("specforge-lk", "eval", "--target", assets.target, "--out", measurements),
-            *("--heads", HEADS, "--max-new-tokens", NEW_TOKENS, "--max-length", 512),
-        )
-        drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
-        starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]
-        temperatures = [word for t in PROMPTS for word in ("--temperature", t)]
-        held_out = ("--held-out", HELD_OUT, "--held-out-limit", CONVERSATIONS)
-        execute(*(*common, *temperatures, *held_out, *starts, *drafts), threads=cores)
-        benchmarks = [f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()]
-        for temperature, prompts in PROMPTS.items():
-            execute(
-                *(*common, "--temperature", temperature, "--limit", prompts),
-                *(*benchmarks, *drafts),
-                threads=cores,
-            )
+        _evaluate(assets, runs, measurements, cores)
     record(measurements, [*runs.starts, *runs.tuned])
     command = ["make", "demo", f'LOSSES="{losses}"', f'SEEDS="{seeds}"']
     report = _report(measurements, runs, stages, command)
-    header, rows = table(report, runs.losses)
-    shown = Table(*header, title="τ, tokens per step of the target; paired differences")
-    for row in rows:
-        shown.add_row(*row)
-    console.print()
-    console.print(shown)
-    console.print(f"\n{sentence(report, runs.losses)}")
+    _show(report, runs.losses)
     minutes = (time.monotonic() - started) / 60
     console.print(f"[bold green]done[/] in {minutes:.1f} minutes")
     for path in write_all(report, DEMO / "report.json"):
@@ -247,8 +222,39 @@ def main(
             console.print(f"  {page}")
 
 
+def _evaluate(assets: Assets, runs: Runs, out: Path, cores: int) -> None:
+    """Measure every draft on held-out responses, and the fine-tuned ones on the benchmarks."""
+    common = (
+        *("specforge-lk", "eval", "--target", assets.target, "--out", out),
+        *("--heads", HEADS, "--max-new-tokens", NEW_TOKENS, "--max-length", 512),
+    )
+    drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
+    starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]
+    temperatures = [word for t in PROMPTS for word in ("--temperature", t)]
+    held_out = ("--held-out", HELD_OUT, "--held-out-limit", CONVERSATIONS)
+    execute(*(*common, *temperatures, *held_out, *starts, *drafts), threads=cores)
+    benchmarks = [f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()]
+    for temperature, prompts in PROMPTS.items():
+        execute(
+            *(*common, "--temperature", temperature, "--limit", prompts),
+            *(*benchmarks, *drafts),
+            threads=cores,
+        )
+
+
+def _show(report: Report, losses: Sequence[str]) -> None:
+    """Print the table and the sentence."""
+    header, rows = table(report, losses)
+    shown = Table(*header, title="τ, tokens per verification step; paired differences")
+    for row in rows:
+        shown.add_row(*row)
+    console.print()
+    console.print(shown)
+    console.print(f"\n{sentence(report, losses)}")
+
+
 def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> Report:
-    """What was measured of these drafts; the measurements of other losses and seeds stay apart."""
+    """Return what was measured of these drafts, without that of other losses and seeds."""
     report = read_report(path)
     drafts = {(run.loss, run.seed) for run in (*runs.starts, *runs.tuned)}
     report.results = [r for r in report.results if (r.loss, r.seed) in drafts]

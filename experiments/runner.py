@@ -33,6 +33,7 @@ from rich.progress import (
 )
 from specforge.losses import installed_loss_registry
 
+from experiments.assets import RESPONSES, SAMPLES
 from specforge_lk.evaluate.report import Training as TrainingRecord
 from specforge_lk.evaluate.report import read_report, write_all
 
@@ -190,7 +191,7 @@ class Training:
             self.made_from.write_text(json.dumps(current, indent=1))
 
     def _digest_of_inputs(self) -> str:
-        """Of everything a trained draft depends on, beside its command line."""
+        """Return a digest of everything a trained draft depends on, beside its command line."""
         digest = hashlib.sha256()
         sources = [self.config_path, self.draft_config, self.features / "capture.json"]
         sources += [self.vocab_mapping] if self.vocab_mapping else []
@@ -213,10 +214,12 @@ class Training:
         return self.command
 
     def done_steps(self) -> int:
+        """Return the last step in the log."""
         found = re.findall(r"^step (\d+):", self.log.read_text(errors="replace"), re.MULTILINE)
         return int(found[-1]) if found else 0
 
     def last_metrics(self) -> dict[str, float]:
+        """Return what the last step in the log says."""
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("step ")]
         shown = dict(re.findall(r"'([a-z_0-9]+)': ([-+.0-9e]+)", lines[-1])) if lines else {}
         return {name: float(value) for name, value in shown.items()}
@@ -248,6 +251,26 @@ def check_losses(losses: Sequence[str], option: str) -> None:
             f"{' '.join(losses)!r}: name losses once each, of {', '.join(known)}",
             param_hint=option,
         )
+
+
+def capture(
+    config: Path, features: Path, mapping: Path | None, *settings: str, threads: int
+) -> None:
+    """Store the features of the first `SAMPLES` responses that a config's training reads.
+
+    Args:
+        config: a training config of SpecForge.
+        features: folder to store in; what is there is kept, what is missing is made.
+        mapping: where to write the draft vocabulary; None where the draft has the target's.
+        settings: overrides of the config.
+        threads: of the process.
+    """
+    vocabulary = ("--vocab-mapping", mapping) if mapping else ()
+    execute(
+        *("specforge-lk", "capture", "--config", config, "--responses", RESPONSES),
+        *("--limit", SAMPLES, "--out", features, *vocabulary, *settings),
+        threads=threads,
+    )
 
 
 def train(trainings: Sequence[Training], cores: int) -> None:

@@ -1,6 +1,6 @@
 """``make defects``: what each fix of the patch series changes, in figures before and after it.
 
-A probe (`tools.defect_probes`) measures one defect. It runs in a process of its own on SpecForge
+A probe (`tools.probes`) measures one defect. It runs in a process of its own on SpecForge
 with the patches before the fix, and again with the fix. The last tables are for those who trained
 with ``training.lk_loss_type``: the same batch under the old settings and the new ones.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +16,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from specforge_lk import patching
 from specforge_lk.evaluate.report import write_text
-from specforge_lk.patching import git_apply, load_series
-from tools.wheels import SPECFORGE, wheel
+from tools.levels import SERIES, Figures, Levels
+from tools.wheels import SPECFORGE
 
 ROOT = Path(__file__).parent.parent
-SERIES = load_series(patching.SPECFORGE)
 #: The probe of each fix; the fixes come first in the series, in this order.
 FIXES = (
     "without_triton",
@@ -60,8 +55,6 @@ MIGRATIONS = {
     },
 }
 
-Figures = dict[str, Any]
-
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -94,45 +87,6 @@ def main(
     if idle := [fix["patch"] for fix in fixes if not _changed(fix["before"], fix["after"])]:
         console.print(f"no figure changes with {', '.join(idle)}", markup=False)
         raise typer.Exit(code=1)
-
-
-class Levels:
-    """SpecForge trees with the first n patches, made when first asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def tree(self, level: int) -> Path:
-        root = self.directory / str(level)
-        if not root.exists():
-            source = wheel(SPECFORGE) if level == 0 else self.tree(level - 1)
-            shutil.copytree(
-                source / "specforge",
-                root / "specforge",
-                ignore=shutil.ignore_patterns("__pycache__"),
-            )
-            if level:
-                git_apply(root, SERIES.patches[level - 1], "--include=specforge/*")
-        return root
-
-    def measure(self, probe: str, level: int) -> Figures:
-        """The figures of ``probe`` with the first ``level`` patches."""
-        run = subprocess.run(
-            [sys.executable, "-m", "tools.defect_probes", probe],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join((str(self.tree(level)), str(ROOT))),
-                "SPECFORGE_PLUGINS": "",
-                "CUDA_VISIBLE_DEVICES": "",
-                "OMP_NUM_THREADS": "1",
-                "TORCHDYNAMO_DISABLE": "1",
-            },
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode:
-            raise RuntimeError(f"{probe} with {level} patches failed: {run.stderr}")
-        return json.loads(run.stdout)
 
 
 def _changed(before: Figures, after: Figures) -> int:
