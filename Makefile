@@ -15,8 +15,8 @@ SEEDS  ?= 0
 DEMO   ?=
 # Object store of server-streamed training; it needs the Debian packages libibverbs1 and librdmacm1.
 MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
-# Options of `make study` and `make article`, such as `--algorithms dflash` or `--drafts medusa`;
-# `python -m experiments.algorithms --help`, `python -m experiments.paper --help`.
+# Options of `make algorithms` and `make paper`, such as `--drafts dflash`;
+# `python -m experiments.study --help` lists them.
 STUDY  ?=
 # A git clone of github.com/sgl-project/SpecForge, whose tests `make upstream-tests` runs.
 export SPECFORGE_REPO ?=
@@ -34,6 +34,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What `types`, `docs` and pre-commit need beside that: nobody else waits for it.
 DEV_READY := $(VENV)/.dev-ready
+# The supported release is the folder's name.
+SPECFORGE := specforge==$(lastword $(sort $(notdir $(wildcard patches/specforge/*))))
 PATCHES := $(wildcard patches/specforge/* patches/specforge/*/*)
 # Remembers the chosen torch, so that choosing another one rebuilds the environment.
 CHOICE := $(VENV)/.torch-choice
@@ -51,13 +53,13 @@ LOWEST_TESTS := $(addprefix tests/,decode evaluate losses/test_options.py losses
                 data/test_sample_server.py test_package.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online test-lowest serve-check upstream-tests defects study article \
-        bench lint types docs pages dev clean force
+.PHONY: help setup demo test test-online test-lowest serve-check upstream-tests defects \
+        algorithms paper bench lint types docs pages dev clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## build .venv: torch, SpecForge 0.2.0 with the patches, this plug-in
+setup: $(READY) ## build .venv: torch, SpecForge with the patches, this plug-in
 
 $(CHOICE): force
 	@mkdir -p $(VENV)
@@ -72,8 +74,8 @@ $(READY): requirements.txt pyproject.toml $(PATCHES) $(CHOICE)
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@echo "==> [3/5] pinned requirements"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	@echo "==> [4/5] SpecForge 0.2.0 without its CUDA stack, and this plug-in"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps specforge==0.2.0
+	@echo "==> [4/5] $(SPECFORGE) without its CUDA stack, and this plug-in"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SPECFORGE)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@echo "==> [5/5] patches"
 	@$(BIN)/specforge-lk patch apply
@@ -94,7 +96,7 @@ test-lowest: ## test with the lowest versions of what this package needs
 	@test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
 	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" \
 	  $$($(PYTHON) tools/lowest.py) hatchling editables psutil tensorboard
-	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps specforge==0.2.0
+	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(SPECFORGE)
 	@$(LOWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 	  --no-build-isolation --editable .
 	@$(LOWEST_VENV)/bin/specforge-lk patch apply
@@ -118,11 +120,11 @@ $(VLLM_READY): experiments/serving/requirements.txt
 serve-check: $(READY) $(VLLM_READY) ## serve exported drafts with vLLM on the CPU, compare with our decoding
 	@$(BIN)/python -m experiments.serving --engine $(VLLM_VENV)/bin/python $(SERVE)
 
-study: $(READY) ## train and compare every algorithm and loss; 140 minutes, continues if interrupted
-	@$(BIN)/python -m experiments.algorithms $(STUDY)
+algorithms: $(READY) ## train every algorithm of SpecForge with each loss; 140 minutes, continues
+	@$(BIN)/python -m experiments.study algorithms $(STUDY)
 
-article: $(READY) ## train the article's drafts with its losses; continues if interrupted
-	@$(BIN)/python -m experiments.paper $(STUDY)
+paper: $(READY) ## train the paper's drafts with its losses; continues if interrupted
+	@$(BIN)/python -m experiments.study paper $(STUDY)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)

@@ -1,4 +1,4 @@
-"""The article's toy figure, through the command."""
+"""The paper's figure of Gaussians, through the command."""
 
 import json
 
@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 from experiments.gaussian import app
 
 
-def test_it_reproduces_the_article(tmp_path):
+def test_it_reproduces_the_paper(tmp_path):
     out = tmp_path / "figure.png"
     result = CliRunner().invoke(app, ["--json", "--out", str(out)])
     assert result.exit_code == 0, result.output
     fits = {fit["loss"]: fit for fit in json.loads(result.stdout)["fits"]}
-    # The article has 50.8 for reverse KL; the exact minimum of its mixture is at 50.71.
+    # The paper has 50.8 for reverse KL; the exact minimum of its mixture is at 50.71.
     for loss, alpha in {"kl": 0.502, "reverse_kl": 0.508, "tv": 0.602}.items():
         assert fits[loss]["alpha"] == pytest.approx(alpha, abs=1e-3)
     # KL matches the mixture's moments.
