@@ -1,4 +1,6 @@
-"""The paper's toy example: one Gaussian fitted to a mixture of three under different losses.
+"""The paper's example: one Gaussian fitted to a mixture of three under different losses.
+
+``python -m experiments.gaussian --out FIGURE.png``
 
 A draft of small capacity cannot match its target, and then the objective decides what it gives
 up. The real line stands in for the vocabulary: a fine grid of points, the target's density as
@@ -16,11 +18,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specforge_lk.files import atomic_write
 from specforge_lk.losses import LOSSES, DraftLoss, Terms
 
 # (weight, mean, standard deviation). The paper gives no figures; these give back its results.
 MIXTURE: Final = ((0.5, -4.0, 1.0), (0.25, 0.0, 0.5), (0.25, 6.0, 0.5))
-TOY_LOSSES: Final = ("kl", "reverse_kl", "tv")
+FITTED_LOSSES: Final = ("kl", "reverse_kl", "tv")
 
 _STEP: Final = 0.01
 _GRID: Final = torch.arange(-30, 30 + _STEP, _STEP, dtype=torch.float64)
@@ -28,7 +31,7 @@ _GRID: Final = torch.arange(-30, 30 + _STEP, _STEP, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class GaussianFit:
-    """The Gaussian that minimises a loss.
+    """The Gaussian that minimizes a loss.
 
     Attributes:
         loss: the loss's registered name.
@@ -43,7 +46,7 @@ class GaussianFit:
     alpha: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class _MixtureTarget:
     """The mixture as the target of ``len(log_normalizer)`` positions over the grid vocabulary."""
 
@@ -53,11 +56,10 @@ class _MixtureTarget:
 
 
 def target_density(x: torch.Tensor) -> torch.Tensor:
-    """Density of the mixture at ``x``."""
-    return sum(
-        (w * _gaussian_logits(x, mean, std).exp() / (std * (2 * torch.pi) ** 0.5))
-        for w, mean, std in MIXTURE
-    )
+    """Return the density of the mixture at ``x``."""
+    weights, means, stds = torch.tensor(MIXTURE, dtype=x.dtype).T
+    parts = _gaussian_logits(x[..., None], means, stds).exp() / (stds * (2 * torch.pi) ** 0.5)
+    return (weights * parts).sum(-1)
 
 
 def _gaussian_logits(
@@ -67,7 +69,7 @@ def _gaussian_logits(
 
 
 def _evaluate(loss: DraftLoss, mean: torch.Tensor, log_std: torch.Tensor) -> tuple[Terms, Terms]:
-    """Terms and combined loss, [n], of n Gaussians."""
+    """Return terms and combined loss, [n], of n Gaussians."""
     count = len(mean)
     logits = target_density(_GRID).log()
     log_normalizer = logits.logsumexp(-1)
@@ -107,8 +109,8 @@ def fit(name: str) -> GaussianFit:
 
 
 def fit_all() -> list[GaussianFit]:
-    """The three fits of the article's figure."""
-    return [fit(name) for name in TOY_LOSSES]
+    """Return the three fits of the paper's figure."""
+    return [fit(name) for name in FITTED_LOSSES]
 
 
 def plot(fits: Sequence[GaussianFit], path: Path) -> None:
@@ -131,16 +133,12 @@ def plot(fits: Sequence[GaussianFit], path: Path) -> None:
     figure.axes[0].set_ylabel("density")
     figure.axes[0].legend(loc="upper right", fontsize="small")
 
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(unfinished, format="png", dpi=150)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
-def as_json(fits: Sequence[GaussianFit]) -> dict[str, object]:
-    """The fits, with the target they were fitted to, as JSON can hold them."""
+def _as_json(fits: Sequence[GaussianFit]) -> dict[str, object]:
+    """Return the fits, with the target they were fitted to, as JSON can hold them."""
     keys = ("weight", "mean", "std")
     return {
         "target": [dict(zip(keys, part, strict=True)) for part in MIXTURE],
@@ -181,7 +179,7 @@ def main(
     except OSError as error:
         _fail(f"--out {out}: {error.strerror}")
     if as_json:
-        typer.echo(json.dumps(as_json(fits), indent=2))
+        typer.echo(json.dumps(_as_json(fits), indent=2))
         return
     table = Table(title="One Gaussian fitted to a mixture of three")
     for heading in ("loss", "mean", "std", "acceptance rate α"):

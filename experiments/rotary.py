@@ -20,13 +20,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from experiments.assets import prepare
-from experiments.demo import HELD_OUT, RESPONSES
-from experiments.runner import CONFIGS, ROOT, RUNS, console, execute
+from experiments.assets import HELD_OUT, prepare
+from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, execute
 from specforge_lk.data.conversations import tokenize
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.report import write_text
 from specforge_lk.evaluate.runner import (
     ChainStarts,
     Settings,
@@ -34,11 +32,11 @@ from specforge_lk.evaluate.runner import (
     measure_held_out,
     paired_difference,
 )
-from tools.defects import SERIES, Levels
+from specforge_lk.files import write_text
+from tools.levels import FIXES, SERIES, Levels
 
 DIRECTORY = RUNS / "rotary"
 CONFIG, DRAFT_CONFIG = CONFIGS / "dflash.yaml", CONFIGS / "dflash-draft.json"
-SAMPLES = 256
 #: SpecForge's own loss, so that every level trains without a plug-in.
 SETTINGS = ("model.torch_dtype=bfloat16", "training.num_epochs=1", "training.batch_size=2")
 #: Chain starts from this position on, where angles have had room to grow wrong.
@@ -61,16 +59,12 @@ def main(
     torch.set_num_threads(threads)
     assets = prepare(RUNS)
     features = DIRECTORY / "features"
-    (patch,) = (p for p in SERIES.patches if "keep-rotary-frequencies" in p.name)
-    level = SERIES.patches.index(patch) + 1
+    level = FIXES.index("rotary_angles") + 1
+    patch = SERIES.patches[level - 1]
     with tempfile.TemporaryDirectory() as scratch:
         levels = Levels(Path(scratch))
         trees = {"rounded": levels.tree(level - 1), "exact": levels.tree(level)}
-        execute(
-            *("specforge-lk", "capture", "--config", CONFIG, "--responses", RESPONSES),
-            *("--limit", SAMPLES, "--out", features, "model.torch_dtype=bfloat16"),
-            threads=threads,
-        )
+        capture(CONFIG, features, None, "model.torch_dtype=bfloat16", threads=threads)
         budget = (f"training.max_steps={steps}", f"training.num_anchors={anchors}")
         rounded, exact = (
             _train(name, tree, features, budget, threads) for name, tree in trees.items()
@@ -112,7 +106,7 @@ def main(
 
 
 def _train(name: str, tree: Path, features: Path, budget: tuple[str, ...], threads: int) -> Path:
-    """The exported draft of ``specforge train`` with the SpecForge in ``tree``."""
+    """Return the exported draft of ``specforge train`` with the SpecForge in ``tree``."""
     output, draft = DIRECTORY / name, DIRECTORY / f"{name}-draft"
     if draft.exists():
         return draft
@@ -139,7 +133,7 @@ def _with_angles(draft: Any, kind: str) -> Any:
 
 
 def _figures(starts: ChainStarts, own: ChainStarts) -> dict[str, Any]:
-    """Acceptance, and the difference to the same draft with the angles it was trained with."""
+    """Return acceptance, and the difference to the draft with the angles it was trained with."""
     tau, interval = expected_tau(starts, 0)
     figures = {"tau": tau, "tau_ci": interval, "alpha": [float(a) for a in starts.alpha.mean(0)]}
     if starts is not own:
@@ -156,7 +150,7 @@ def _from(starts: ChainStarts, least: int) -> ChainStarts:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report's table."""
+    """Return the report as markdown."""
     lines = [
         "# Rotary angles in bfloat16",
         "",

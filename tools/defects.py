@@ -16,29 +16,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from specforge_lk.evaluate.report import write_text
-from tools.levels import SERIES, Figures, Levels
+from specforge_lk.files import write_text
+from tools.levels import FIXES, SERIES, Figures, Levels
 from tools.wheels import SPECFORGE
 
 ROOT = Path(__file__).parent.parent
-#: The probe of each fix; the fixes come first in the series, in this order.
-FIXES = (
-    "without_triton",
-    "target_head_files",
-    "target_logits",
-    "target_head_precision",
-    "missing_features",
-    "pickled_code",
-    "lk_objective",
-    "kl_decay_default",
-    "acceptance_metric",
-    "streamed_samples",
-    "supervised_states",
-    "vocabulary_mapping",
-    "exported_settings",
-    "rotary_angles",
-    "evaluation_random_numbers",
-)
 #: Titles of the migration tables' columns, with the probe and the number of patches applied:
 #: the first alone, without which EAGLE-3's loss does not run on a CPU, the fixes, or all.
 ALL = len(SERIES.patches)
@@ -68,7 +50,7 @@ def main(
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as scratch:
         levels = Levels(Path(scratch))
-        fixes = []
+        fixes: list[dict[str, Any]] = []
         for number, probe in enumerate(FIXES, 1):
             name = SERIES.patches[number - 1].name
             before, after = (levels.measure(probe, level) for level in (number - 1, number))
@@ -94,7 +76,7 @@ def _changed(before: Figures, after: Figures) -> int:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report's tables."""
+    """Return the report's tables."""
     lines = [
         "# What the fixes change",
         "",

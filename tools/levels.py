@@ -17,6 +17,25 @@ from tools.wheels import SPECFORGE, wheel
 ROOT = Path(__file__).parent.parent
 SERIES = load_series(PACKAGE)
 
+#: The probe of each fix; the fixes come first in the series, in this order.
+FIXES = (
+    "without_triton",
+    "target_head_files",
+    "target_logits",
+    "target_head_precision",
+    "missing_features",
+    "pickled_code",
+    "lk_objective",
+    "kl_decay_default",
+    "acceptance_metric",
+    "streamed_samples",
+    "supervised_states",
+    "vocabulary_mapping",
+    "exported_settings",
+    "rotary_angles",
+    "evaluation_random_numbers",
+)
+
 #: Figures of a probe by their titles: numbers, or a sentence.
 Figures = dict[str, Any]
 

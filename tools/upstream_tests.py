@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 
 from specforge_lk import patching
-from specforge_lk.evaluate.report import write_text
+from specforge_lk.files import write_text
 from specforge_lk.patching import (
     PatchFailedError,
     Series,

@@ -22,13 +22,13 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from experiments.assets import Assets, prepare
-from experiments.demo import RESPONSES, SAMPLES
-from experiments.runner import CONFIGS, ROOT, RUNS, console, execute, fail, train
+from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, fail, train
 from experiments.serving import compare
 from experiments.serving.cases import DRAFTS, FEATURES, HEADS, SERVING, Sampling, ServedDraft
 from experiments.serving.engine import ENVIRONMENT
 from experiments.serving.report import (
     Comparison,
+    FirstDifference,
     ServingReport,
     Side,
     Speculator,
@@ -41,9 +41,11 @@ from specforge_lk.data.prompts import read_rows, user_turns
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.speculate import Prefills, generate
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.report import versions, write_text
+from specforge_lk.evaluate.report import versions
+from specforge_lk.files import write_text
 
 JOBS = SERVING / "jobs"
+NAMES = [draft.name for draft in DRAFTS]
 #: Prompts that we decode at once.
 BATCH = 16
 SEED = 0
@@ -55,9 +57,7 @@ def main(
     engine: Annotated[Path, typer.Option(help="Python of the environment that has vLLM.")] = Path(
         ".venv-vllm/bin/python"
     ),
-    drafts: Annotated[str, typer.Option(help="Drafts to check.")] = " ".join(
-        draft.name for draft in DRAFTS
-    ),
+    drafts: Annotated[str, typer.Option(help="Drafts to check.")] = " ".join(NAMES),
     given: Annotated[
         list[str] | None,
         typer.Option(help="NAME=DIR: check this exported draft instead of training one."),
@@ -140,12 +140,8 @@ def _train(drafts: Sequence[ServedDraft], cores: int) -> None:
     for draft in wanted:
         draft.write_config()
     if wanted:
-        execute(
-            *("specforge-lk", "capture", "--config", CONFIGS / "eagle3.yaml"),
-            *("--responses", RESPONSES, "--limit", SAMPLES, "--out", FEATURES),
-            *("--vocab-mapping", FEATURES.parent / "vocab_mapping.pt"),
-            threads=cores,
-        )
+        mapping = FEATURES.parent / "vocab_mapping.pt"
+        capture(CONFIGS / "eagle3.yaml", FEATURES, mapping, threads=cores)
         train(wanted, cores)
     for draft in drafts:
         draft.write_served()
@@ -197,7 +193,9 @@ class Check:
 
     # The engine's side
 
-    def _run(self, module: str, name: str, job: dict[str, Any], inputs: Sequence[Path]) -> dict:
+    def _run(
+        self, module: str, name: str, job: dict[str, Any], inputs: Sequence[Path]
+    ) -> dict[str, Any]:
         """Run a job in vLLM's environment, unless it was run before with the same inputs."""
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode())
         digest.update(json.dumps(self.engine_versions).encode())
@@ -240,7 +238,7 @@ class Check:
     def _ours(self, draft: Draft, temperature: float, sampling: Sampling) -> list[compare.Record]:
         generator = torch.Generator().manual_seed(SEED)
         prefills = Prefills(self.target, draft.capture_layers)
-        records: list[compare.Record | None] = [None] * len(self.prompts)
+        records: dict[int, compare.Record] = {}
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
@@ -258,7 +256,7 @@ class Check:
             for index, generation in zip(batch, generations, strict=True):
                 accepted = tuple(int(count) for count in generation.accepted_at)
                 records[index] = compare.Record(int(generation.reached[0]), accepted)
-        return records
+        return [records[index] for index in range(len(self.prompts))]
 
     # Both
 
@@ -308,7 +306,9 @@ class Check:
             intervals=found.intervals,
             differing=found.differing,
             same_output=len(responses) - len(mismatches) if greedy else None,
-            first_differences=[asdict(m) | {"near_tie": m.near_tie} for m in mismatches],
+            first_differences=[
+                FirstDifference(**asdict(m), near_tie=m.near_tie) for m in mismatches
+            ],
             counters=served["counters"],
             counters_agree=agree,
             speculative_config=speculative,
@@ -349,7 +349,7 @@ def _files(draft: ServedDraft) -> list[Path]:
 
 
 def _side(record: compare.Record) -> Side:
-    return Side(cycles=record.cycles, accepted=list(record.accepted), tau=compare.tau(record))
+    return Side(cycles=record.steps, accepted=list(record.accepted), tau=compare.tau(record))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The drafts of `make serve-check`: trained like those of the study, in the form vLLM loads."""
+"""The drafts of `make serve-check`, in the form that vLLM loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from experiments.runner import CONFIGS, RUNS, Training
 from experiments.serving.layouts import write_mimo
-from specforge_lk.evaluate.report import write_text
+from specforge_lk.files import write_text
 
 SERVING = RUNS / "serving"
 #: Every draft here reads what EAGLE-3 reads, or a part of it: one capture serves all.
@@ -78,8 +78,12 @@ class ServedDraft(Training):
         write_text(self.config_path, yaml.safe_dump(config, sort_keys=False))
 
     def speculative_config(self, sampling: Sampling) -> dict[str, Any]:
-        """vLLM's ``speculative_config`` of this draft."""
-        config = {"method": self.method, "model": str(self.served), "num_speculative_tokens": HEADS}
+        """Return vLLM's ``speculative_config`` of this draft."""
+        config: dict[str, Any] = {
+            "method": self.method,
+            "model": str(self.served),
+            "num_speculative_tokens": HEADS,
+        }
         if sampling == "probabilistic":
             config |= {
                 "draft_sample_method": "probabilistic",

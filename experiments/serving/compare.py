@@ -30,16 +30,16 @@ class Record:
     """Accepted drafted tokens of one prompt.
 
     Attributes:
-        cycles: verification steps.
+        steps: verification steps.
         accepted: [K] steps in which position k and all before it were accepted.
     """
 
-    cycles: int
+    steps: int
     accepted: tuple[int, ...]
 
 
 def engine_record(accepted: Sequence[int], length: int, stopped: bool, heads: int) -> Record:
-    """The record of an engine's response, counted as our decoding counts.
+    """Return the record of an engine's response, counted as our decoding counts.
 
     An engine also counts what it accepted behind the end-of-sequence token that ended a response.
 
@@ -58,28 +58,28 @@ def engine_record(accepted: Sequence[int], length: int, stopped: bool, heads: in
 
 
 def total(records: Sequence[Record]) -> Record:
-    """The sum over prompts."""
+    """Return the sum over prompts."""
     accepted = np.sum([record.accepted for record in records], axis=0)
-    return Record(sum(record.cycles for record in records), tuple(int(n) for n in accepted))
+    return Record(sum(record.steps for record in records), tuple(int(n) for n in accepted))
 
 
 def tau(record: Record) -> float:
-    """Tokens per target step, 1 + accepted / cycles."""
-    return 1 + sum(record.accepted) / record.cycles
+    """Return the mean tokens per verification step, 1 + accepted / steps."""
+    return 1 + sum(record.accepted) / record.steps
 
 
 def wilson(count: int, trials: int, z: float) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927)."""
+    """Return the score interval of a proportion (Wilson 1927)."""
     rate, extra = count / trials, z * z / trials
-    centre = rate + extra / 2
+    center = rate + extra / 2
     spread = z * math.sqrt(rate * (1 - rate) / trials + extra / (4 * trials))
-    return (centre - spread) / (1 + extra), (centre + spread) / (1 + extra)
+    return (center - spread) / (1 + extra), (center + spread) / (1 + extra)
 
 
 def difference(
     counts: tuple[int, int], trials: tuple[int, int], error: float
 ) -> tuple[float, float]:
-    """Interval of the difference of two proportions, first minus second (Newcombe 1998, 10).
+    """Return an interval of a difference of proportions, first minus second (Newcombe 1998, 10).
 
     Args:
         counts: successes of both.
@@ -128,7 +128,7 @@ def agreement(engine: Sequence[Record], ours: Sequence[Record], deterministic: b
         deterministic: whether nothing was sampled.
     """
     sums = total(engine), total(ours)
-    trials = (sums[0].cycles, sums[1].cycles)
+    trials = (sums[0].steps, sums[1].steps)
     heads = len(sums[0].accepted)
     intervals = [
         difference((a, b), trials, FAMILY_ERROR / heads)
@@ -173,7 +173,7 @@ def mismatches(
     expected: Sequence[Sequence[int]],
     best: Sequence[Sequence[Sequence[tuple[int, float]]]],
 ) -> list[Mismatch]:
-    """First differing token of every response that differs.
+    """Return the first differing token of every response that differs.
 
     Args:
         found: responses with a draft.
@@ -189,7 +189,10 @@ def mismatches(
             min(len(a), len(b)),
         )
         wanted, token = (row[position] if position < len(row) else None for row in (b, a))
-        probable = dict(map(tuple, best[prompt][position])) if wanted is not None else {}
-        gap = probable[wanted] - probable[token] if token in probable else None
+        gap = None
+        if wanted is not None and token is not None:
+            # Pairs are lists where they come from a file.
+            probable = {number: value for number, value in best[prompt][position]}
+            gap = probable[wanted] - probable[token] if token in probable else None
         result.append(Mismatch(prompt, position, wanted, token, gap))
     return result

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from specforge_lk.evaluate.report import write_text
+from specforge_lk.files import write_text
 
 
 class _Strict(BaseModel):
@@ -18,7 +18,13 @@ class _Strict(BaseModel):
 
 
 class Side(_Strict):
-    """One side's sums over all prompts; ``accepted[k]``: steps that accepted position k."""
+    """One side's sums over all prompts.
+
+    Attributes:
+        cycles: verification steps.
+        accepted: [K] steps that accepted draft position k and all before it.
+        tau: mean tokens emitted per verification step.
+    """
 
     cycles: int
     accepted: list[int]

@@ -17,11 +17,11 @@ from experiments.serving.layouts import write_mimo
 HEADS = 4
 
 
-def decode(rng, rates, prompts=32, cycles=40):
+def decode(rng, rates, prompts=32, steps=40):
     """Records of prompts whose steps accept position k with probability rates[k]."""
-    hits = rng.random((prompts, cycles, HEADS)) < rates
+    hits = rng.random((prompts, steps, HEADS)) < rates
     accepted = hits.cumprod(-1).sum(1)
-    return [Record(cycles, tuple(map(int, row))) for row in accepted]
+    return [Record(steps, tuple(map(int, row))) for row in accepted]
 
 
 def test_an_engine_is_counted_as_decoding_counts():

@@ -11,8 +11,8 @@ from series_tree import SERIES
 import tools
 from specforge_lk.patching import series_root
 from tools import upstream_tests
+from tools.levels import FIXES
 from tools.probes import PROBES
-from tools.defects import FIXES
 
 REPORTS = Path(tools.__file__).parent / "results"
 
