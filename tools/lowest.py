@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-EXTRAS = ("data", "plots", "demo", "dev")
+EXTRAS = ("data", "plots", "demo", "test")
 
 
 def floors() -> list[str]:
