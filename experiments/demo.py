@@ -35,7 +35,8 @@ from experiments.runner import (
     record,
     train,
 )
-from specforge_lk.evaluate.report import Report, read_report, write_all
+from specforge_lk.evaluate.render import write_all
+from specforge_lk.evaluate.report import Report, read_report
 from specforge_lk.files import write_text
 
 DEMO = RUNS / "demo"

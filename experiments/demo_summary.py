@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import mean
 
 from experiments.runner import START
-from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, relative_difference
+from specforge_lk.evaluate.report import HELD_OUT, Paired, Report
+from specforge_lk.evaluate.tables import relative_difference
 
 _TITLES = {
     HELD_OUT: "held-out responses (exact)",

@@ -34,8 +34,9 @@ from rich.progress import (
 from specforge.losses import installed_loss_registry
 
 from experiments.assets import RESPONSES, SAMPLES
+from specforge_lk.evaluate.render import write_all
 from specforge_lk.evaluate.report import Training as TrainingRecord
-from specforge_lk.evaluate.report import read_report, write_all
+from specforge_lk.evaluate.report import read_report
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs")

@@ -29,7 +29,8 @@ from experiments.runner import (
     record,
     train,
 )
-from specforge_lk.evaluate.report import Result, read_report, write_all
+from specforge_lk.evaluate.render import write_all
+from specforge_lk.evaluate.report import Result, read_report
 
 HEADS = 4
 #: Samples per optimizer step.

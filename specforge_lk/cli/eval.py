@@ -148,7 +148,7 @@ def run(
         from specforge_lk.decode.draft import load_draft
         from specforge_lk.decode.target import Target
         from specforge_lk.evaluate import runner as evaluate
-        from specforge_lk.evaluate.report import write_all
+        from specforge_lk.evaluate.render import write_all
     except ImportError as error:
         errors.print(
             f"[red]{error}; install with: pip install 'specforge-lk\\[data]'[/red]", soft_wrap=True
@@ -235,7 +235,7 @@ def _print(report: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from specforge_lk.evaluate.report import paired_rows, published_rows, result_rows
+    from specforge_lk.evaluate.tables import paired_rows, published_rows, result_rows
 
     console = Console()
     if not console.is_terminal:

@@ -24,8 +24,9 @@ class Tau:
 
     @classmethod
     def of(cls, *each: float) -> Tau:
-        """From the benchmarks."""
-        return cls(sum(each) / len(each), each)
+        """Return τ on each of `BENCHMARKS`, in their order, with its mean."""
+        first, second, third = each
+        return cls(sum(each) / len(each), (first, second, third))
 
 
 #: (algorithm, loss) -> τ by temperature.
@@ -83,18 +84,24 @@ PUBLISHED: dict[str, Drafts] = {
     },
 }
 
+#: The loss that the paper's gains are over.
+GAIN_BASELINE = "kl"
+
 #: Drafted tokens K in the paper's evaluation.
 HEADS = {"eagle3": 7, "mtp": 7, "medusa": 6, "mlp_speculator": 6}
 
 
 def find_target(name: str) -> str | None:
-    """The target that a folder or hub id is named after, in any case; None if there is none."""
+    """Return the target that a folder or hub id is named after, in any case, or None."""
     wanted = PurePath(name).name.casefold()
     return next((target for target in PUBLISHED if target.casefold() == wanted), None)
 
 
 def find_benchmark(name: str) -> int | None:
-    """Index in `BENCHMARKS` of a benchmark, however it is spelled: ``mt_bench``, ``human-eval``."""
+    """Return the index in `BENCHMARKS` of a benchmark, or None.
+
+    Spelling does not matter: ``mt_bench`` is MT-bench, ``human-eval`` is HumanEval.
+    """
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.casefold())
@@ -103,4 +110,12 @@ def find_benchmark(name: str) -> int | None:
     return names.index(plain(name)) if plain(name) in names else None
 
 
-__all__ = ["BENCHMARKS", "HEADS", "PUBLISHED", "Tau", "find_benchmark", "find_target"]
+__all__ = [
+    "BENCHMARKS",
+    "GAIN_BASELINE",
+    "HEADS",
+    "PUBLISHED",
+    "Tau",
+    "find_benchmark",
+    "find_target",
+]

@@ -9,13 +9,9 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.evaluate.published import HEADS, PUBLISHED, find_benchmark, find_target
-from specforge_lk.evaluate.report import (
-    Report,
-    Result,
-    published_rows,
-    read_report,
-    render_markdown,
-)
+from specforge_lk.evaluate.render import render_markdown
+from specforge_lk.evaluate.report import Report, Result, read_report
+from specforge_lk.evaluate.tables import published_rows
 
 LLAMA = "Llama-3.1-8B-Instruct"
 

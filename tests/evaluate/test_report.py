@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from specforge_lk.evaluate.report import Paired, Report, Result, read_report, write_all
+from specforge_lk.evaluate.render import write_all
+from specforge_lk.evaluate.report import Paired, Report, Result, read_report
 
 KL = Result(
     algorithm="eagle3",

@@ -1,0 +1,129 @@
+"""A report for readers: its markdown, and all its files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from specforge_lk.evaluate.chart import render_chart
+from specforge_lk.evaluate.report import Report
+from specforge_lk.evaluate.tables import (
+    gain_rows,
+    number,
+    paired_rows,
+    published_rows,
+    result_rows,
+    seed_rows,
+)
+from specforge_lk.files import write_text
+from specforge_lk.markdown import markdown_table
+
+_EXPLANATION = (
+    "τ is pooled over drafted tokens (K · accepted / drafted + 1) on sampled benchmarks, and "
+    "the exact expectation 1 + mean Σ_k Π_{i≤k} α_i over chain starts, teacher-forced, on "
+    "held-out responses. α per head is Σ min(p, q), the target distribution p not "
+    "renormalised, averaged where the head was reached (benchmarks) or over all chain starts "
+    "(held-out); coverage is the target's probability "
+    "mass on the draft vocabulary. Intervals are bootstrap intervals over prompts "
+    "(conversations)."
+)
+_OVER_SEEDS = (
+    "Means over training seeds, with the least and the greatest; expected τ, α and Δ are "
+    "those of held-out responses. Every seed by itself, with its intervals, is below."
+)
+_PAIRED = (
+    "Of expected τ over the same chain starts of held-out responses, the bootstrap "
+    "resampling conversations; of pooled τ over the same prompts of a benchmark, "
+    "resampling prompts. In percent, of what the other draft adds to a step, its τ - 1."
+)
+
+
+def render_markdown(report: Report) -> str:
+    """Return the report as markdown."""
+    results = [_EXPLANATION, markdown_table(*result_rows(report))]
+    if len({r.seed for r in report.results}) > 1:
+        summary = [_OVER_SEEDS, markdown_table(*seed_rows(report))]
+        results = [*summary, "## Every measurement", *results]
+    parts = [
+        "# Acceptance",
+        *report.notes,
+        *([report.preface] if report.preface else []),
+        *results,
+        *_beside_the_paper(report),
+        *_gains(report),
+    ]
+    if report.paired:
+        parts += ["## Paired differences", _PAIRED, markdown_table(*paired_rows(report))]
+    parts += _training(report)
+    if report.stages:
+        stages = [[name, number(seconds, 0)] for name, seconds in report.stages.items()]
+        parts += ["## Time", markdown_table(["stage", "seconds"], stages)]
+    if report.settings:
+        parts += ["## Settings", markdown_table(["setting", "value"], _pairs(report.settings))]
+    if report.versions:
+        parts += ["## Versions", markdown_table(["package", "version"], _pairs(report.versions))]
+    if report.command:
+        parts += ["## Command", "```\n" + " ".join(report.command) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _beside_the_paper(report: Report) -> list[str]:
+    header, rows = published_rows(report)
+    if not rows:
+        return []
+    return [
+        "## Beside the paper",
+        f"Sampled τ with {report.published}, in parentheses that of arXiv 2602.23881: all "
+        "prompts of each benchmark, drafts sampled (`probabilistic`), K as given.",
+        markdown_table(header, rows),
+    ]
+
+
+def _gains(report: Report) -> list[str]:
+    if not report.gains:
+        return []
+    sources = ", ".join(f"{name}: {target}" for name, target in report.gains.items())
+    return [
+        "## Gains over KL beside the paper's",
+        "In percent, of τ and of τ - 1, what the draft adds to it. The paper's (arXiv "
+        f"2602.23881, tables 1 and 2): {sources}. Ours: means over training seeds, with the "
+        "least and the greatest, of expected τ on held-out responses and of sampled τ, the "
+        "mean of the benchmarks.",
+        markdown_table(*gain_rows(report)),
+    ]
+
+
+def _training(report: Report) -> list[str]:
+    if not report.training:
+        return []
+    rows = [
+        [f"{run.algorithm} {run.loss}", str(run.seed), str(run.steps), number(run.seconds, 0)]
+        for run in report.training
+    ]
+    commands = "\n".join(run.command for run in report.training)
+    table = markdown_table(["draft", "seed", "steps", "seconds"], rows)
+    return ["## Training", table, f"```\n{commands}\n```"]
+
+
+def _pairs(values: dict[str, Any]) -> list[list[str]]:
+    return [[name, str(value)] for name, value in values.items()]
+
+
+def write_all(report: Report, path: Path) -> list[Path]:
+    """Write the report as JSON, and markdown and chart beside it; return the files written.
+
+    The chart is called ``acceptance.png`` beside a ``report.json``, and after the report otherwise;
+    it is left out where matplotlib (extra ``plots``) is not installed.
+    """
+    markdown = path.with_suffix(".md")
+    chart = path.with_name("acceptance.png" if path.stem == "report" else f"{path.stem}.png")
+    report.write(path)
+    write_text(markdown, render_markdown(report))
+    if importlib.util.find_spec("matplotlib") is None:
+        return [path, markdown]
+    render_chart(report, chart)
+    return [path, markdown, chart]
+
+
+__all__ = ["render_markdown", "write_all"]
