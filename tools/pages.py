@@ -27,6 +27,8 @@ from specforge_lk.evaluate.report import (
     read_report,
     relative_difference,
 )
+from specforge_lk.patching import SUPPORTED
+from tools import cover_letter
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "experiments" / "results"
@@ -275,8 +277,7 @@ def versions() -> str:
     )
     assert torch and engine
     pinned |= dict([_requirement(torch[1])])
-    (sglang,) = (path.name for path in (ROOT / "patches" / "sglang").iterdir())
-    (specforge,) = (path.name for path in (ROOT / "patches" / "specforge").iterdir())
+    specforge, sglang = SUPPORTED["specforge"], SUPPORTED["sglang"]
     return table(
         ["", "allowed", "tested with"],
         [
@@ -317,6 +318,10 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "docs/extending.md": {
         "loss": partial(source, "examples/plugin_loss/specforge_hellinger.py"),
         "draft": partial(source, "examples/plugin_draft/specforge_linear_heads/model.py"),
+    },
+    f"patches/specforge/{SUPPORTED['specforge']}/README.md": {
+        "upstream": cover_letter.upstream,
+        "dependencies": cover_letter.dependencies,
     },
     "configs/README.md": {"recipes": recipes.table, "serving": recipes.serving_commands},
 }

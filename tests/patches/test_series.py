@@ -16,6 +16,7 @@ from series_tree import ALL_SERIES, SERIES, VERSION, apply_until, unpack
 
 from specforge_lk import patching
 from specforge_lk.patching import Series
+from tools.cover_letter import number, with_needs
 
 #: How a package's tests run; SGLang's dependencies are stubbed.
 UNITTEST = {"sglang": [str(Path(__file__).parents[1] / "helpers" / "sglang_stubs.py")]}
@@ -64,21 +65,14 @@ def test_patch_compiles_and_passes_its_own_tests(tree, series, patch):
     assert "Ran 0 tests" not in run.stderr, f"{patch.name}: {' '.join(tests)} holds no tests"
 
 
-def test_what_a_patch_needs_is_in_the_cover_letter(pristine_wheel, tmp_path):
-    """Every patch applies to the release after those that the cover letter's table names."""
-    letter = (patching.series_root() / SERIES.package.name / VERSION / "README.md").read_text()
-    table = letter.partition("## Order and dependencies")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (\d{4}) [^|]*\|([^|]*)\|", table, re.MULTILINE)
-    needs = {number: re.findall(r"\d{4}", named) for number, named in rows}
-    assert list(needs) == [patch.name[:4] for patch in SERIES.patches]
+def test_what_a_patch_needs_is_in_the_series_data(pristine_wheel, tmp_path):
+    """Every patch applies to the release after those that series.toml names."""
+    wheel = pristine_wheel(f"specforge=={VERSION}")
     for patch in SERIES.patches:
-        wanted = {patch.name[:4]}
-        for number in reversed(needs):
-            if number in wanted:
-                wanted.update(needs[number])
-        tree = unpack(pristine_wheel(f"specforge=={VERSION}"), tmp_path / patch.name, SERIES)
+        wanted = with_needs({number(patch)})
+        tree = unpack(wheel, tmp_path / patch.name, SERIES)
         for needed in SERIES.patches:
-            if needed.name[:4] in wanted:
+            if number(needed) in wanted:
                 patching.git_apply(tree, needed, "--include=specforge/*")
 
 

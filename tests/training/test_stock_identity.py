@@ -1,9 +1,8 @@
 """With training.loss unset, the patched SpecForge trains bit for bit as the unpatched one.
 
 Unpatched SpecForge does not import on a CPU, so it has the patch that makes Triton optional, and
-those that change training on purpose: the loss mask of EAGLE-3 and P-EAGLE, with the collation
-that it is written on, and the rotary angles of the DFlash family in bfloat16. What they record for
-resuming stays out: it is written on further patches.
+those that change training on purpose: all that have a `baseline` in the series' ``series.toml``.
+What they record for resuming stays out: it is written on further patches.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from series_tree import SERIES, unpack
 from training_run import EPOCH, Finished, Setup, prepare_with_features
 
 from specforge_lk.patching import git_apply
+from tools.cover_letter import entries, number
 
 #: P-EAGLE cannot train offline before the patches; its loss is compared instead.
 ALGORITHMS = ("eagle3", "dflash", "domino", "dspark")
@@ -34,12 +34,12 @@ COMPARED = ("loss", "grad_norm", "ploss_", "acc_", "lr")
 def unpatched(
     pristine_wheel: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """SpecForge 0.2.0 with the patches named above."""
+    """Give the release with the patches named above."""
     wheel = pristine_wheel(f"specforge=={SERIES.version}")
     tree = unpack(wheel, tmp_path_factory.mktemp("unpatched"), SERIES)
-    words = ("without-Triton", "collate-streamed", "shift-the-loss-mask", "rotary")
-    named = [p for p in SERIES.patches if any(word in p.name for word in words)]
-    assert len(named) == len(words)
+    known = entries()
+    named = [patch for patch in SERIES.patches if known[number(patch)].baseline]
+    assert named
     resuming = ("*providers.py", "*trainer.py", "*defaults.py")
     for patch in named:
         git_apply(tree, patch, *(f"--exclude={path}" for path in ("tests/*", *resuming)))
