@@ -8,6 +8,7 @@ from statistics import mean
 from experiments.runner import START
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report
 from specforge_lk.evaluate.tables import relative_difference
+from specforge_lk.markdown import markdown_table
 
 _TITLES = {
     HELD_OUT: "held-out responses (exact)",
@@ -17,24 +18,22 @@ _TITLES = {
 
 
 def _measurements(report: Report) -> list[tuple[str, float]]:
-    """Benchmark and temperature of every row: the rule that the losses are trained for first."""
+    """Return benchmark and temperature of every row, those that losses are trained for first."""
     found = dict.fromkeys((r.benchmark, r.temperature) for r in report.results)
     return sorted(found, key=lambda m: (-m[1], list(_TITLES).index(m[0])))
 
 
 def _taus(report: Report, measurement: tuple[str, float], loss: str) -> list[float]:
-    """τ of every seed."""
-    return [
-        r.tau_expected if r.benchmark == HELD_OUT else r.tau
-        for r in report.results
-        if (r.benchmark, r.temperature) == measurement and r.loss == loss
-    ]
+    """Return τ of every seed."""
+    here = (r for r in report.results if (r.benchmark, r.temperature) == measurement)
+    taus = [r.tau_expected if r.benchmark == HELD_OUT else r.tau for r in here if r.loss == loss]
+    return [tau for tau in taus if tau is not None]
 
 
 def _pairs(
     report: Report, measurement: tuple[str, float], loss: str, baseline: str
 ) -> list[Paired]:
-    """The paired difference of every seed."""
+    """Return the paired difference of every seed."""
     return [
         p
         for p in report.paired
@@ -43,7 +42,7 @@ def _pairs(
 
 
 def _gain(report: Report, pairs: Sequence[Paired]) -> str:
-    """+0.058 [+0.053, +0.063], +14.1 %; of several seeds the mean, and each instead of interval."""
+    """Return "+0.058 [+0.053, +0.063], +14.1 %"; of several seeds their mean, and each of them."""
     difference = f"{mean(p.difference for p in pairs):+.3f}"
     if len(pairs) == 1:
         spread = "[{:+.3f}, {:+.3f}]".format(*pairs[0].ci)
@@ -59,7 +58,7 @@ def _beyond(pairs: Sequence[Paired]) -> bool:
 
 
 def table(report: Report, losses: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a row per measurement, a column per draft, `*` where the gain is certain."""
+    """Return header and rows: a row per measurement, a column per draft, `*` at certain gains."""
     baseline = losses[0]
     header = ["", "T", START, baseline, *(f"{loss} − {baseline}" for loss in losses[1:])]
     rows = []
@@ -78,7 +77,7 @@ def table(report: Report, losses: Sequence[str]) -> tuple[list[str], list[list[s
 
 
 def sentence(report: Report, losses: Sequence[str]) -> str:
-    """What was gained, by the loss that gains most on held-out responses at T = 1."""
+    """Say what was gained, by the loss that gains most on held-out responses at T = 1."""
     baseline, hot = losses[0], (HELD_OUT, 1.0)
     gained = {
         loss: mean(p.difference for p in pairs)
@@ -109,7 +108,7 @@ def sentence(report: Report, losses: Sequence[str]) -> str:
 
 
 def _sizes(report: Report) -> str:
-    """What was measured on, by measurement."""
+    """Say what was measured on, by measurement."""
     parts = []
     for benchmark, temperature in _measurements(report):
         here = (benchmark, temperature)
@@ -124,9 +123,8 @@ def _sizes(report: Report) -> str:
 
 
 def preface(report: Report, losses: Sequence[str]) -> str:
-    """The table and the sentence as markdown."""
+    """Return the table and the sentence as markdown."""
     header, rows = table(report, losses)
-    lines = [header, ["---"] * len(header), *rows]
     seeds = len({r.seed for r in report.results})
     spread = "in parentheses every seed" if seeds > 1 else "in brackets the 95 % interval"
     return "\n\n".join(
@@ -136,7 +134,7 @@ def preface(report: Report, losses: Sequence[str]) -> str:
             "the target. `*`: a gain beyond the 95 % interval"
             + (" with every seed. " if seeds > 1 else ". ")
             + f"Measured on {_sizes(report)}.",
-            "\n".join("| " + " | ".join(line) + " |" for line in lines),
+            markdown_table(header, rows),
             sentence(report, losses),
         ]
     )

@@ -33,6 +33,7 @@ from specforge_lk.evaluate.runner import (
     paired_difference,
 )
 from specforge_lk.files import write_text
+from specforge_lk.markdown import markdown_table
 from tools.levels import FIXES, SERIES, Levels
 
 DIRECTORY = RUNS / "rotary"
@@ -162,10 +163,9 @@ def markdown(report: dict[str, Any]) -> str:
         "responses at T = 1. The differences are paired, to the draft with its own angles; "
         "intervals by a bootstrap over responses.",
         "",
-        "| trained with | measured with | α per slot | τ expected | difference | the same from "
-        f"position {FAR} on |",
-        "|---|---|---|---|---|---|",
     ]
+    header = ["trained with", "measured with", "α per slot", "τ expected", "difference"]
+    rows = []
     for row in report["measured"]:
         alpha = " / ".join(f"{a:.3f}" for a in row["alpha"])
         low, high = row["tau_ci"]
@@ -175,10 +175,9 @@ def markdown(report: dict[str, Any]) -> str:
             else "–"
             for name in ("difference", "difference far")
         ]
-        lines.append(
-            f"| {row['trained with']} | {row['measured with']} | {alpha} | "
-            f"{row['tau']:.3f} [{low:.3f}, {high:.3f}] | {' | '.join(differences)} |"
-        )
+        tau = f"{row['tau']:.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([row["trained with"], row["measured with"], alpha, tau, *differences])
+    lines.append(markdown_table([*header, f"the same from position {FAR} on"], rows, tight=True))
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from specforge_lk.files import write_text
+from specforge_lk.markdown import markdown_table
 from tools.levels import FIXES, SERIES, Figures, Levels
 from tools.wheels import SPECFORGE
 
@@ -85,12 +86,11 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for fix in report["fixes"]:
         before, after = fix["before"], fix["after"]
-        lines += ["", f"## {fix['patch'].removesuffix('.patch')}", ""]
-        lines += ["| | before | after |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {_shown(before.get(name, '–'))} | {_shown(value)} |"
-            for name, value in after.items()
+        rows = [
+            (name, _shown(before.get(name, "–")), _shown(value)) for name, value in after.items()
         ]
+        lines += ["", f"## {fix['patch'].removesuffix('.patch')}", ""]
+        lines += [markdown_table(("", "before", "after"), rows, tight=True)]
     lines += [
         "",
         "# Migration from `lk_loss_type`",
@@ -100,11 +100,11 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for columns in report["migration"].values():
         titles = list(columns)
-        lines += ["", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-        lines += [
-            f"| {name} | {' | '.join(_shown(columns[title][name]) for title in titles)} |"
+        rows = [
+            (name, *(_shown(columns[title][name]) for title in titles))
             for name in columns[titles[0]]
         ]
+        lines += ["", markdown_table(("", *titles), rows, tight=True)]
     return "\n".join(lines) + "\n"
 
 

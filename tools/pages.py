@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -20,13 +20,9 @@ from configs import recipes
 from experiments.demo_summary import preface
 from experiments.runner import START
 from experiments.serving.report import ServingReport
-from specforge_lk.evaluate.report import (
-    HELD_OUT,
-    Report,
-    gain_rows,
-    read_report,
-    relative_difference,
-)
+from specforge_lk.evaluate.report import HELD_OUT, Report, read_report
+from specforge_lk.evaluate.tables import gain_rows, relative_difference
+from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import SUPPORTED
 from tools import cover_letter
 
@@ -37,12 +33,6 @@ RESULTS: Final = ROOT / "experiments" / "results"
 #: (arXiv 2602.23881, table 2).
 PAPER_GAINS: Final = {1: (3.5, 8.2), 0: (0.5, 1.8)}
 _NOT_YET: Final = "Not measured yet."
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ---------------------------------------------------------------------------- experiments
@@ -89,7 +79,7 @@ def gains() -> str:
     eager, inductor = (
         _target(f"lk_lambda over specforge kl{how}, time") for how in ("", ", inductor")
     )
-    return table(
+    return markdown_table(
         ["", "`lk_lambda` in place of KL", "measured by"],
         [
             [
@@ -151,7 +141,7 @@ def algorithms() -> str:
         *(f"`{loss}`" for loss in losses),
         *(f"`{loss}` − `kl`" for loss in compared),
     ]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _taus(results: Sequence[Any], loss: str) -> list[float]:
@@ -166,7 +156,7 @@ def paper() -> str:
     for row in rows:
         measured = by_draft.setdefault(row[at["draft"]], {})
         measured[row[at["T"]]] = row[at["expected τ - 1"]], row[at["τ - 1"]]
-    return table(
+    return markdown_table(
         ["", "T = 1: here", "the paper", "T = 0: here", "the paper"],
         [[draft, *measured["1"], *measured["0"]] for draft, measured in by_draft.items()],
     )
@@ -185,7 +175,7 @@ def vllm() -> str:
         differing = "(sampled)" if c.differing is None else f"{c.differing} of {c.prompts}"
         rows.append([c.draft, f"{c.temperature:g}, {c.drafting}", same, engine, ours, differing])
     header = ["draft", "T, drafting", "output is the target's", "vLLM accepts, by position"]
-    return table([*header, "our decoding", "prompts that differ"], rows)
+    return markdown_table([*header, "our decoding", "prompts that differ"], rows)
 
 
 # ------------------------------------------------------------------------------ benchmark
@@ -216,7 +206,7 @@ def bounds() -> str:
                 f"{target['cells_met']} of {target['cells']}",
             ]
         )
-    return table(["", "bound", "measured", "median", "worst", "cells within"], rows)
+    return markdown_table(["", "bound", "measured", "median", "worst", "cells within"], rows)
 
 
 #: The implementations of the page, of those that the benchmark measures.
@@ -240,7 +230,7 @@ def operation() -> str:
     cells = json.loads((ROOT / "benchmarks" / "results" / "operation.json").read_text())["cells"]
     wanted = {"tokens": 1024, "vocabulary": 32000, "dtype": "float32", "supervised": 1.0}
     (found,) = (c["implementations"] for c in cells if c["cell"] == wanted)
-    return table(
+    return markdown_table(
         ["", "median [ms]", "peak beyond inputs [MiB]"],
         [
             [
@@ -267,7 +257,7 @@ def versions() -> str:
     allowed = dict(_requirement(text) for text in project["dependencies"])
     for extra in project["optional-dependencies"].values():
         allowed |= dict(_requirement(text) for text in extra)
-    pinned = {}
+    pinned: dict[str, str] = {}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if "==" in line:
             pinned |= dict([_requirement(line)])
@@ -278,7 +268,7 @@ def versions() -> str:
     assert torch and engine
     pinned |= dict([_requirement(torch[1])])
     specforge, sglang = SUPPORTED["specforge"], SUPPORTED["sglang"]
-    return table(
+    return markdown_table(
         ["", "allowed", "tested with"],
         [
             ["Python", project["requires-python"], "3.11"],

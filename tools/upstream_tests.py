@@ -32,6 +32,7 @@ from rich.console import Console
 
 from specforge_lk import patching
 from specforge_lk.files import write_text
+from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import (
     PatchFailedError,
     Series,
@@ -121,7 +122,7 @@ def main(
 
 
 def _tree(repository: Path, commit: str, series: Series | None) -> Path:
-    """The checkout with the wheel's package, patched by ``series``.
+    """Return the checkout with the wheel's package, patched by ``series``.
 
     It is named by its content and by the environment, as its kept outcomes are.
     """
@@ -156,7 +157,7 @@ def _checkout(repository: Path, commit: str, directory: Path) -> Path:
 
 
 def _plain(repository: Path, commit: str) -> dict[str, Any]:
-    """How the series fares on the commit's own package, which is not quite the wheel's."""
+    """Say how the series fares on the commit's own package, which is not quite the wheel's."""
     with tempfile.TemporaryDirectory() as scratch:
         root = _checkout(repository, commit, Path(scratch))
         released = wheel(SPECFORGE)
@@ -200,7 +201,7 @@ def _directories(tree: Path) -> set[str]:
 
 
 def outcomes_in(tree: Path, directory: str) -> Outcomes:
-    """Of the test files in one directory, not below it. Kept, so that each file runs once."""
+    """Return outcomes of the test files in one directory, not below it; each file runs once."""
     files = [path.relative_to(tree).as_posix() for path in (tree / directory).glob("test_*.py")]
     kept = {file: _kept(tree, file) for file in sorted(files)}
     _keep(tree, [file for file, path in kept.items() if not path.is_file()])
@@ -230,7 +231,7 @@ def _kept(tree: Path, file: str) -> Path:
 
 
 def _run(tree: Path, files: Sequence[str]) -> dict[str, Outcomes] | None:
-    """Outcomes by file from one process, or None if it did not come to its end."""
+    """Return outcomes by file from one process, or None if it did not come to its end."""
     # The tree comes first, so that it shadows an installed SpecForge.
     path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as scratch:
@@ -256,7 +257,7 @@ def _run(tree: Path, files: Sequence[str]) -> dict[str, Outcomes] | None:
 
 
 def _read(xml: Path, files: Sequence[str]) -> dict[str, Outcomes]:
-    """Outcomes by file from pytest's JUnit report; of a test with several entries the worst."""
+    """Return outcomes by file from pytest's JUnit report; the worst of a test's several."""
     modules = {file.removesuffix(".py").replace("/", "."): file for file in files}
     outcomes: dict[str, Outcomes] = {file: {} for file in files}
     for case in ElementTree.parse(xml).iter("testcase"):
@@ -274,7 +275,7 @@ def _read(xml: Path, files: Sequence[str]) -> dict[str, Outcomes]:
 
 
 def explanations() -> dict[str, str]:
-    """Why a test is meant to change, by test, from ``changed-upstream-tests.txt``."""
+    """Return why a test is meant to change, by test, from ``changed-upstream-tests.txt``."""
     path = series_root() / "specforge" / SERIES.version / "changed-upstream-tests.txt"
     lines = (line for line in path.read_text().splitlines() if line and not line.startswith("#"))
     rows = (line.split(" | ") for line in lines)
@@ -282,6 +283,7 @@ def explanations() -> dict[str, str]:
 
 
 def compare(outcomes: Mapping[str, Outcomes]) -> dict[str, Any]:
+    """Return the report's part on what differs between ``before`` and ``after``."""
     before, after = outcomes["before"], outcomes["after"]
     changed = {
         test: [outcome, after.get(test, ABSENT)]
@@ -327,7 +329,7 @@ def _version(package: str) -> str:
 
 
 def _rank(outcome: str) -> int:
-    """A test that is gone, or that no longer runs, is worse than one that passes."""
+    """Return the rank of an outcome; a test that is gone is worse than any."""
     return (*OUTCOMES, ABSENT).index(outcome)
 
 
@@ -337,6 +339,15 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def _markdown(report: dict[str, Any]) -> str:
     environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
+    added = {"of these, tests that the series adds": report["added"]}
+    outcomes = [
+        (title, *(str(counts[name]) for name in OUTCOMES))
+        for title, counts in (report["counts"] | added).items()
+    ]
+    changed = [
+        (f"`{test}`", before, after, report["explained"].get(test, ""))
+        for test, (before, after) in report["changed"].items()
+    ]
     lines = [
         "# SpecForge's own tests before and after the series",
         "",
@@ -344,19 +355,11 @@ def _markdown(report: dict[str, Any]) -> str:
         f"package of {report['specforge']}; {environment}; no GPU, no network. A file that "
         "does not import, crashes or hangs is one error.",
         "",
-        f"| | {' | '.join(OUTCOMES)} |",
-        "|---" * (len(OUTCOMES) + 1) + "|",
-        *(_row(when, counts) for when, counts in report["counts"].items()),
-        _row("of these, tests that the series adds", report["added"]),
+        markdown_table(("", *OUTCOMES), outcomes, tight=True),
         "",
         "## Tests whose outcome changes",
         "",
-        "| test | before | after | why |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| `{test}` | {before} | {after} | {report['explained'].get(test, '')} |"
-        for test, (before, after) in report["changed"].items()
+        markdown_table(("test", "before", "after", "why"), changed, tight=True),
     ]
     if report["run twice"]:
         files = ", ".join(f"`{file}`" for file in report["run twice"])
@@ -384,10 +387,6 @@ def _markdown(report: dict[str, Any]) -> str:
     ]
     lines += [f"- `{test}`: {outcome}" for test, outcome in report["failing in both"].items()]
     return "\n".join(lines) + "\n"
-
-
-def _row(title: str, counts: Mapping[str, int]) -> str:
-    return f"| {title} | {' | '.join(str(counts[name]) for name in OUTCOMES)} |"
 
 
 def _write(path: Path, content: Any) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specforge_lk.files import write_text
+from specforge_lk.markdown import markdown_table
 
 
 class _Strict(BaseModel):
@@ -99,7 +100,7 @@ class ServingReport(_Strict):
 
 
 def continued(report: ServingReport, path: Path) -> ServingReport:
-    """``report`` with what the one at ``path`` says of other drafts, found with these settings."""
+    """Return ``report`` with what the one at ``path`` says of other drafts at these settings."""
     if not path.exists():
         return report
     try:
@@ -133,7 +134,7 @@ HEADER = (
 
 
 def rows(report: ServingReport) -> list[tuple[str, ...]]:
-    """One row per comparison."""
+    """Return a row per comparison."""
     return [
         (
             c.draft,
@@ -156,7 +157,7 @@ def _per_step(side: Side) -> str:
 
 
 def speculator_lines(found: Speculator) -> list[str]:
-    """The MLP speculator's part as sentences."""
+    """Return the MLP speculator's part as sentences."""
     verdict = "ok" if found.passed else "FAILED"
     refused = f"refuses to serve it: “{found.refusal.strip()}”" if found.refusal else "accepts it"
     return [
@@ -192,7 +193,7 @@ def _difference(c: Comparison, d: FirstDifference) -> str:
 
 
 def markdown(report: ServingReport) -> str:
-    """The report as markdown."""
+    """Return the report as markdown."""
     lines = ["# Drafts served by vLLM", ""]
     lines += [line for note in report.notes for line in (note, "")]
     lines += [
@@ -202,20 +203,17 @@ def markdown(report: ServingReport) -> str:
         "ours; score intervals, 95 % together over the positions) must contain 0.",
         "",
     ]
-    lines += [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(report)]
-    lines += [""]
+    lines += [markdown_table(HEADER, rows(report), tight=True), ""]
     lines += [f"- {_difference(c, d)}" for c in report.comparisons for d in c.first_differences]
     if report.speculator is not None:
         lines += ["", *speculator_lines(report.speculator)]
-    lines += ["", "| draft | made by | steps |", "|---|---|---|"]
-    lines += [
-        f"| {name} | `{t.get('command', t.get('draft'))}` | {t.get('steps', 'given')} |"
+    made = [
+        (name, f"`{t.get('command', t.get('draft'))}`", str(t.get("steps", "given")))
         for name, t in report.training.items()
     ]
-    lines += ["", "| setting | |", "|---|---|"]
-    pairs = report.settings | report.versions
-    lines += [f"| {name} | {value} |" for name, value in pairs.items()]
+    lines += ["", markdown_table(("draft", "made by", "steps"), made, tight=True)]
+    pairs = [(name, str(value)) for name, value in (report.settings | report.versions).items()]
+    lines += ["", markdown_table(("setting", ""), pairs, tight=True)]
     return "\n".join(lines) + "\n"
 
 

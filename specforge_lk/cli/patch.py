@@ -26,7 +26,8 @@ app = typer.Typer(
         "known version, a bad patch series, or no git."
     ),
 )
-PackageName = enum.StrEnum("PackageName", {name: name for name in patching.PACKAGES})
+# The members are the packages of the registry.
+PackageName = enum.StrEnum("PackageName", list(patching.PACKAGES))  # type: ignore[misc]
 DEFAULT = PackageName(patching.SPECFORGE.name)
 PackageOption = Annotated[
     PackageName,
