@@ -69,35 +69,30 @@ Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)
 class NoOptions(BaseModel):
     """Options of a loss that has none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The docstring of an option is its description in `specforge-lk losses`.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class KLOptions(NoOptions):
-    """Options of ``kl``.
-
-    Attributes:
-        kl_term: "renormalized" is KL(p~ || q), the paper's. "restricted" is
-            sum_D p log(p / q) = c (KL(p~ || q) + log c), c the coverage, with gradient
-            c (q - p~): positions that the draft vocabulary barely covers pull little.
-    """
+    """Options of ``kl``."""
 
     kl_term: Literal["renormalized", "restricted"] = "renormalized"
+    """The form: "renormalized" is KL(p~ || q), the paper's. "restricted" is
+    sum_D p log(p / q) = c (KL(p~ || q) + log c), c the coverage, with gradient c (q - p~):
+    positions that the draft vocabulary barely covers pull little."""
 
 
 class LambdaOptions(KLOptions):
-    """Options of ``lk_lambda``.
-
-    Attributes:
-        eta: rate at which the weight of KL falls with the acceptance rate, 3 unless given, and
-            10 for MEDUSA, as in the paper.
-        lambda_scope: what acceptance rate sets lambda: "head", the head's mean over supervised
-            positions (the paper's); "token", each position's own; "fixed", none.
-        lambda_fixed: lambda of scope "fixed", 0.5 unless given.
-    """
+    """Options of ``lk_lambda``."""
 
     eta: Annotated[Number, Field(gt=0)] = 3.0
+    """Rate, above 0, at which the weight of KL falls with the acceptance rate; the defaults are
+    the paper's."""
     lambda_scope: Literal["head", "token", "fixed"] = "head"
+    """What acceptance rate sets lambda: "head", the mean over the supervised positions of a draft
+    position (the paper's); "token", each position's own; "fixed", none."""
     lambda_fixed: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Lambda of scope "fixed", from 0 to 1; 0.5 unless given."""
 
     @model_validator(mode="after")
     def _fixed_needs_scope(self) -> Self:

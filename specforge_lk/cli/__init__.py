@@ -1,13 +1,20 @@
-"""The ``specforge-lk`` command. One module per subcommand; heavy imports stay inside them."""
+"""The ``specforge-lk`` command: one module per subcommand, with heavy imports inside functions.
+
+A module has a function ``run`` and an ``EXAMPLE`` of its use, or a typer ``app``.
+"""
 
 from __future__ import annotations
 
 import importlib
+from typing import Annotated
 
 import typer
 
-#: Subcommand -> module that defines a typer ``app``; the order is that of ``--help``.
-_COMMANDS = ("patch", "data", "generate", "capture", "eval", "cost")
+from specforge_lk import __version__
+from specforge_lk.cli.shell import example
+
+#: The subcommands in the order of ``--help``.
+_COMMANDS = ("patch", "losses", "data", "generate", "capture", "eval", "cost")
 
 app = typer.Typer(
     name="specforge-lk",
@@ -24,7 +31,25 @@ for _name in _COMMANDS:
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name)
     else:
-        app.command(_name)(_module.run)
+        app.command(_name, epilog=example(_module.EXAMPLE))(_module.run)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"specforge-lk {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from specforge_lk.cli.generate import Dtype
+from specforge_lk.cli.progress import ProgressBar
+from specforge_lk.cli.shell import Dtype, device_option, errors, find_device
+
+if TYPE_CHECKING:
+    from specforge_lk.data.capture import Sample, Samples
+
+EXAMPLE = "specforge-lk capture --config run.yaml --responses responses.jsonl --out features/"
 
 
+@errors(memory="lower --batch-tokens")
 def run(
     config: Annotated[Path, typer.Option(help="SpecForge run config (YAML or JSON).")],
     responses: Annotated[
@@ -41,7 +46,7 @@ def run(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens in one forward pass, padding included.")
     ] = 4096,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if any.")] = "auto",
+    device: Annotated[str, device_option()] = "auto",
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Config overrides, as for specforge train: section.field=value."),
@@ -58,52 +63,16 @@ def run(
     those that features have; from conversations SpecForge would make others, with the system
     prompt of data.chat_template.
     """
-    try:
-        _run(config, responses, out, vocab_mapping, dtype, limit, batch_tokens, device, overrides)
-    except (OSError, ValueError, FloatingPointError, ImportError) as error:
-        message = str(error)
-        if isinstance(error, ImportError):
-            message += "; capture needs SpecForge: pip install 'specforge-lk[specforge,data]'"
-        Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-def _run(
-    config: Path,
-    responses: Path,
-    out: Path | None,
-    vocab_mapping: Path | None,
-    dtype: Dtype | None,
-    limit: int | None,
-    batch_tokens: int,
-    device: str,
-    overrides: list[str] | None,
-) -> None:
     import torch
-    from specforge.application.composition import resolve_offline_capture, resolve_run
-    from specforge.training.model_loading import resolve_draft_config
+    from specforge.application.composition import resolve_run
 
-    from specforge_lk.cli.progress import ProgressBar
     from specforge_lk.data import capture
-    from specforge_lk.target import layer_ids_are_inputs, load_target, load_tokenizer
+    from specforge_lk.target import load_tokenizer
 
     run, target_config = _load(config, out, overrides)
     algorithm = resolve_run(run).algorithm
     streamed = run.mode == "online"
-    plan = None if streamed else resolve_offline_capture(run, target_config=target_config)
-    if (
-        plan
-        and plan.capture_method == "eagle3"
-        and plan.layout.aux_feature
-        and layer_ids_are_inputs(target_config, plan.capture_layers)
-    ):
-        raise ValueError(
-            f"model.aux_hidden_state_layer_ids, or the draft config's eagle_config, names the "
-            f"layers {list(plan.capture_layers)}: of a {target_config.architectures[0]} SGLang "
-            "takes their inputs, this command their outputs, so the draft would be served other "
-            "states than it was trained on; choose layers of which the first is 1, whose outputs "
-            "both take"
-        )
+    plan = None if streamed else _plan(run, target_config)
     place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
     vocab_size = target_config.get_text_config().vocab_size
     if vocab_mapping and not algorithm.spec.capabilities.supports_vocab_mapping:
@@ -126,73 +95,114 @@ def _run(
             f"data.max_length={run.data.max_length}, to train on"
         )
     if plan:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        compute = dtype or Dtype(run.model.torch_dtype if device != "cpu" else "float32")
-        model, _ = load_target(
-            run.model.target_model_path,
-            compute.value,
-            device,
-            trust_remote_code=run.model.trust_remote_code,
-        )
-        decoder = model.get_decoder()
-        capture.check_target(
-            model,
-            decoder,
-            samples.kept[0].tokens.input_ids,
-            _target_head(run) if plan.layout.last_hidden_feature else None,
-        )
-        del model  # and its head with it
-        names = plan.layout.output_names
-        capture.open_directory(
-            place,
-            names,
-            {
-                "target": run.model.target_model_path,
-                "responses": responses.name,
-                "responses_sha256": capture.file_digest(responses),
-                "layers": list(plan.capture_layers),
-                "max_length": run.data.max_length,
-                "compute_dtype": compute.value,
-                "stored_dtype": run.model.torch_dtype,
-            },
-        )
+        place_of_model = find_device(device)
+        on_cpu = torch.device(place_of_model).type == "cpu"
+        compute = dtype or Dtype("float32" if on_cpu else run.model.torch_dtype)
+        decoder = _load_decoder(run, plan, compute, place_of_model, samples.kept[0])
+        settings = {
+            "target": run.model.target_model_path,
+            "responses": responses.name,
+            "responses_sha256": capture.file_digest(responses),
+            "layers": list(plan.capture_layers),
+            "max_length": run.data.max_length,
+            "compute_dtype": compute.value,
+            "stored_dtype": run.model.torch_dtype,
+        }
+        capture.open_directory(place, plan.layout.output_names, settings)
     if vocab_mapping:
-        counts = samples.token_counts()
-        draft = resolve_draft_config(run, provider=algorithm.providers.model.draft_config)
-        size = draft.draft_vocab_size
-        mapping = capture.vocabulary_mapping(counts, size, vocab_size)
-        capture.save_mapping(mapping, vocab_mapping)
-        share = capture.coverage(mapping, counts)
-        typer.echo(
-            f"draft vocabulary of {size} covers {share:.1%} of these tokens: {vocab_mapping}"
-        )
+        _write_mapping(run, algorithm, samples, vocab_size, vocab_mapping)
     supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
     cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {samples.skipped} skipped"
     if not plan:
         capture.write_tokens(samples.kept, place)
         typer.echo(f"{len(samples.kept)} samples ({cut}), {supervised} supervised tokens: {place}")
         return
+    new = _write_features(decoder, plan, samples, batch_tokens, run.model.torch_dtype)
+    typer.echo(
+        f"{len(samples.kept)} samples ({new} new, {cut}), {supervised} supervised tokens, "
+        f"layers {list(plan.capture_layers)}: {place}"
+    )
+    foreign = set(place.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
+    if foreign:
+        typer.echo(f"{place} has {len(foreign)} more feature files, which training will read")
+
+
+def _plan(run: Any, target_config: Any) -> Any:
+    """Return what SpecForge's algorithm wants captured, its ``OfflineCapturePlan``."""
+    from specforge.application.composition import resolve_offline_capture
+
+    from specforge_lk.target import layer_ids_are_inputs
+
+    plan = resolve_offline_capture(run, target_config=target_config)
+    if (
+        plan.capture_method == "eagle3"
+        and plan.layout.aux_feature
+        and layer_ids_are_inputs(target_config, plan.capture_layers)
+    ):
+        raise ValueError(
+            f"model.aux_hidden_state_layer_ids, or the draft config's eagle_config, names the "
+            f"layers {list(plan.capture_layers)}: of a {target_config.architectures[0]} SGLang "
+            "takes their inputs, this command their outputs, so the draft would be served other "
+            "states than it was trained on; choose layers of which the first is 1, whose outputs "
+            "both take"
+        )
+    return plan
+
+
+def _load_decoder(run: Any, plan: Any, dtype: Dtype, device: str, sample: Sample) -> Any:
+    """Load the target, check it on a sample, and return it without its LM head."""
+    from specforge_lk.data.target_check import check_target
+    from specforge_lk.target import load_target
+
+    model, _ = load_target(
+        run.model.target_model_path,
+        dtype.value,
+        device,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    decoder = model.get_decoder()
+    head = _target_head(run) if plan.layout.last_hidden_feature else None
+    check_target(model, decoder, sample.tokens.input_ids, head)
+    return decoder
+
+
+def _write_mapping(run: Any, algorithm: Any, samples: Samples, vocab_size: int, path: Path) -> None:
+    """Write the draft vocabulary of the tokens that are most frequent in the samples."""
+    from specforge.training.model_loading import resolve_draft_config
+
+    from specforge_lk.data import vocabulary
+
+    counts = samples.token_counts()
+    draft = resolve_draft_config(run, provider=algorithm.providers.model.draft_config)
+    size = draft.draft_vocab_size
+    mapping = vocabulary.vocabulary_mapping(counts, size, vocab_size)
+    vocabulary.save_mapping(mapping, path)
+    share = vocabulary.coverage(mapping, counts)
+    typer.echo(f"draft vocabulary of {size} covers {share:.1%} of these tokens: {path}")
+
+
+def _write_features(
+    decoder: Any, plan: Any, samples: Samples, batch_tokens: int, dtype: str
+) -> int:
+    """Write the feature files that are not there yet, and return how many that were."""
+    import torch
+
+    from specforge_lk.data import capture
+
+    names = plan.layout.output_names
     todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
-    total = sum(map(len, todo))
-    with ProgressBar("capturing", total, "tok/s") as bar:
+    with ProgressBar("capturing", sum(map(len, todo)), "tok/s") as bar:
         for batch in capture.batches(todo, batch_tokens):
             capture.capture(
                 decoder,
                 batch,
                 layers=plan.capture_layers,
                 layout=plan.layout,
-                dtype=getattr(torch, run.model.torch_dtype),
+                dtype=getattr(torch, dtype),
             )
             tokens = sum(map(len, batch))
             bar.advance(tokens, tokens)
-    typer.echo(
-        f"{len(samples.kept)} samples ({len(todo)} new, {cut}), {supervised} supervised tokens, "
-        f"layers {list(plan.capture_layers)}: {place}"
-    )
-    foreign = set(place.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
-    if foreign:
-        typer.echo(f"{place} has {len(foreign)} more feature files, which training will read")
+    return len(todo)
 
 
 def _target_head(run: Any) -> Any:

@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from specforge_lk.cli.shell import errors
+
+EXAMPLE = "specforge-lk cost --config run.yaml --prompts 660000 --mean-tokens 800"
 
 
+@errors()
 def run(
     config: Annotated[Path, typer.Option(help="SpecForge run config (YAML or JSON).")],
     prompts: Annotated[int, typer.Option(min=1, help="Samples of an epoch.")] = 660_000,
@@ -34,18 +38,11 @@ def run(
     Parameters are counted on the draft, built without memory; what is measured says so; the rest
     are formulas. Nothing is downloaded and no target is loaded.
     """
-    try:
-        from specforge_lk import cost
+    from specforge_lk import cost
 
-        lines = cost.sheet(
-            cost.load_run(config, overrides or []), prompts=prompts, mean_tokens=mean_tokens
-        )
-    except (OSError, ValueError, ImportError) as error:
-        message = str(error)
-        if isinstance(error, ImportError):
-            message += "; cost needs SpecForge: pip install 'specforge-lk[specforge,data]'"
-        Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
-        raise typer.Exit(1) from error
+    lines = cost.sheet(
+        cost.load_run(config, overrides or []), prompts=prompts, mean_tokens=mean_tokens
+    )
     if as_json:
         typer.echo(json.dumps(cost.as_json(lines), indent=2))
         return

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
+
+from specforge_lk.cli.shell import errors
+
+EXAMPLE = (
+    "specforge-lk data --source nebius/Llama-3.1-8B-Instruct-Infinity-Instruct-0625 "
+    "--out conversations.jsonl"
+)
 
 
+@errors()
 def run(
     source: Annotated[
         str,
@@ -48,10 +54,10 @@ def run(
     there are kept.
     """
     from specforge_lk.cli.progress import ProgressBar
-    from specforge_lk.data import released as data
+    from specforge_lk.data import released
     from specforge_lk.data.jsonl import open_lines
 
-    layout = data.Layout(completion, prompts_only)
+    layout = released.Layout(completion, prompts_only)
     settings = {
         "source": source,
         "subset": subset,
@@ -59,10 +65,10 @@ def run(
         "completion": None if prompts_only else completion,
     }
     try:
-        rows = data.open_rows(source, subset, split)
-        total = min(filter(None, (limit, data.known_size(rows))), default=None)
+        rows = released.open_rows(source, subset, split)
+        total = min(filter(None, (limit, released.known_size(rows))), default=None)
         with open_lines(out, settings) as lines, ProgressBar("reading", total, "rows/s") as bar:
-            counts = data.convert(
+            counts = released.convert(
                 rows,
                 lines,
                 layout,
@@ -70,17 +76,12 @@ def run(
                 skip_malformed=skip_malformed,
                 advance=bar.advance,
             )
-    except data.MalformedRow as error:
-        _fail(f"{source}: {error}; all rows before it are in {out}, and --skip-malformed goes on")
-    except ImportError as error:
-        _fail(f"{error}; install with: pip install 'specforge-lk[data]'")
+    except released.MalformedRow as error:
+        raise ValueError(
+            f"{source}: {error}; all rows before it are in {out}, and --skip-malformed goes on"
+        ) from error
     except (OSError, ValueError) as error:
-        _fail(f"{source}: {error}" if source not in str(error) else str(error))
+        raise ValueError(f"{source}: {error}" if source not in str(error) else error) from error
     read = counts.before + counts.added + counts.left_out
     what = "prompts" if prompts_only else "conversations"
     typer.echo(f"{read} rows read, {counts.added} new {what}, {counts.left_out} left out: {out}")
-
-
-def _fail(message: str) -> None:
-    Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
-    raise typer.Exit(1)

@@ -26,6 +26,12 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+EXAMPLE = (
+    "specforge-lk eval --target Qwen/Qwen3-8B --draft lk_lambda=drafts/lk "
+    "--held-out held_out.jsonl --out report.json"
+)
+
+
 def run(
     target: Annotated[str, typer.Option(help="Target model: a directory or a hub id.")],
     draft: Annotated[

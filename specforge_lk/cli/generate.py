@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from specforge_lk.cli.progress import ProgressBar
+from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
+
+if TYPE_CHECKING:
+    from specforge_lk.data.responses import ResponseFile, Sampling, StoredResponse
+    from specforge_lk.data.sample_server import RefusedPrompt, Server
+
+EXAMPLE = (
+    "specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --out responses.jsonl"
+)
 _LOCAL, _SERVER = "Local transformers", "Server"
 
 
-class Dtype(StrEnum):
-    """Floating-point types that a target can be loaded in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
+@errors(memory="lower --batch-size or --max-new-tokens")
 def run(
     prompts: Annotated[
         Path, typer.Option(help='JSONL (or .jsonl.gz) of prompts: {"id": ..., "prompt": ...}.')
@@ -55,10 +57,7 @@ def run(
             rich_help_panel=_LOCAL,
         ),
     ] = Dtype.FLOAT32,
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, ...; auto takes a GPU if any.", rich_help_panel=_LOCAL),
-    ] = "auto",
+    device: Annotated[str, device_option(_LOCAL)] = "auto",
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -126,76 +125,101 @@ def run(
     the target itself, at temperature 1. Rows are SpecForge conversations with the sampled token
     ids. Run the same command again after an interruption: finished responses are kept.
     """
-    from specforge_lk.cli.progress import ProgressBar
-    from specforge_lk.data import sample_local as generate
-    from specforge_lk.target import load_target
+    from specforge_lk.data.jsonl import open_lines
+    from specforge_lk.data.prompts import read_prompts
+    from specforge_lk.data.responses import ResponseFile, Sampling, pending, settings_of
 
     if server is None and target is None:
         raise typer.BadParameter("give --target, or --server")
     if server is None and top_p != 1:
         raise typer.BadParameter("--top-p needs --server")
-    console = Console(stderr=True)
-    left_out = 0
-    try:
-        sampling = generate.Sampling(temperature, max_new_tokens, seed, top_p)
-        rows = generate.read_prompts(prompts)[:limit]
-        if server is not None:
-            from specforge_lk.data.sample_server import RefusedPrompt, Server
+    sampling = Sampling(temperature, max_new_tokens, seed, top_p)
+    rows = read_prompts(prompts)[:limit]
+    sample: Callable[[list[dict[str, str]], Sampling, ResponseFile], int]
+    if server is not None:
+        from specforge_lk.data.sample_server import Server
 
-            source = Server(
-                *(server, api_key, concurrency, timeout, retries, extensions),
-                note=lambda text: console.print(Text(text, "yellow"), soft_wrap=True),
-            )
-            target = target or source.only_model()
-        settings = generate.settings_of(
-            target, dtype.value if server is None else "server", sampling
+        source = Server(
+            *(server, api_key, concurrency, timeout, retries, extensions),
+            note=lambda text: say(text, "yellow", stderr=True),
         )
-        with generate.open_responses(out, settings) as responses:
-            todo = generate.pending(rows, responses)
-            if todo and server is None:
-                model, tokenizer = load_target(
-                    target, dtype.value, device, trust_remote_code=trust_remote_code
-                )
-            with ProgressBar("sampling", len(todo) * max_new_tokens, "tok/s") as bar:
-                if server is not None:
+        target = target or source.only_model()
+        sample = partial(_sample_from, source, target, skip_refused)
+    else:
+        sample = partial(_sample_here, target, dtype, device, trust_remote_code, batch_size)
+    with open_lines(
+        out, settings_of(target, "server" if server else dtype.value, sampling)
+    ) as lines:
+        stored = ResponseFile(lines)
+        todo = pending(rows, stored)
+        left_out = sample(todo, sampling, stored) if todo else 0
+    wanted = [stored.answered[row["id"]] for row in rows if row["id"] in stored.answered]
+    typer.echo(_summary(wanted, len(todo) - left_out, left_out, out))
 
-                    def refuse(error: RefusedPrompt) -> None:
-                        nonlocal left_out
-                        left_out += 1
-                        bar.print(str(error))
 
-                    replace(source, note=bar.note).respond(
-                        target,
-                        todo,
-                        sampling,
-                        save=responses.append,
-                        advance=bar.advance,
-                        refused=refuse if skip_refused else None,
-                    )
-                else:
-                    for start in range(0, len(todo), batch_size):
-                        batch = todo[start : start + batch_size]
-                        responses.append(
-                            generate.generate(
-                                model, tokenizer, batch, sampling, advance=bar.advance
-                            )
-                        )
-            answered = responses.answered
-    except (OSError, ValueError, ImportError) as error:
-        message = str(error)
-        if isinstance(error, ImportError):
-            message += "; install with: pip install 'specforge-lk[data]'"
-        console.print(Text(message, "red"), soft_wrap=True)
-        raise typer.Exit(1) from error
-    wanted = [answered[row["id"]] for row in rows if row["id"] in answered]
-    tokens = sum(row.tokens or 0 for row in wanted)
-    finished = sum(row.finished for row in wanted)
-    line = (
-        f"{len(wanted)} responses ({len(todo) - left_out} new, {finished} finished), "
-        f"{tokens} tokens: {out}"
+def _sample_here(
+    target: str,
+    dtype: Dtype,
+    device: str,
+    trust_remote_code: bool,
+    batch_size: int,
+    prompts: list[dict[str, str]],
+    sampling: Sampling,
+    stored: ResponseFile,
+) -> int:
+    """Sample with local transformers; no prompt is refused."""
+    from specforge_lk.data.sample_local import sample_responses
+    from specforge_lk.target import load_target
+
+    model, tokenizer = load_target(
+        target, dtype.value, find_device(device), trust_remote_code=trust_remote_code
     )
-    if left_out:
-        line += f"; {left_out} prompts were refused"
-    if without := sum(row.tokens is None for row in wanted):
+    with _progress(prompts, sampling) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            stored.append(sample_responses(model, tokenizer, batch, sampling, advance=bar.advance))
+    return 0
+
+
+def _sample_from(
+    server: Server,
+    target: str,
+    skip_refused: bool,
+    prompts: list[dict[str, str]],
+    sampling: Sampling,
+    stored: ResponseFile,
+) -> int:
+    """Sample from a server and return how many prompts it refused."""
+    refused = 0
+    with _progress(prompts, sampling) as bar:
+
+        def leave_out(error: RefusedPrompt) -> None:
+            nonlocal refused
+            refused += 1
+            bar.print(str(error))
+
+        replace(server, note=bar.note).respond(
+            target,
+            prompts,
+            sampling,
+            save=stored.append,
+            advance=bar.advance,
+            refused=leave_out if skip_refused else None,
+        )
+    return refused
+
+
+def _progress(prompts: list[dict[str, str]], sampling: Sampling) -> ProgressBar:
+    return ProgressBar("sampling", len(prompts) * sampling.max_new_tokens, "tok/s")
+
+
+def _summary(responses: list[StoredResponse], new: int, refused: int, out: Path) -> str:
+    """Return the line that ends the command."""
+    tokens = sum(response.tokens or 0 for response in responses)
+    finished = sum(response.finished for response in responses)
+    line = f"{len(responses)} responses ({new} new, {finished} finished), {tokens} tokens: {out}"
+    if refused:
+        line += f"; {refused} prompts were refused"
+    if without := sum(response.tokens is None for response in responses):
         line += f"; {without} without token ids, whose text `capture` will tokenize"
-    typer.echo(line)
+    return line

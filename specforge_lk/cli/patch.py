@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from specforge_lk import patching
+from specforge_lk.cli import shell
+from specforge_lk.cli.shell import example, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +58,7 @@ TestsOption = Annotated[
 ]
 
 
-@app.command("status")
+@app.command("status", epilog=example("specforge-lk patch status --json"))
 def show_status(
     package: PackageOption = DEFAULT,
     target: TargetOption = None,
@@ -86,17 +88,17 @@ def show_status(
         typer.echo(json.dumps(report, indent=2))
         return
     older = status.state is patching.State.APPLIED and not status.current
-    _say(f"{found.package.title} {found.version} in {found.root}")
-    _say(f"state: {status.state}{', but of another series: apply replaces it' if older else ''}")
+    say(f"{found.package.title} {found.version} in {found.root}")
+    say(f"state: {status.state}{', but of another series: apply replaces it' if older else ''}")
     if status.problem:
-        _say(status.problem, "red")
+        say(status.problem, "red")
     table = Table("patch", "subject")
     for patch in series.patches:
         table.add_row(Text(patch.name), Text(patch.subject))
     Console().print(table)
 
 
-@app.command("check")
+@app.command("check", epilog=example("specforge-lk patch check --target SpecForge/"))
 def check(
     package: PackageOption = DEFAULT, target: TargetOption = None, tests: TestsOption = None
 ) -> None:
@@ -108,14 +110,14 @@ def check(
         found, series = _find(package, target)
         dry = patching.plan(found, series, tests=tests)
         for name in dry.passed:
-            _say(f"OK      {name}")
+            say(f"OK      {name}")
         if isinstance(dry.failure, patching.PatchFailedError):
-            _say(f"failed  {dry.failure.patch}", "red")
+            say(f"failed  {dry.failure.patch}", "red")
         if dry.failure:
             raise dry.failure
 
 
-@app.command("apply")
+@app.command("apply", epilog=example("specforge-lk patch apply --package sglang"))
 def apply(
     package: PackageOption = DEFAULT, target: TargetOption = None, tests: TestsOption = None
 ) -> None:
@@ -128,17 +130,17 @@ def apply(
         found, series = _find(package, target)
         done = patching.apply(found, series, tests=tests)
     if done.unchanged:
-        _say(f"already applied: {_count(series)}, nothing to do")
+        say(f"already applied: {_count(series)}, nothing to do")
         return
     if done.replaced:
-        _say(f"reverted {done.replaced} first")
-    _say(
+        say(f"reverted {done.replaced} first")
+    say(
         f"applied {_count(series)} to {found.package.title} {found.version} in {found.root}: "
         f"{len(done.files)} files changed"
     )
 
 
-@app.command("revert")
+@app.command("revert", epilog=example("specforge-lk patch revert"))
 def revert(
     package: PackageOption = DEFAULT,
     target: TargetOption = None,
@@ -152,11 +154,11 @@ def revert(
         leftovers = found.state_dir.exists()
         files = patching.revert(found, force=force)
     if files:
-        _say(f"reverted {len(files)} files in {found.root}")
+        say(f"reverted {len(files)} files in {found.root}")
     elif leftovers:
-        _say(f"no file was changed; removed {found.state_dir}, left by an interrupted command")
+        say(f"no file was changed; removed {found.state_dir}, left by an interrupted command")
     else:
-        _say(f"nothing is applied in {found.root}, nothing to do")
+        say(f"nothing is applied in {found.root}, nothing to do")
 
 
 def _find(package: str, path: Path | None) -> tuple[patching.Installation, patching.Series]:
@@ -170,18 +172,11 @@ def _count(series: patching.Series) -> str:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Print an expected error as one line and exit with its code."""
-    try:
-        yield
-    except (patching.PatchError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):
-            message += "; the target must be writable. If files were half written: apply again"
-        Console(stderr=True).print(Text(message, "red"), soft_wrap=True)
-        refused = isinstance(error, (patching.RefusedError, OSError))
-        raise typer.Exit(1 if refused else 2) from error
-
-
-def _say(line: str, style: str = "") -> None:
-    # Soft wrap keeps paths whole when the output is a pipe or a narrow terminal.
-    Console().print(Text(line, style), soft_wrap=True)
+    """End the command where patching raises, with the exit codes that its help promises."""
+    with shell.errors(codes={patching.RefusedError: 1, patching.PatchError: 2}):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{error}; the target must be writable. If files were half written: apply again"
+            ) from error

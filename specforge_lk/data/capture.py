@@ -32,12 +32,6 @@ if TYPE_CHECKING:
 
 #: Beside the feature files: what they were made from and how.
 MANIFEST = "capture.json"
-#: Positions that a target is checked on.
-_PROBE = 64
-#: How many times as far as rounding moves them distributions may be apart.
-_MARGIN = 3
-#: What settings that change logits have in their names, in all models of transformers 5.8.
-_ABOUT_LOGITS = ("logit", "softcap", "soft_cap", "lm_head", "output_mult", "mup")
 
 
 @dataclass(frozen=True)
@@ -252,150 +246,8 @@ def capture(
                     f"{sample.path.name}: feature {name} is not finite in {dtype}; "
                     "use --dtype float32 and model.torch_dtype=bfloat16 or float32"
                 )
-        _save(record, sample.path)
-
-
-def check_target(model: Any, decoder: Any, tokens: list[int], head: torch.nn.Module | None) -> None:
-    """Refuse a target from whose features training would learn other distributions than its own.
-
-    Training makes the target's distributions of the last hidden states with a head of its own,
-    which has to know what the model does to them. In one forward, what that head makes of them is
-    compared with the model's own logits. They may differ by the model's rounding only; how much
-    that is shows when states and logits are moved by a unit roundoff.
-
-    Args:
-        model: A Hugging Face model with its head.
-        decoder: Its part that is captured, which ends with the final norm.
-        tokens: A text to compare on; its first positions are used.
-        head: Training's head in float32, from [..., H] to [..., V]; None where it needs none.
-
-    Raises:
-        ValueError: the distributions differ, or there is no state of every layer.
-    """
-    import torch
-
-    text = model.config.get_text_config()
-    seen: list[Any] = []
-    hook = decoder.register_forward_hook(lambda *call: seen.append(call[-1]))
-    try:
-        with torch.inference_mode():
-            logits = model(
-                input_ids=torch.tensor([tokens[:_PROBE]], device=model.device),
-                use_cache=False,
-                output_hidden_states=True,
-            ).logits[0]
-    finally:
-        hook.remove()
-    name = f"{type(model).__name__} (model_type {model.config.model_type})"
-    states = getattr(seen[0], "hidden_states", None) if len(seen) == 1 else None
-    count = text.num_hidden_layers
-    if not states or len(states) != count + 1 or states[0].ndim != 3:
-        raise ValueError(
-            f"{name} does not give one state of every position after each of its {count} layers, "
-            "so no features can be captured from it with transformers; use another target"
-        )
-    if head is None:
-        return
-    hidden = seen[0].last_hidden_state[0]
-    roundoff = torch.finfo(hidden.dtype).eps / 2
-    # Products of a rounded weight, and their sum in float32 at least.
-    relative = roundoff + hidden.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps / 2
-    hidden = hidden.to(next(head.parameters()).device, torch.float32)
-    with torch.inference_mode():
-        ours = head(hidden)
-        # What comes after the sum, a scale or a cap: three roundings are one roundoff in the mean.
-        moved = _moved(head(_moved(hidden, relative)), roundoff)
-    same = ours.shape == logits.shape
-    found, rounding = _variation(ours, logits) if same else 1.0, _variation(ours, moved)
-    if found <= _MARGIN * rounding:
-        return
-    named = [
-        f"{key}={value!r}"
-        for key, value in (model.config.to_dict() | text.to_dict()).items()
-        if value is not None and any(part in key for part in _ABOUT_LOGITS)
-    ]
-    keys = f" (its config has {', '.join(named)})" if named else ""
-    raise ValueError(
-        "training would learn other distributions than the target's: those that SpecForge's target "
-        f"head makes of the last hidden states of {name} are a total variation of {found:.2g} away "
-        f"from the model's own, of which rounding explains {rounding:.2g}. Check "
-        "model.lm_head_key; if that is right, the model does to its logits what the target head "
-        f"does not{keys}: use another target"
-    )
-
-
-def _moved(values: torch.Tensor, size: float) -> torch.Tensor:
-    """Every value larger or smaller by a share of ``size``, at random but always the same."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
-    return values * (1 + size * signs.to(values.device))
-
-
-def _variation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Mean over positions of the total variation between the distributions of logits [L, V]."""
-    ours, theirs = ours.double().softmax(-1).cpu(), theirs.double().softmax(-1).cpu()
-    return float((ours - theirs).abs().sum(-1).mean()) / 2
-
-
-def vocabulary_mapping(
-    counts: Counter[int], draft_vocab_size: int, vocab_size: int
-) -> dict[str, torch.Tensor]:
-    """Truncate the vocabulary to the most frequent tokens, in SpecForge's format.
-
-    Ties, and places left when too few tokens occur, go to the lower ids.
-
-    Args:
-        counts: Token id to frequency.
-        draft_vocab_size: V_d, the number of tokens to keep.
-        vocab_size: V, the size of the target vocabulary.
-
-    Returns:
-        ``t2d`` [V], true on tokens of the draft vocabulary; ``d2t`` [V_d], the offset from a
-        draft id to its target id (target_id = draft_id + d2t[draft_id]).
-
-    Raises:
-        ValueError: the draft vocabulary is not smaller than the target's.
-    """
-    import torch
-
-    if not 0 < draft_vocab_size < vocab_size:
-        raise ValueError(
-            f"draft_vocab_size must be between 1 and {vocab_size - 1} (the target has "
-            f"{vocab_size} tokens), got {draft_vocab_size}; without truncation no mapping is needed"
-        )
-    ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
-    kept = torch.tensor(sorted(ranked[:draft_vocab_size]))
-    t2d = torch.zeros(vocab_size, dtype=torch.bool)
-    t2d[kept] = True
-    return {"t2d": t2d, "d2t": kept - torch.arange(draft_vocab_size)}
-
-
-def coverage(mapping: dict[str, torch.Tensor], counts: Counter[int]) -> float:
-    """Share of the tokens counted that the draft vocabulary has."""
-    kept = mapping["t2d"].tolist()
-    total = counts.total()
-    return sum(count for token, count in counts.items() if kept[token]) / total if total else 0.0
-
-
-def save_mapping(mapping: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a mapping where ``model.vocab_mapping_path`` can read it.
-
-    Raises:
-        ValueError: another mapping is there, which drafts may have been trained with.
-    """
-    import torch
-
-    if path.exists():
-        before = torch.load(path, weights_only=True)
-        if all(torch.equal(before[name], mapping[name]) for name in ("t2d", "d2t")):
-            return
-        raise ValueError(
-            f"{path} holds another draft vocabulary; drafts trained with it need it: remove it, "
-            "or write to another --vocab-mapping"
-        )
-    _save(mapping, path)
+        with atomic_write(sample.path) as temporary:
+            torch.save(record, temporary)
 
 
 def file_digest(path: Path) -> str:
@@ -422,26 +274,15 @@ def write_tokens(samples: list[Sample], path: Path) -> None:
             )
 
 
-def _save(record: dict[str, torch.Tensor], path: Path) -> None:
-    import torch
-
-    with atomic_write(path) as temporary:
-        torch.save(record, temporary)
-
-
 __all__ = [
     "MANIFEST",
     "Sample",
     "Samples",
     "batches",
     "capture",
-    "check_target",
-    "coverage",
     "file_digest",
     "is_captured",
     "open_directory",
     "read_samples",
-    "save_mapping",
-    "vocabulary_mapping",
     "write_tokens",
 ]

@@ -1,4 +1,4 @@
-"""Benchmark prompts from JSONL files and hub datasets."""
+"""Prompts to sample responses to, and benchmark prompts from JSONL files and hub data sets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,29 @@ HUB_PREFIX = "hub:"
 
 class DataError(ValueError):
     """A benchmark or held-out file that cannot be read; the message says what to change."""
+
+
+def read_prompts(path: Path) -> list[dict[str, str]]:
+    """Read ``{"id", "prompt"}`` rows; without an id the line's number is the id.
+
+    Raises:
+        ValueError: a row has no prompt text, or an id occurs twice.
+    """
+    prompts: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(conversations.read_rows(path)):
+        key = str(row.get("id", number))
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(
+                f"{path}: row {key!r} has no text in its field 'prompt'; "
+                "specforge-lk data --prompts-only writes such rows"
+            )
+        if key in prompts:
+            raise ValueError(
+                f"{path}: id {key!r} occurs twice; give every row an id of its own, or leave ids "
+                "out: then a row's number in the file is its id"
+            )
+        prompts[key] = {"id": key, "prompt": row["prompt"]}
+    return list(prompts.values())
 
 
 def read_rows(source: str) -> list[dict]:

@@ -180,7 +180,7 @@ def convert(
         ValueError: the data set is not the one that ``out`` was begun from.
     """
     counts = Counts()
-    numbered = _behind(rows, out, counts)
+    numbered = _remaining_rows(rows, out, counts)
     waiting: list[dict[str, Any]] = []
     if limit is not None:
         numbered = islice(numbered, max(0, limit - counts.before))
@@ -208,7 +208,9 @@ def convert(
     return counts
 
 
-def _behind(rows: Any, out: LineFile, counts: Counts) -> Iterator[tuple[int, dict[str, Any]]]:
+def _remaining_rows(
+    rows: Any, out: LineFile, counts: Counts
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows behind the last one in ``out``, with their numbers."""
     last = out.last()
     if last is None:

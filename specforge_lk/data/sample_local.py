@@ -1,4 +1,4 @@
-"""Sample a target's responses to prompts, resumably, with local transformers.
+"""Sample a target's responses to prompts with local transformers.
 
 `specforge_lk.data.sample_server` does the same with a server.
 
@@ -9,48 +9,15 @@ of the arithmetic, and an interrupted run continues as if it had not stopped.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from specforge_lk.data.conversations import prompt_ids, read_rows
-from specforge_lk.data.jsonl import LineFile, open_lines
+from specforge_lk.data.conversations import prompt_ids
+from specforge_lk.data.responses import Sampling, conversation_row
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the most likely token.
-        max_new_tokens: Longest response, the end-of-turn token included.
-        seed: Non-negative; with the prompt's id it decides a response.
-        top_p: Below 1, only the most likely tokens with this much probability (servers only).
-    """
-
-    temperature: float = 1.0
-    max_new_tokens: int = 160
-    seed: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-
-    def number(self, key: str) -> int:
-        """A number below 2^63 that belongs to the seed and one prompt's id."""
-        digest = hashlib.sha256(f"{self.seed}:{key}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -61,85 +28,7 @@ class Response:
     finished: bool
 
 
-def read_prompts(path: Path) -> list[dict[str, str]]:
-    """Read ``{"id", "prompt"}`` rows; without an id the line's number is the id.
-
-    Raises:
-        ValueError: a row has no prompt text, or an id occurs twice.
-    """
-    prompts: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(read_rows(path)):
-        key = str(row.get("id", number))
-        if not isinstance(row.get("prompt"), str):
-            raise ValueError(
-                f"{path}: row {key!r} has no text in its field 'prompt'; "
-                "specforge-lk data --prompts-only writes such rows"
-            )
-        if key in prompts:
-            raise ValueError(
-                f"{path}: id {key!r} occurs twice; give every row an id of its own, or leave ids "
-                "out: then a row's number in the file is its id"
-            )
-        prompts[key] = {"id": key, "prompt": row["prompt"]}
-    return list(prompts.values())
-
-
-class Answered(NamedTuple):
-    """What is remembered of a response in the file: a set has hundreds of thousands of them."""
-
-    prompt: int
-    tokens: int | None
-    finished: bool
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Answered:
-        """Of a conversation row."""
-        ids = row.get("response_ids")
-        prompt = row["conversations"][0]["content"]
-        return cls(hash(prompt), None if ids is None else len(ids), row["finished"])
-
-
-class ResponseFile:
-    """A response file by the ids of its rows, and the way to add more."""
-
-    def __init__(self, lines: LineFile) -> None:
-        self._lines = lines
-        self.answered = {row["id"]: Answered.of(row) for row in read_rows(lines.path)}
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows; when this returns they survive a crash."""
-        self._lines.append(rows)
-        self.answered.update({row["id"]: Answered.of(row) for row in rows})
-
-
-@contextlib.contextmanager
-def open_responses(path: Path, settings: dict[str, Any]) -> Iterator[ResponseFile]:
-    """Open a response file to continue it, alone; see `open_lines`.
-
-    Raises:
-        ValueError: the file was begun with other settings, or another process writes to it.
-    """
-    with open_lines(path, settings) as lines:
-        yield ResponseFile(lines)
-
-
-def pending(prompts: list[dict[str, str]], done: ResponseFile) -> list[dict[str, str]]:
-    """Return the prompts that have no response yet, in order.
-
-    Raises:
-        ValueError: a response in the file answers another prompt of the same id.
-    """
-    for prompt in prompts:
-        known = done.answered.get(prompt["id"])
-        if known and known.prompt != hash(prompt["prompt"]):
-            raise ValueError(
-                f"the response {prompt['id']!r} belongs to another prompt; "
-                "write to a new file, or give changed prompts new ids"
-            )
-    return [prompt for prompt in prompts if prompt["id"] not in done.answered]
-
-
-def generate(
+def sample_responses(
     model: Any,
     tokenizer: Any,
     prompts: list[dict[str, str]],
@@ -183,18 +72,6 @@ def generate(
         conversation_row(prompt, text, response.finished, response.ids)
         for prompt, text, response in zip(prompts, texts, responses, strict=True)
     ]
-
-
-def conversation_row(
-    prompt: dict[str, str], text: str, finished: bool, ids: list[int] | None
-) -> dict[str, Any]:
-    """Return a row of a response file; see `specforge_lk.data.conversations`."""
-    messages = [
-        {"role": "user", "content": prompt["prompt"]},
-        {"role": "assistant", "content": text},
-    ]
-    row = {"id": prompt["id"], "conversations": messages, "finished": finished}
-    return row if ids is None else {**row, "response_ids": ids}
 
 
 def _sample(
@@ -290,29 +167,4 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids or ())
 
 
-def settings_of(target: str, dtype: str, sampling: Sampling) -> dict[str, Any]:
-    """Return what must stay equal while one response file is written.
-
-    Args:
-        target: Folder or hub id, or the name that a server has for it.
-        dtype: Of local weights; ``server`` where a server decides.
-        sampling: How responses are drawn.
-    """
-    settings = {"target": target, "dtype": dtype, **asdict(sampling)}
-    if sampling.top_p == 1:  # files begun before there was top_p do not have it
-        del settings["top_p"]
-    return settings
-
-
-__all__ = [
-    "Answered",
-    "Response",
-    "ResponseFile",
-    "Sampling",
-    "conversation_row",
-    "generate",
-    "open_responses",
-    "pending",
-    "read_prompts",
-    "settings_of",
-]
+__all__ = ["Response", "sample_responses"]

@@ -24,14 +24,14 @@ from typing import Any, TypeVar
 
 import httpx
 
-from specforge_lk.data.sample_local import Sampling, conversation_row
+from specforge_lk.data.responses import Sampling, conversation_row
 
 _T = TypeVar("_T")
 
 #: Seconds of the first pause before a request is tried again; each is double the one before.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 #: Statuses that are tried again, beside all from 500.
-_PASSING = {408, 409, 425, 429}
+_TRANSIENT = {408, 409, 425, 429}
 #: Statuses of a request that is wrong in itself: a prompt that is too long, for example.
 _REFUSED = {400, 413, 422}
 #: What SGLang and vLLM have beyond the OpenAI protocol: token ids, and no further truncation.
@@ -53,7 +53,7 @@ class RefusedPrompt(ServerError):
     """A prompt that the server does not take; the message names it and has the server's reason."""
 
 
-class _Passing(Exception):
+class TransientError(Exception):
     """What the next attempt may not meet; ``pause`` seconds from now, as the server says."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
@@ -92,7 +92,9 @@ class Server:
 
         async def ask() -> dict[str, Any]:
             async with self._client() as client:
-                return await self._persist("models", lambda: self._call(client, "GET", "models"))
+                return await self._with_retries(
+                    "models", lambda: self._call(client, "GET", "models")
+                )
 
         try:
             names = [model["id"] for model in asyncio.run(ask())["data"]]
@@ -151,7 +153,7 @@ class Server:
 
                 tokens = 0
                 try:
-                    row, tokens = await self._persist(f"prompt {prompt['id']!r}", attempt)
+                    row, tokens = await self._with_retries(f"prompt {prompt['id']!r}", attempt)
                     done.put_nowait(row)
                 except RefusedPrompt as error:
                     if refused is None:
@@ -191,7 +193,7 @@ class Server:
         base = self.url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
-        # The deadline is that of a whole attempt, in _persist.
+        # The deadline is that of a whole attempt, in _with_retries.
         async with httpx.AsyncClient(
             base_url=f"{base}/v1", headers=headers, limits=limits, timeout=None
         ) as client:
@@ -208,15 +210,15 @@ class Server:
         }
         return {**body, **_EXTENSIONS} if self.extensions else body
 
-    async def _persist(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+    async def _with_retries(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """Try until it works, or has failed too often."""
         for tried in range(self.retries + 1):
             try:
                 async with asyncio.timeout(self.timeout):
                     return await attempt()
             except TimeoutError:
-                failure = _Passing(f"no response within {self.timeout:g} s")
-            except _Passing as error:
+                failure = TransientError(f"no response within {self.timeout:g} s")
+            except TransientError as error:
                 failure = error
             except RefusedPrompt as error:
                 raise RefusedPrompt(f"{what} was refused by {self.url}: {error}") from None
@@ -237,10 +239,10 @@ class Server:
         try:
             response = await client.request(method, path, json=body)
         except httpx.RequestError as error:
-            raise _Passing(f"{type(error).__name__} ({error})") from error
+            raise TransientError(f"{type(error).__name__} ({error})") from error
         status = response.status_code
-        if status in _PASSING or status >= 500:
-            raise _Passing(f"status {status}", _retry_after(response))
+        if status in _TRANSIENT or status >= 500:
+            raise TransientError(f"status {status}", _retry_after(response))
         if status in _REFUSED:
             raise RefusedPrompt(f"status {status}, {response.text[:500]}")
         if not response.is_success:
@@ -251,7 +253,7 @@ class Server:
         try:
             return response.json()
         except ValueError as error:
-            raise _Passing("an answer that is not JSON") from error
+            raise TransientError("an answer that is not JSON") from error
 
 
 def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -260,9 +262,9 @@ def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any],
         choice = reply["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
     except (KeyError, IndexError, TypeError) as error:
-        raise _Passing("an answer without a chat completion") from error
+        raise TransientError("an answer without a chat completion") from error
     if reason not in ("stop", "length"):
-        raise _Passing(f"finish_reason {reason!r}")
+        raise TransientError(f"finish_reason {reason!r}")
     text, ids = message.get("content") or "", _token_ids(choice)
     if ids is None and (message.get("reasoning_content") or message.get("reasoning")):
         raise ServerError(

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.capture import coverage, vocabulary_mapping
 from specforge_lk.data.conversations import prompt_ids, tokenize
+from specforge_lk.data.vocabulary import coverage, vocabulary_mapping
 
 #: Algorithm -> feature of the auxiliary layers, feature of the last hidden state.
 FEATURES = {

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.data.conversations import read_rows, tokenize
-from specforge_lk.data.sample_local import read_prompts
+from specforge_lk.data.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
 

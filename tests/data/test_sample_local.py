@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.data.conversations import prompt_ids, tokenize
-from specforge_lk.data.sample_local import Sampling, generate, open_responses
+from specforge_lk.data.jsonl import open_lines
+from specforge_lk.data.responses import Sampling
+from specforge_lk.data.sample_local import sample_responses
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +58,7 @@ def test_first_tokens_follow_the_full_softmax():
     prompts = [{"id": str(i), "prompt": "hi"} for i in range(4000)]
     sampling = Sampling(temperature=0.7, max_new_tokens=1)
     drawn = torch.tensor(
-        [row["response_ids"][0] for row in generate(model, tokenizer, prompts, sampling)]
+        [row["response_ids"][0] for row in sample_responses(model, tokenizer, prompts, sampling)]
     )
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "hi"}])
     with torch.inference_mode():
@@ -78,8 +80,8 @@ def test_a_response_does_not_depend_on_its_batch():
     model.generation_config.eos_token_id = list(range(2, 20))
     prompts = [{"id": f"p{i}", "prompt": "ab" * (1 + 3 * i)} for i in range(16)]
     sampling = Sampling(max_new_tokens=20)
-    together = generate(model, tokenizer, prompts, sampling)
-    alone = [generate(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
+    together = sample_responses(model, tokenizer, prompts, sampling)
+    alone = [sample_responses(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
     assert together == alone
     assert len({len(row["response_ids"]) for row in together}) > 3
     for row in together:
@@ -91,7 +93,7 @@ def test_a_response_does_not_depend_on_its_batch():
 
 def test_greedy_equals_transformers():
     model, tokenizer = build_model(layers=2).double(), build_tokenizer()
-    (row,) = generate(
+    (row,) = sample_responses(
         model, tokenizer, [{"id": "0", "prompt": "hello"}], Sampling(0.0, max_new_tokens=12)
     )
     ids = prompt_ids(tokenizer, row["conversations"][:1])
@@ -148,7 +150,7 @@ def test_responses_of_other_settings_or_prompts_are_refused(
 def test_two_processes_cannot_write_one_file(tmp_path: Path):
     path = tmp_path / "out.jsonl"
     other = pytest.raises(ValueError, match="another process")
-    with open_responses(path, {}), other, open_responses(path, {}):
+    with open_lines(path, {}), other, open_lines(path, {}):
         pass
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.capture import check_target
+from specforge_lk.data.target_check import check_target
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.target import load_target

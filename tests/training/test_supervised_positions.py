@@ -22,7 +22,7 @@ from specforge.training.assembly import build_model_bundle
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE
 from training_run import DRAFT_VOCAB_SIZE, HEADS, prepare
 
-from specforge_lk.data.capture import save_mapping, vocabulary_mapping
+from specforge_lk.data.vocabulary import save_mapping, vocabulary_mapping
 from specforge_lk.evaluate.runner import chain_starts
 
 BLOCKS = ("dflash", "domino", "dspark")

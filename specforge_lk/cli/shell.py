@@ -1,0 +1,126 @@
+"""What all commands share: how an expected error ends one, and the options that several have."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, requires
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+#: Exit code of a command that an expected error ended.
+FAILED = 1
+#: Expected errors of modules that are slow to import, which an error shows to be imported.
+_LATE = (("torch", "OutOfMemoryError"), ("specforge.plugins", "PluginError"))
+
+
+class Dtype(StrEnum):
+    """Floating-point types that a model can be loaded in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def example(command: str) -> str:
+    """Return the end of a command's ``--help``: how it is used."""
+    return f"Example:\n\n{command}"
+
+
+def device_option(panel: str | None = None) -> Any:
+    """Return the option ``--device``; its default is ``auto``."""
+    text = "Torch device, such as cpu or cuda; auto takes a GPU if there is one."
+    return typer.Option("--device", help=text, rich_help_panel=panel)
+
+
+def find_device(name: str) -> str:
+    """Return the device that ``--device`` names, which ``auto`` leaves to this function.
+
+    Raises:
+        ValueError: the device cannot be used here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason})") from error
+    return name
+
+
+@contextlib.contextmanager
+def errors(
+    *, memory: str = "", codes: Mapping[type[Exception], int] = MappingProxyType({})
+) -> Iterator[None]:
+    """End the command with one red line and an exit code where an expected error is raised.
+
+    It decorates a command as well as it encloses a block. Usage errors and unexpected errors pass.
+
+    Args:
+        memory: What to do when the memory of a GPU does not suffice, such as ``lower --batch``.
+        codes: Exit codes of further expected errors; the first class that fits counts.
+    """
+    try:
+        yield
+    except ImportError as error:
+        fail(missing(error), error)
+    except Exception as error:
+        code = next((codes[kind] for kind in codes if isinstance(error, kind)), FAILED)
+        late = [getattr(sys.modules.get(module), name, ()) for module, name in _LATE]
+        if not isinstance(error, (*codes, OSError, ValueError, FloatingPointError, *late)):
+            raise
+        message = f"out of memory: {memory}" if isinstance(error, late[0]) else str(error)
+        fail(message, error, code)
+
+
+def fail(message: str, error: BaseException | None = None, code: int = FAILED) -> NoReturn:
+    """Print a message in red and end the command."""
+    say(message, "red", stderr=True)
+    raise typer.Exit(code) from error
+
+
+def say(text: str, style: str = "", *, stderr: bool = False) -> None:
+    """Print a line, whole where the output is a pipe or a narrow terminal."""
+    Console(stderr=stderr).print(Text(text, style), soft_wrap=True)
+
+
+def missing(error: ImportError) -> str:
+    """Return what a failed import means and which extra of this package to install."""
+    name = error.name
+    if name is None:  # raised by this package, with a message of its own
+        return str(error)
+    if name.startswith("specforge."):
+        return (
+            f"{error}: the installed SpecForge is not patched, or is of another version; install "
+            "specforge==0.2.0 and run 'specforge-lk patch apply'"
+        )
+    package = name.partition(".")[0]
+    # What no extra names is a dependency of SpecForge.
+    extra = _extras().get(package, "specforge,data")
+    return f"{error}; this command needs {package}: pip install 'specforge-lk[{extra}]'"
+
+
+def _extras() -> dict[str, str]:
+    """Return the first extra of this package that brings each optional dependency."""
+    try:
+        requirements = requires("specforge-lk") or []
+    except PackageNotFoundError:  # a source tree that is not installed
+        return {}
+    found: dict[str, str] = {}
+    for line in requirements:
+        if match := re.match(r"([\w-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", line):
+            found.setdefault(match[1].lower(), match[2])
+    return found
+
+
+__all__ = ["Dtype", "device_option", "errors", "example", "fail", "find_device", "missing", "say"]
