@@ -91,9 +91,7 @@ def find_losses() -> tuple[list[Loss], str | None]:
     except ImportError as error:
         from specforge_lk.losses import LOSSES
 
-        problem = (
-            f"these are this package's own losses only, and cannot be used yet: {missing(error)}"
-        )
+        problem = f"only this package's losses are listed, and not usable yet: {missing(error)}"
         return [_describe(loss, "specforge-lk") for loss in LOSSES], problem
     registry = installed_loss_registry()
     found = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -95,32 +97,35 @@ def say(text: str, style: str = "", *, stderr: bool = False) -> None:
 
 
 def missing(error: ImportError) -> str:
-    """Return what a failed import means and which extra of this package to install."""
-    name = error.name
-    if name is None:  # raised by this package, with a message of its own
-        return str(error)
-    if name.startswith("specforge."):
+    """Return what a failed import means, and which extra of this package to install."""
+    cause: BaseException | None = error
+    while isinstance(cause, ImportError) and cause.name is None:
+        cause = cause.__cause__
+    if not isinstance(cause, ImportError) or cause.name is None:
+        return str(error)  # raised by this package, with a message of its own
+    package = cause.name.partition(".")[0]
+    if find_spec(package) is None:
+        # What no extra names is a dependency of SpecForge.
+        extra = _extras().get(package, "specforge,data")
+        return f"{cause}; this command needs {package}: pip install 'specforge-lk[{extra}]'"
+    if package == "specforge":
         return (
-            f"{error}: the installed SpecForge is not patched, or is of another version; install "
+            f"{cause}: the installed SpecForge is not patched, or is of another version; install "
             "specforge==0.2.0 and run 'specforge-lk patch apply'"
         )
-    package = name.partition(".")[0]
-    # What no extra names is a dependency of SpecForge.
-    extra = _extras().get(package, "specforge,data")
-    return f"{error}; this command needs {package}: pip install 'specforge-lk[{extra}]'"
+    return f"{cause}: the installed {package} is of a version that this command does not know"
 
 
 def _extras() -> dict[str, str]:
-    """Return the first extra of this package that brings each optional dependency."""
+    """Return the smallest extra of this package that brings each optional dependency."""
     try:
         requirements = requires("specforge-lk") or []
     except PackageNotFoundError:  # a source tree that is not installed
         return {}
-    found: dict[str, str] = {}
-    for line in requirements:
-        if match := re.match(r"([\w-]+).*extra\s*==\s*['\"]([\w-]+)['\"]", line):
-            found.setdefault(match[1].lower(), match[2])
-    return found
+    form = re.compile(r"([\w-]+).*extra\s*==\s*['\"]([\w-]+)['\"]")
+    pairs = [match.groups() for line in requirements if (match := form.match(line))]
+    size = Counter(extra for _, extra in pairs)
+    return dict(sorted(pairs, key=lambda pair: -size[pair[1]]))
 
 
 __all__ = ["Dtype", "device_option", "errors", "example", "fail", "find_device", "missing", "say"]

@@ -13,7 +13,7 @@ OWN = ["kl", "lk_alpha", "lk_lambda", "reverse_kl", "tv"]
 
 
 def losses(*words: str, path: Path | None = None, before: str = "") -> subprocess.CompletedProcess:
-    program = f"import sys; {before}; from specforge_lk.cli import main; main()"
+    program = f"import sys; {before}\nfrom specforge_lk.cli import main; main()"
     more = [str(path)] if path else []
     done = subprocess.run(
         [sys.executable, "-c", program, "losses", *words],
