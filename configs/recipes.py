@@ -18,6 +18,7 @@ from typing import Any, Final
 import yaml
 
 from specforge_lk.evaluate.published import HEADS as DRAFTED
+from specforge_lk.markdown import markdown_table
 
 CONFIGS: Final = Path(__file__).parent
 HEADS: Final = 6
@@ -336,17 +337,20 @@ def sglang_command(target: Target, draft: Draft) -> str | None:
 
 def table() -> str:
     """Return the table of all recipes, of configs/README.md."""
-    rows = ["| target | draft | draft vocabulary | offline | streamed |", "|---|---|---|---|---|"]
+    rows = []
     for target in TARGETS:
         for draft in target.drafts:
             stem = f"{target.name}/{draft.algorithm}"
             rows.append(
-                f"| {target.facts['hub_id']} | {_TITLES[draft.algorithm]} "
-                f"| {draft.draft_vocab_size or target.config['vocab_size']} "
-                f"| [{draft.algorithm}.yaml]({stem}.yaml) "
-                f"| [{draft.algorithm}-online.yaml]({stem}-online.yaml) |"
+                [
+                    target.facts["hub_id"],
+                    _TITLES[draft.algorithm],
+                    str(draft.draft_vocab_size or target.config["vocab_size"]),
+                    f"[{draft.algorithm}.yaml]({stem}.yaml)",
+                    f"[{draft.algorithm}-online.yaml]({stem}-online.yaml)",
+                ]
             )
-    return "\n".join(rows)
+    return markdown_table(["target", "draft", "draft vocabulary", "offline", "streamed"], rows)
 
 
 def serving_commands() -> str:

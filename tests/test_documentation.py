@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result
+from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, Training
 from tools import pages
 
 ROOT = Path(__file__).parents[1]
@@ -62,11 +62,16 @@ def test_the_readme_names_what_every_loss_of_the_demo_gains(
             tau = {"heads": 4, "tau_expected": 1.4, "alpha_per_head": [0.3], "coverage": 0.9}
             report.results.append(Result(loss=loss, **here, **tau))
         gain = 0.04 * temperature + 0.02 * seed
-        report.paired.append(
-            Paired(loss="tv", baseline="kl", **here, difference=gain, ci=[gain, gain])
-        )
+        report.paired += [
+            Paired(loss="tv", baseline=baseline, **here, difference=gain + more, ci=[0, 1])
+            for baseline, more in (("kl", 0), ("start", 0.1))
+        ]
+    report.training = [
+        Training(algorithm="eagle3", loss=loss, seed=0, command="", steps=96)
+        for loss in ("start", "kl", "tv")
+    ]
     monkeypatch.setattr(pages, "read_report", lambda path: report)
     expected = "over `kl`, in percent of τ − 1: T = 1: `tv` +12.5 %; T = 0: `tv` +2.5 %"
     assert expected in pages.gains()
-    report.results = [r for r in report.results if r.loss != "start"]
+    report.training = report.training[1:]
     assert pages.demo() == "Not measured yet."

@@ -41,11 +41,8 @@ _NOT_YET: Final = "Not measured yet."
 def _demo() -> tuple[Report, list[str]] | None:
     """The demo's report and its losses, baseline first; None if it is of an earlier demo."""
     report = read_report(RESULTS / "demo.json")
-    losses = list(dict.fromkeys(r.loss for r in report.results if r.loss != START))
-    if START not in {r.loss for r in report.results} or not report.paired:
-        return None
-    baseline = report.paired[0].baseline
-    return report, [baseline, *(loss for loss in losses if loss != baseline)]
+    drafts = list(dict.fromkeys(run.loss for run in report.training))
+    return (report, [loss for loss in drafts if loss != START]) if START in drafts else None
 
 
 def demo() -> str:
@@ -54,14 +51,15 @@ def demo() -> str:
     return preface(*found) if found else _NOT_YET
 
 
-def _demo_gain(report: Report, loss: str, temperature: float) -> str:
-    pairs = [
-        p
+def _demo_gain(report: Report, loss: str, baseline: str, temperature: float) -> str:
+    """Return the mean gain over the training seeds, on held-out responses."""
+    wanted = (loss, baseline, HELD_OUT, temperature)
+    shares = [
+        relative_difference(report, p) or 0
         for p in report.paired
-        if (p.loss, p.benchmark, p.temperature) == (loss, HELD_OUT, temperature)
+        if (p.loss, p.baseline, p.benchmark, p.temperature) == wanted
     ]
-    share = mean(relative_difference(report, p) or 0 for p in pairs)
-    return f"`{loss}` {100 * share:+.1f} %"
+    return f"`{loss}` {100 * mean(shares):+.1f} %"
 
 
 def gains() -> str:
@@ -72,7 +70,8 @@ def gains() -> str:
     if found:
         report, (baseline, *losses) = found
         here = "; ".join(
-            f"T = {t}: {', '.join(_demo_gain(report, loss, t) for loss in losses)}" for t in (1, 0)
+            f"T = {t}: {', '.join(_demo_gain(report, loss, baseline, t) for loss in losses)}"
+            for t in (1, 0)
         )
         here = f"over `{baseline}`, in percent of τ − 1: {here}"
     time, memory = (_target(f"lk_lambda over kl, {what}") for what in ("time", "memory"))
