@@ -20,8 +20,10 @@ from configs import recipes
 from experiments.demo_summary import preface
 from experiments.runner import START
 from experiments.serving.report import ServingReport
+from specforge_lk.cli.losses import Option, find_losses
 from specforge_lk.evaluate.report import HELD_OUT, Report, read_report
 from specforge_lk.evaluate.tables import gain_rows, relative_difference
+from specforge_lk.losses import LOSSES
 from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import SUPPORTED
 from tools import cover_letter
@@ -177,6 +179,24 @@ def vllm() -> str:
     return markdown_table([*header, "our decoding", "prompts that differ"], rows)
 
 
+# --------------------------------------------------------------------------------- losses
+
+
+def options() -> str:
+    """Every option of this package's losses, as `specforge-lk losses` has them."""
+    found: dict[str, tuple[Option, list[str]]] = {}
+    for loss in find_losses()[0]:
+        for option in loss.options if loss.name in {own.name for own in LOSSES} else ():
+            found.setdefault(option.name, (option, []))[1].append(f"`{loss.name}`")
+    rows = []
+    for name, (option, losses) in found.items():
+        shown = "–" if option.default is None else f"`{option.default}`"
+        shown += "".join(f"; {where}: `{value}`" for where, value in option.algorithm_defaults.items())
+        values = option.values.replace(" | ", ", ")
+        rows.append([f"`{name}`", ", ".join(losses), values, shown, option.meaning])
+    return markdown_table(["option", "of", "values", "default", "meaning"], rows)
+
+
 # ------------------------------------------------------------------------------ benchmark
 
 
@@ -304,6 +324,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "docs/cost.md": {"operation": operation, "bounds": bounds},
     "docs/serving.md": {"vllm": vllm},
     "docs/install.md": {"versions": versions},
+    "docs/losses.md": {"options": options},
     "docs/extending.md": {
         "loss": partial(source, "examples/plugin_loss/specforge_hellinger.py"),
         "draft": partial(source, "examples/plugin_draft/specforge_linear_heads/model.py"),

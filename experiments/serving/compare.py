@@ -192,7 +192,7 @@ def mismatches(
         gap = None
         if wanted is not None and token is not None:
             # Pairs are lists where they come from a file.
-            probable = {number: value for number, value in best[prompt][position]}
+            probable = dict(best[prompt][position])
             gap = probable[wanted] - probable[token] if token in probable else None
         result.append(Mismatch(prompt, position, wanted, token, gap))
     return result

@@ -65,6 +65,7 @@ class Patch:
 
     @property
     def name(self) -> str:
+        """The file's name."""
         return self.path.name
 
 
@@ -78,6 +79,7 @@ class Series:
 
     @property
     def digests(self) -> dict[str, str]:
+        """SHA-256 by the name of each patch."""
         return {patch.name: patch.sha256 for patch in self.patches}
 
 

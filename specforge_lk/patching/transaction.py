@@ -223,7 +223,7 @@ def _install(installation: Installation, series: Series, dry: Plan) -> None:
             (root / path).unlink()
             continue
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(state / "staged" / path, root / path)
+        (state / "staged" / path).replace(root / path)
     shutil.rmtree(state / "staged", ignore_errors=True)
 
 
@@ -241,7 +241,7 @@ def _restore(installation: Installation, manifest: Manifest) -> None:
         _write(staged, data)
         shutil.copystat(state / "original" / path, staged)
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged, root / path)
+        staged.replace(root / path)
     for directory in manifest.directories:
         with contextlib.suppress(OSError):  # not empty: holds files of somebody else
             (root / directory).rmdir()

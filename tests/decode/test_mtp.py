@@ -102,7 +102,7 @@ def test_padding_does_not_show(target):
 
 def test_layout_is_that_of_released_checkpoints(target, tmp_path):
     build(target).save_pretrained(tmp_path)
-    names = {name for name in load_file(tmp_path / "model.safetensors")}
+    names = set(load_file(tmp_path / "model.safetensors"))
     prefix = f"model.layers.{target.num_layers}."
     assert {name.startswith(prefix) for name in names} == {True}
     module = {name.removeprefix(prefix) for name in names}
