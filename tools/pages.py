@@ -191,9 +191,13 @@ def options() -> str:
     rows = []
     for name, (option, losses) in found.items():
         shown = "–" if option.default is None else f"`{option.default}`"
-        shown += "".join(f"; {where}: `{value}`" for where, value in option.algorithm_defaults.items())
+        shown += "".join(
+            f"; {where}: `{value}`" for where, value in option.algorithm_defaults.items()
+        )
         values = option.values.replace(" | ", ", ")
-        rows.append([f"`{name}`", ", ".join(losses), values, shown, option.meaning])
+        rows.append(
+            [f"`{name}`", ", ".join(losses), values, shown, option.meaning.replace("|", r"\|")]
+        )
     return markdown_table(["option", "of", "values", "default", "meaning"], rows)
 
 
