@@ -1,7 +1,8 @@
 """FSDP1 on a CPU, with its mixed precision untouched.
 
-FSDP1 runs there but for two things: torch never chooses the CPU as its device by itself, and its
-streams have no counterpart. So the device is named, and the streams do nothing.
+FSDP1 runs there but for three things: torch never chooses the CPU as its device by itself, its
+streams have no counterpart, and what it frees after moving whole parameters to the CPU is what it
+moved. So the device is named, the streams do nothing, and whole parameters stay where they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 
 
 class _Inert:
@@ -44,3 +45,9 @@ def install() -> None:
         FullyShardedDataParallel.__init__ = functools.partialmethod(
             wrap, device_id=torch.device("cpu")
         )
+        configure = FullStateDictConfig.__init__
+
+        def stay(self: FullStateDictConfig, offload_to_cpu: bool = False, **options: Any) -> None:
+            configure(self, offload_to_cpu=False, **options)
+
+        FullStateDictConfig.__init__ = stay

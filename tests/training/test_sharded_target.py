@@ -2,7 +2,7 @@
 
 Every algorithm, one and two processes, NO_SHARD (which is DDP), SHARD_GRAD_OP and FULL_SHARD, the
 draft in bfloat16 and in float32. Target states and head are such that float32 holds every logit
-exactly, and bfloat16 neither the states nor the logits.
+exactly, and bfloat16 neither the states nor the head nor the logits.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_run import EPOCH, HEADS, Setup, prepare_with_features, run
+from training_run import BATCH_SIZE, EPOCH, HEADS, Setup, prepare_with_features, run
 
 STEPS = 3 * EPOCH
-LAMBDA = "training.loss=lk_lambda"
 TESTS = Path(__file__).parents[1] / "helpers"
 #: Every Python process of a command lets FSDP wrap modules on a CPU.
 SITE = "import sys\nsys.path.append({tests!r})\nimport fsdp_cpu\nfsdp_cpu.install()\n"
@@ -32,20 +31,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """SpecForge's default: bfloat16, SHARD_GRAD_OP; the target's head in float32."""
+    """SpecForge's default: bfloat16, SHARD_GRAD_OP, two ranks; the target's head in float32."""
     half = "model.torch_dtype=bfloat16"
     setup = prepare_with_features(tmp_path_factory.mktemp("cli"), half, algorithm=request.param)
     config = json.loads(setup.config.read_text())
     config["model"]["torch_dtype"] = "bfloat16"
     config["training"]["fsdp_sharding"] = "SHARD_GRAD_OP"
+    # One process alone would not shard.
+    config["training"] |= {"batch_size": BATCH_SIZE // 2, "loss": "lk_lambda"}
+    config["training"]["loss_data_parallel"] = True
+    config["deployment"] = {"trainer": {"nproc_per_node": 2}}
     setup.config.write_text(json.dumps(config))
     return setup
 
 
 def test_sharded_run_trains_resumes_and_exports(setup: Setup, site: Path) -> None:
     env = {"PYTHONPATH": str(site)}
-    trained = setup.train("whole", LAMBDA, **env)
-    assert "FSDP is switching" in trained.output, "FSDP did not wrap the model"
+    trained = setup.train("whole", **env)
+    # FSDP says so where it does not shard.
+    assert "FSDP is switching" not in trained.output
     assert sorted(trained.steps) == list(range(1, STEPS + 1))
     losses = trained.epoch_losses()
     assert losses[-1] < 0.95 * losses[0], losses
@@ -54,9 +58,9 @@ def test_sharded_run_trains_resumes_and_exports(setup: Setup, site: Path) -> Non
             assert 0 <= metrics[f"alpha_{head}"] <= metrics[f"coverage_{head}"] * (1 + 1e-6)
 
     horizon, half = f"training.total_steps={STEPS}", STEPS // 2
-    setup.train("stopped", LAMBDA, horizon, f"training.max_steps={half}", **env)
+    setup.train("stopped", horizon, f"training.max_steps={half}", **env)
     resume = f"training.resume_from={setup.checkpoint('stopped', half)}"
-    setup.train("resumed", LAMBDA, horizon, resume, **env)
+    setup.train("resumed", horizon, resume, **env)
     weights, expected = setup.weights("resumed", STEPS), setup.weights("whole", STEPS)
     assert weights.keys() == expected.keys()
     for name in expected:
