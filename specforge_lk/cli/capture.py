@@ -63,7 +63,6 @@ def run(
     those that features have; from conversations SpecForge would make others, with the system
     prompt of data.chat_template.
     """
-    import torch
     from specforge.application.composition import resolve_run
 
     from specforge_lk.data import capture
@@ -94,21 +93,9 @@ def run(
             f"{responses} has no response of two tokens or more, within "
             f"data.max_length={run.data.max_length}, to train on"
         )
+    decoder = None
     if plan:
-        place_of_model = find_device(device)
-        on_cpu = torch.device(place_of_model).type == "cpu"
-        compute = dtype or Dtype("float32" if on_cpu else run.model.torch_dtype)
-        decoder = _load_decoder(run, plan, compute, place_of_model, samples.kept[0])
-        settings = {
-            "target": run.model.target_model_path,
-            "responses": responses.name,
-            "responses_sha256": capture.file_digest(responses),
-            "layers": list(plan.capture_layers),
-            "max_length": run.data.max_length,
-            "compute_dtype": compute.value,
-            "stored_dtype": run.model.torch_dtype,
-        }
-        capture.open_directory(place, plan.layout.output_names, settings)
+        decoder = _prepare(run, plan, responses, place, dtype, find_device(device), samples.kept[0])
     if vocab_mapping:
         _write_mapping(run, algorithm, samples, vocab_size, vocab_mapping)
     supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
@@ -122,7 +109,9 @@ def run(
         f"{len(samples.kept)} samples ({new} new, {cut}), {supervised} supervised tokens, "
         f"layers {list(plan.capture_layers)}: {place}"
     )
-    foreign = set(place.rglob("*.ckpt*")) - {sample.path for sample in samples.kept}
+    foreign = {*place.rglob("*.ckpt"), *place.rglob("*.ckpt.gz")} - {
+        sample.path for sample in samples.kept
+    }
     if foreign:
         typer.echo(f"{place} has {len(foreign)} more feature files, which training will read")
 
@@ -149,20 +138,44 @@ def _plan(run: Any, target_config: Any) -> Any:
     return plan
 
 
-def _load_decoder(run: Any, plan: Any, dtype: Dtype, device: str, sample: Sample) -> Any:
-    """Load the target, check it on a sample, and return it without its LM head."""
+def _prepare(
+    run: Any,
+    plan: Any,
+    responses: Path,
+    place: Path,
+    dtype: Dtype | None,
+    device: str,
+    sample: Sample,
+) -> Any:
+    """Load the target, check it on a sample, open the folder of features.
+
+    Returns:
+        The target without its LM head.
+    """
+    from specforge_lk.data import capture
     from specforge_lk.data.target_check import check_target
     from specforge_lk.target import load_target
 
+    compute = dtype or Dtype("float32" if device == "cpu" else run.model.torch_dtype)
     model, _ = load_target(
         run.model.target_model_path,
-        dtype.value,
+        compute.value,
         device,
         trust_remote_code=run.model.trust_remote_code,
     )
     decoder = model.get_decoder()
     head = _target_head(run) if plan.layout.last_hidden_feature else None
     check_target(model, decoder, sample.tokens.input_ids, head)
+    settings = {
+        "target": run.model.target_model_path,
+        "responses": responses.name,
+        "responses_sha256": capture.file_digest(responses),
+        "layers": list(plan.capture_layers),
+        "max_length": run.data.max_length,
+        "compute_dtype": compute.value,
+        "stored_dtype": run.model.torch_dtype,
+    }
+    capture.open_directory(place, plan.layout.output_names, settings)
     return decoder
 
 
@@ -206,7 +219,7 @@ def _write_features(
 
 
 def _target_head(run: Any) -> Any:
-    """The head that training makes the target's logits with, in float32."""
+    """Return the LM head in float32 from which training computes the target's logits."""
     import torch
     from specforge.modeling.target.target_head import TargetHead
 
@@ -224,7 +237,7 @@ def _target_head(run: Any) -> Any:
 
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
-    """The run config and the target's config."""
+    """Return the run config and the target's config."""
     from specforge.config import load_config
 
     from specforge_lk.target import load_target_config

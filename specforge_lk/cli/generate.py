@@ -93,7 +93,7 @@ def run(
         int,
         typer.Option(
             min=0,
-            help="How often a request is tried again after lost connections, timeouts and the "
+            help="How often a request is retried after lost connections, timeouts and the "
             "statuses 429 and 5xx, with growing pauses.",
             rich_help_panel=_SERVER,
         ),
@@ -129,8 +129,6 @@ def run(
     from specforge_lk.data.prompts import read_prompts
     from specforge_lk.data.responses import ResponseFile, Sampling, pending, settings_of
 
-    if server is None and target is None:
-        raise typer.BadParameter("give --target, or --server")
     if server is None and top_p != 1:
         raise typer.BadParameter("--top-p needs --server")
     sampling = Sampling(temperature, max_new_tokens, seed, top_p)
@@ -145,6 +143,8 @@ def run(
         )
         target = target or source.only_model()
         sample = partial(_sample_from, source, target, skip_refused)
+    elif target is None:
+        raise typer.BadParameter("give --target, or --server")
     else:
         sample = partial(_sample_here, target, dtype, device, trust_remote_code, batch_size)
     with open_lines(

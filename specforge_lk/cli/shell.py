@@ -109,9 +109,11 @@ def missing(error: ImportError) -> str:
         extra = _extras().get(package, "specforge,data")
         return f"{cause}; this command needs {package}: pip install 'specforge-lk[{extra}]'"
     if package == "specforge":
+        from specforge_lk.patching import SUPPORTED
+
         return (
             f"{cause}: the installed SpecForge is not patched, or is of another version; install "
-            "specforge==0.2.0 and run 'specforge-lk patch apply'"
+            f"specforge=={SUPPORTED['specforge']} and run 'specforge-lk patch apply'"
         )
     return f"{cause}: the installed {package} is of a version that this command does not know"
 
@@ -123,7 +125,7 @@ def _extras() -> dict[str, str]:
     except PackageNotFoundError:  # a source tree that is not installed
         return {}
     form = re.compile(r"([\w-]+).*extra\s*==\s*['\"]([\w-]+)['\"]")
-    pairs = [match.groups() for line in requirements if (match := form.match(line))]
+    pairs = [(match[1], match[2]) for line in requirements if (match := form.match(line))]
     size = Counter(extra for _, extra in pairs)
     return dict(sorted(pairs, key=lambda pair: -size[pair[1]]))
 

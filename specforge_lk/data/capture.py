@@ -2,12 +2,12 @@
 
 SpecForge trains offline from one file per sample: token ids, loss mask and the target's hidden
 states under the names that the algorithm's reader expects. Its own preparation script needs
-SGLang and CUDA; this module needs transformers and works on any device. Which layers are wanted
-and what the features are called comes from ``resolve_offline_capture``, so that every algorithm
-that registers a layout is covered.
+SGLang and CUDA; this module needs transformers and works on any device. SpecForge's
+``resolve_offline_capture`` says which layers an algorithm wants and what its features are called,
+so every algorithm that registers a layout is covered.
 
 Auxiliary layer k is the state after decoder layer k, HF ``hidden_states[k + 1]``. The last hidden
-state is the one after the final norm, from which the head makes the target's logits.
+state is the one after the final norm, from which the LM head makes the target's logits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from specforge_lk.files import atomic_write, write_text
 if TYPE_CHECKING:
     import torch
 
-#: Beside the feature files: what they were made from and how.
+#: File beside the feature files that says what they were made from, and how.
 MANIFEST = "capture.json"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row to capture: where its features go, and its tokens.
+    """A row to capture: the path of its features, and its tokens.
 
     Hundreds of thousands are held at once, so they are packed: 5 bytes a token, where a list of
     integers has 36.
@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def tokens(self) -> Tokens:
-        """Unpacked."""
+        """The tokens as lists."""
         return Tokens(self.input_ids.tolist(), list(self.loss_mask))
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class Samples:
     skipped: int
 
     def token_counts(self) -> Counter[int]:
-        """How often each token occurs as a supervised token."""
+        """Count how often each token occurs at a supervised position."""
         counts: Counter[int] = Counter()
         for sample in self.kept:
             counts.update(compress(sample.input_ids, sample.loss_mask))
@@ -136,10 +136,10 @@ def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, 
     """Begin or continue a directory of features, keeping ``settings`` in its manifest.
 
     Args:
-        directory: where the feature files are.
-        names: features to capture. Files there may hold more of them, or get more: what some
-            algorithms read is part of what others do.
-        settings: everything else that the features depend on.
+        directory: The folder of the feature files.
+        names: Features to capture. Files there may hold more of them, or be given more: some
+            algorithms read a part of what others read.
+        settings: Everything else that the features depend on.
 
     Raises:
         ValueError: the directory holds features made with other settings, or other features.
@@ -165,9 +165,9 @@ def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, 
 
 
 def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
-    """Whether the sample's feature file is there, whole, and of the same tokens.
+    """Return whether the sample's feature file is there, whole, and of the same tokens.
 
-    It may hold more: the features of DFlash with a registered loss serve it without one too.
+    It may hold more features: those of DFlash with a registered loss serve it without one too.
     """
     import torch
 
@@ -205,7 +205,7 @@ def capture(
     """Run the target on a batch and write a feature file for each of its samples.
 
     Args:
-        decoder: A Hugging Face model without its head (its output ends with the final norm).
+        decoder: A Hugging Face model without its LM head (its output ends with the final norm).
         batch: Samples, padded to the longest on the right.
         layers: Auxiliary layers k, concatenated in this order.
         layout: SpecForge's ``OfflineCaptureLayout``.
@@ -251,7 +251,7 @@ def capture(
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -260,8 +260,8 @@ def write_tokens(samples: list[Sample], path: Path) -> None:
     """Write token ids and loss masks where ``data.prompts_path`` of a streamed run reads them.
 
     Raises:
-        ValueError: something else is there: conversations, which SpecForge can read as well, or
-            the tokens of other ones.
+        ValueError: the file exists and holds something else, such as conversations, which
+            SpecForge can read as well, or the tokens of others.
     """
     with atomic_write(path) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:

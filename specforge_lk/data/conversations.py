@@ -3,8 +3,8 @@
 A row is ``{"id", "conversations": [{"role", "content"}, ...]}``. Rows written by ``specforge-lk
 generate`` also have ``response_ids``, the sampled tokens of the last message, and ``finished``,
 whether they end with the end-of-turn token. The ids are kept because text does not give them
-back: at temperature 1 a model often samples a token sequence that is not the one its tokenizer
-makes of the same text, and training on the latter would not be on-policy.
+back: at temperature 1 a model often samples another token sequence than its tokenizer makes of
+the same text, and training on the latter would not be on-policy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Tokens:
-    """One conversation as the target reads it.
+    """The tokens of one conversation, as the target reads it.
 
     Attributes:
         input_ids: [L] token ids.
@@ -57,7 +57,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of ``messages`` in the chat template, up to where the assistant begins."""
+    """Return the token ids of ``messages`` in the chat template, up to the assistant's turn."""
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
@@ -101,7 +101,7 @@ def tokenize(row: dict[str, Any], tokenizer: Any) -> Tokens:
 def _response(
     tokenizer: Any, messages: list[Message], prompt: list[int], *, finished: bool
 ) -> list[int]:
-    """Tokens of the last message: with its end-of-turn token if finished, without the rest."""
+    """Return the last message's tokens, with its end-of-turn token if finished, nothing after."""
     rendered = _render(tokenizer, messages, add_generation_prompt=False)
     if rendered[: len(prompt)] != prompt:
         raise ValueError(

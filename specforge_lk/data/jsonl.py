@@ -1,8 +1,8 @@
 """JSONL files that are written over hours and continued after any crash, nothing lost or doubled.
 
-What `LineFile.append` has returned from is on disk. A line that a crash tore is cut off when the
-file is opened again. The settings that the rows depend on are kept beside the file and must be
-equal then.
+Rows are on disk when `LineFile.append` returns. When the file is opened again, a line that a crash
+tore is cut off. The settings that the rows depend on are kept beside the file; they must then be
+the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class LineFile:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add all rows, which then survive a crash, or none if this raises.
 
-        A full disk or Ctrl-C may come in the middle; what is appended next must not follow half a
-        line, nor the same rows.
+        A full disk or Ctrl-C may stop it in the middle. The file is then cut to its old length, so
+        that no half line stays, and the caller may append the same rows again.
         """
         end = self._stream.seek(0, os.SEEK_END)
         rest = memoryview(b"".join(_line(row) for row in rows))
@@ -45,7 +45,7 @@ class LineFile:
             raise
 
     def last(self) -> dict[str, Any] | None:
-        """The last row; None if there is none."""
+        """Return the last row; None if there is none."""
         end = self._stream.seek(0, os.SEEK_END)
         if not end:
             return None
@@ -76,7 +76,7 @@ def open_lines(path: Path, settings: dict[str, Any]) -> Iterator[LineFile]:
     if path.suffix == ".gz":
         raise ValueError(f"{path}: a compressed file cannot be continued; name it .jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Unbuffered: a buffer would still write on closing what an append has failed with.
+    # Unbuffered, so that close() cannot flush a failed append.
     with path.open("a+b", buffering=0) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,13 +84,13 @@ def open_lines(path: Path, settings: dict[str, Any]) -> Iterator[LineFile]:
             raise ValueError(f"{path} is being written by another process") from error
         end = stream.seek(0, os.SEEK_END)
         _check_settings(path.with_name(f"{path.name}.settings.json"), settings, new=end == 0)
-        # Only now is it known to be a file of ours, and what has no newline to be torn.
+        # The settings match, so the file is ours and an unterminated last line is a torn write.
         stream.truncate(_after_newline(stream, end))
         yield LineFile(path, stream)
 
 
 def _after_newline(stream: FileIO, end: int) -> int:
-    """Position behind the last newline before ``end``; 0 if there is none."""
+    """Return the position after the last newline before ``end``; 0 if there is none."""
     while end:
         start = max(0, end - _BLOCK)
         stream.seek(start)

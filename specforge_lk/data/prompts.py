@@ -1,4 +1,4 @@
-"""Prompts to sample responses to, and benchmark prompts from JSONL files and hub data sets."""
+"""Read prompts: those to sample responses to, and those of benchmarks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ def read_rows(source: str) -> list[dict]:
 
 
 def user_turns(row: dict, source: str) -> list[str]:
-    """User messages of a benchmark row: its ``turns``, ``prompt`` or ``question``, one or many."""
+    """Return the user messages of a benchmark row: its ``turns``, ``prompt`` or ``question``.
+
+    Raises:
+        DataError: the row has none of these fields.
+    """
     for key in ("turns", "prompt", "question"):
         found = row.get(key)
         if isinstance(found, list) and found:

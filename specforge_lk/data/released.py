@@ -1,4 +1,4 @@
-"""Released prompts and completions as SpecForge conversations, row by row as they stream in.
+"""Turn released prompts and completions into SpecForge conversations, as their rows stream in.
 
 The authors of the LK losses released what they trained on, one data set per target
 (``nebius/Llama-3.3-70B-Instruct-Infinity-Instruct-0625`` and its siblings, which are the hub
@@ -18,19 +18,19 @@ from typing import Any
 from specforge_lk.data.conversations import Message
 from specforge_lk.data.jsonl import LineFile
 
-#: Rows between two writes to disk; what a crash costs at most.
+#: Rows between two writes to disk: the most that a crash can cost.
 WRITE_EVERY = 500
 
 #: Suffix of a single file -> loader of the package `datasets`.
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-#: What other layouts call the speaker of a message.
+#: Names that other layouts have for the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
-#: What chat templates read of an assistant's message: the answer, and the thoughts before it.
+#: Fields of an assistant's message that chat templates read: the answer and the thoughts.
 _SAID = ("content", "reasoning_content", "thinking")
 
 
 class MalformedRow(ValueError):
-    """A row without what a conversation needs; the message names the row and the field."""
+    """A row lacks a field that a conversation needs; the message names both."""
 
 
 def open_rows(source: str, subset: str | None = None, split: str = "train") -> Any:
@@ -65,14 +65,14 @@ def open_rows(source: str, subset: str | None = None, split: str = "train") -> A
 
 
 def known_size(rows: Any) -> int | None:
-    """How many rows a data set says it has; None if it does not say."""
+    """Return how many rows a data set says it has; None if it does not say."""
     splits = rows.info.splits or {}
     return splits[rows.split].num_examples if rows.split in splits else None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows have what.
+    """Which fields of a data set's row hold the completion, and what is made of a row.
 
     Attributes:
         completion: field of the completion, a message.
@@ -119,7 +119,7 @@ class Layout:
 
 
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
-    """The messages of a prompt, the last of which is the user's."""
+    """Return the messages of a prompt, the last of which is the user's."""
     conversation = row.get("conversation")
     if not isinstance(conversation, list) or not conversation:
         raise MalformedRow(
@@ -149,7 +149,7 @@ def _is_text(value: Any) -> bool:
 
 @dataclass
 class Counts:
-    """Rows of one run: in the file before, added, and left out as malformed."""
+    """How many rows of one run were in the file before, were added, and were malformed."""
 
     before: int = 0
     added: int = 0
@@ -170,7 +170,7 @@ def convert(
     Args:
         rows: a `datasets.IterableDataset`.
         out: the file, begun by the same call or empty.
-        layout: where rows have what.
+        layout: which fields are read.
         limit: only the first rows of the data set.
         skip_malformed: leave malformed rows out instead of raising.
         advance: called with the rows read, for the rate and towards the total.
@@ -188,7 +188,7 @@ def convert(
 
     def write() -> None:
         ready = waiting[:]
-        waiting.clear()  # first: whatever interrupts the next line, no row is written twice
+        waiting.clear()  # first, so that an interrupted append is not repeated
         out.append(ready)
         counts.added += len(ready)
 
@@ -218,7 +218,7 @@ def _remaining_rows(
     number = last["source_row"]
     counts.before = number + 1
     numbered = enumerate(rows.skip(number), start=number)
-    again = next(numbered, (number, {}))[1]
+    again: dict[str, Any] = next(numbered, (number, {}))[1]
     if str(again.get("id")) != last["id"]:
         raise ValueError(
             f"{out.path} was begun from other data: its last row is row {number}, id "

@@ -1,6 +1,6 @@
-"""A target's responses to prompts: how they are drawn, and the file they are kept in.
+"""A target's responses to prompts: the settings of sampling, and the file of responses.
 
-`specforge_lk.data.sample_local` and `specforge_lk.data.sample_server` draw them.
+`specforge_lk.data.sample_local` and `specforge_lk.data.sample_server` sample them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from specforge_lk.data.jsonl import LineFile
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """Settings of sampling.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
@@ -44,7 +44,7 @@ class Sampling:
 
 
 class StoredResponse(NamedTuple):
-    """What is remembered of a response in a file, which has hundreds of thousands of them.
+    """In-memory summary of a stored response, without its text: a file has 10^5 rows and more.
 
     Attributes:
         prompt: Hash of the prompt's text.
@@ -58,7 +58,7 @@ class StoredResponse(NamedTuple):
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> StoredResponse:
-        """Return what is remembered of a conversation row."""
+        """Summarize a conversation row."""
         ids = row.get("response_ids")
         prompt = row["conversations"][0]["content"]
         return cls(hash(prompt), None if ids is None else len(ids), row["finished"])
@@ -113,7 +113,7 @@ def conversation_row(
 
 
 def settings_of(target: str, dtype: str, sampling: Sampling) -> dict[str, Any]:
-    """Return what must stay equal while one response file is written.
+    """Return the settings that must stay equal while one response file is written.
 
     Args:
         target: Folder or hub id, or the name that a server has for it.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Response:
-    """Sampled token ids; ``finished`` if they end with the end-of-turn token."""
+    """The sampled token ids, and whether they end with the end-of-turn token."""
 
     ids: list[int]
     finished: bool
@@ -82,7 +82,7 @@ def _sample(
     end_ids: list[int],
     advance: Callable[[int, int], None],
 ) -> list[Response]:
-    """Decode a left-padded batch; rows that have ended leave the batch in groups."""
+    """Sample from a left-padded batch; rows that have ended leave it in groups."""
     import torch
 
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def _sample(
 
 
 def _draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
-    """Tokens [B] from logits [B, V] by inverting the cumulative distribution at uniform [B].
+    """Draw tokens [B] from logits [B, V] by inverting the cumulative distribution at uniform [B].
 
     The sum runs in float64: in float32 the rare tokens at its end would be lost to rounding.
     """
@@ -152,7 +152,7 @@ def _draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> to
 
 
 def _uniforms(sampling: Sampling, key: str) -> torch.Tensor:
-    """Uniform numbers [max_new_tokens] in [0, 1) that belong to one prompt."""
+    """Return the uniform numbers [max_new_tokens] in [0, 1) that belong to one prompt."""
     import torch
 
     generator = torch.Generator().manual_seed(sampling.number(key))

@@ -1,14 +1,14 @@
 """Sample a target's responses from a server that speaks the OpenAI protocol: SGLang, vLLM, others.
 
-A response is one chat completion. What can pass by itself (a lost connection, a hanging request,
-statuses 408, 409, 425, 429 and 5xx, an aborted response) is tried again after a growing, jittered
-pause, and not before Retry-After. A prompt that the server refuses is named with the reason.
+A response is one chat completion. Transient errors (a lost connection, a hanging request, statuses
+408, 409, 425, 429 and 5xx, an aborted response) are retried after a growing, jittered pause, and
+not before Retry-After. A prompt that the server refuses is named with the reason.
 
-The sampled token ids become ``response_ids``, because text often tokenizes to something else than
-what was sampled. vLLM returns them where a request has ``return_token_ids``; SGLang 0.5.14, which
-ignores that, beside the log-probabilities in ``meta_info``. Both engines take sampling settings
-that a request leaves out from the target's generation_config.json, such as a top_k of 20, so
-requests name them all.
+The sampled token ids become ``response_ids``, because the tokens of a text are often others than
+those that were sampled. vLLM returns them where a request has ``return_token_ids``; SGLang 0.5.14
+ignores that, and returns them beside the log-probabilities in ``meta_info``. Both engines take
+sampling settings that a request leaves out from the target's generation_config.json, such as a
+top_k of 20, so requests name them all.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from specforge_lk.data.responses import Sampling, conversation_row
 
 _T = TypeVar("_T")
 
-#: Seconds of the first pause before a request is tried again; each is double the one before.
+#: Seconds of the first pause before a retry; each pause is double the one before.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
-#: Statuses that are tried again, beside all from 500.
+#: Statuses that are retried, beside all from 500.
 _TRANSIENT = {408, 409, 425, 429}
-#: Statuses of a request that is wrong in itself: a prompt that is too long, for example.
+#: Statuses of a wrong request: a prompt that is too long, for example.
 _REFUSED = {400, 413, 422}
-#: What SGLang and vLLM have beyond the OpenAI protocol: token ids, and no further truncation.
+#: Extensions of the protocol by SGLang and vLLM, which return token ids and truncate no further.
 _EXTENSIONS = {
     "return_token_ids": True,
     "logprobs": True,
@@ -46,19 +46,19 @@ _EXTENSIONS = {
 
 
 class ServerError(ValueError):
-    """A server that cannot be used; the message says why."""
+    """The server cannot be used; the message says why."""
 
 
 class RefusedPrompt(ServerError):
-    """A prompt that the server does not take; the message names it and has the server's reason."""
+    """The server does not take a prompt; the message names it and gives the server's reason."""
 
 
 class TransientError(Exception):
-    """What the next attempt may not meet; ``pause`` seconds from now, as the server says."""
+    """The request is worth retrying, after ``retry_after`` seconds if the server gave a number."""
 
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
-        self.pause = pause
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Server:
     """A server and how it is used.
 
     Attributes:
-        url: with or without the ``/v1`` that paths of the protocol begin with.
-        api_key: sent as bearer token.
-        concurrency: most requests under way at once.
-        timeout: seconds that a response may take.
-        retries: how often a request is tried again.
-        extensions: send what SGLang and vLLM have beyond the OpenAI protocol.
-        note: told what is tried again, and why.
+        url: Its address, with or without the ``/v1`` that paths of the protocol begin with.
+        api_key: Sent as bearer token.
+        concurrency: Most requests under way at once.
+        timeout: Seconds that one attempt may take as a whole, from connecting to the last byte.
+        retries: How often a request is retried.
+        extensions: Send what SGLang and vLLM have beyond the OpenAI protocol.
+        note: Called with a line about each retry and its reason.
     """
 
     url: str
@@ -84,7 +84,7 @@ class Server:
     note: Callable[[str], None] = lambda text: None
 
     def only_model(self) -> str:
-        """Name of the only model that is served.
+        """Return the name of the only model that is served.
 
         Raises:
             ServerError: there are several, or the server cannot be used.
@@ -117,17 +117,17 @@ class Server:
         """Sample one response to each prompt.
 
         Args:
-            model: the server's name of the target.
-            prompts: rows ``{"id", "prompt"}``.
-            sampling: temperature, length, seed and top_p.
-            save: called with conversation rows, in the order in which they are done.
-            advance: called with the tokens of a response, and the budget of ``max_new_tokens``.
-            refused: called with prompts that the server refuses; by default the first one is an
+            model: The server's name of the target.
+            prompts: Rows ``{"id", "prompt"}``.
+            sampling: Temperature, length, seed and top_p.
+            save: Called with conversation rows, in the order in which they are done.
+            advance: Called with the tokens of a response, and the budget of ``max_new_tokens``.
+            refused: Called with prompts that the server refuses; by default the first one is an
                 error.
 
         Raises:
-            ServerError: a prompt is refused, and there is no ``refused``; or it fails
-                ``retries`` + 1 times in a row. What was done before is saved.
+            ServerError: a prompt is refused and there is no ``refused``, or fails ``retries`` + 1
+                times in a row. Responses that were complete before are saved.
         """
         asyncio.run(self._respond(model, prompts, sampling, save, advance, refused))
 
@@ -144,7 +144,7 @@ class Server:
         todo = iter(prompts)
 
         async def work(client: httpx.AsyncClient) -> None:
-            for prompt in todo:  # of all workers: each takes the next
+            for prompt in todo:  # shared by all workers: each takes the next prompt
                 body = self._body(model, prompt, sampling)
 
                 async def attempt(prompt: dict = prompt, body: dict = body) -> tuple[dict, int]:
@@ -165,7 +165,7 @@ class Server:
                 advance(tokens, sampling.max_new_tokens)
 
         async def write() -> None:
-            # One flush to disk for all that is done, however much that is.
+            # One flush to disk for all responses that are complete by then.
             while True:
                 save([await done.get(), *_drained(done)])
 
@@ -193,7 +193,7 @@ class Server:
         base = self.url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
-        # The deadline is that of a whole attempt, in _with_retries.
+        # No timeout here: _with_retries has one deadline for a whole attempt.
         async with httpx.AsyncClient(
             base_url=f"{base}/v1", headers=headers, limits=limits, timeout=None
         ) as client:
@@ -211,8 +211,10 @@ class Server:
         return {**body, **_EXTENSIONS} if self.extensions else body
 
     async def _with_retries(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        """Try until it works, or has failed too often."""
-        for tried in range(self.retries + 1):
+        """Retry transient errors up to ``retries`` times."""
+        retry = 0
+        while True:
+            retry += 1
             try:
                 async with asyncio.timeout(self.timeout):
                     return await attempt()
@@ -222,20 +224,21 @@ class Server:
                 failure = error
             except RefusedPrompt as error:
                 raise RefusedPrompt(f"{what} was refused by {self.url}: {error}") from None
-            if tried < self.retries:
-                # The jitter spreads what a restarting server would meet all at once.
-                backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1)
-                self.note(f"{what}: {failure}; tried again in {failure.pause + backoff:.1f} s")
-                await asyncio.sleep(failure.pause + backoff)
-        raise ServerError(
-            f"{what}: {failure}, {self.retries + 1} times in a row, from {self.url}; see to the "
-            "server and run the same command again: what is done is kept"
-        )
+            if retry > self.retries:
+                raise ServerError(
+                    f"{what}: {failure}, {retry} times in a row, from {self.url}; see to the "
+                    "server and run the same command again: complete responses are kept"
+                )
+            # The jitter spreads the requests that a restarting server would meet all at once.
+            backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (retry - 1)) * random.uniform(0.5, 1)
+            pause = failure.retry_after + backoff
+            self.note(f"{what}: {failure}; retried in {pause:.1f} s")
+            await asyncio.sleep(pause)
 
     async def _call(
         self, client: httpx.AsyncClient, method: str, path: str, body: dict | None = None
     ) -> dict[str, Any]:
-        """One request; the JSON object of its answer."""
+        """Send one request and return the JSON object of its answer."""
         try:
             response = await client.request(method, path, json=body)
         except httpx.RequestError as error:
@@ -257,7 +260,7 @@ class Server:
 
 
 def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A conversation row from a chat completion, and how many tokens were sampled."""
+    """Return a conversation row from a chat completion, and how many tokens were sampled."""
     try:
         choice = reply["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
@@ -283,7 +286,7 @@ def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def _token_ids(choice: dict[str, Any]) -> list[int] | None:
-    """The sampled tokens of a choice; None if the server does not say."""
+    """Return the sampled tokens of a choice; None if the server does not say."""
     if (ids := choice.get("token_ids")) is not None:
         return ids
     # Rows of log-probability, token id and text.
@@ -292,7 +295,7 @@ def _token_ids(choice: dict[str, Any]) -> list[int] | None:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds of a Retry-After header, which has seconds or a date; 0 without one."""
+    """Return the seconds of a Retry-After header, which has a number or a date; 0 without one."""
     value = response.headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(value))
@@ -306,7 +309,7 @@ def _drained(queue: asyncio.Queue[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _first(error: BaseException) -> BaseException:
-    """The first exception in nested groups."""
+    """Return the first exception in nested groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

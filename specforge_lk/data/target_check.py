@@ -9,25 +9,26 @@ if TYPE_CHECKING:
 
 #: Positions that a target is checked on.
 _PROBE = 64
-#: How many times as far as rounding moves them distributions may be apart.
+#: Distributions may be this many times as far apart as rounding moves them.
 _MARGIN = 3
-#: What settings that change logits have in their names, in all models of transformers 5.8.
+#: Parts of the names of settings that change logits, in all models of transformers 5.8.
 _ABOUT_LOGITS = ("logit", "softcap", "soft_cap", "lm_head", "output_mult", "mup")
 
 
 def check_target(model: Any, decoder: Any, tokens: list[int], head: torch.nn.Module | None) -> None:
-    """Refuse a target from whose features training would learn other distributions than its own.
+    """Refuse a target whose features would teach training other distributions than its own.
 
-    Training makes the target's distributions of the last hidden states with a head of its own,
-    which has to know what the model does to them. In one forward, what that head makes of them is
-    compared with the model's own logits. They may differ by the model's rounding only; how much
-    that is shows when states and logits are moved by a unit roundoff.
+    Training computes the target's distributions from the last hidden states, with an LM head of
+    its own. If the model does more than that to its logits, a cap for example, the two differ.
+    So both are compared on one forward. They may differ by the model's rounding only, which is
+    estimated by moving states and logits by a unit roundoff.
 
     Args:
-        model: A Hugging Face model with its head.
-        decoder: Its part that is captured, which ends with the final norm.
-        tokens: A text to compare on; its first positions are used.
-        head: Training's head in float32, from [..., H] to [..., V]; None where it needs none.
+        model: A Hugging Face model with its LM head.
+        decoder: The part of it that is captured, which ends with the final norm.
+        tokens: Token ids of a text to compare on; the first ones are used.
+        head: Training's LM head in float32, from [..., H] to [..., V]; None if training of the
+            algorithm uses none.
 
     Raises:
         ValueError: the distributions differ, or there is no state of every layer.
@@ -63,7 +64,7 @@ def check_target(model: Any, decoder: Any, tokens: list[int], head: torch.nn.Mod
     hidden = hidden.to(next(head.parameters()).device, torch.float32)
     with torch.inference_mode():
         ours = head(hidden)
-        # What comes after the sum, a scale or a cap: three roundings are one roundoff in the mean.
+        # A scale or a cap rounds three times after the sum, on average one unit roundoff in all.
         moved = _moved(head(_moved(hidden, relative)), roundoff)
     same = ours.shape == logits.shape
     found, rounding = _variation(ours, logits) if same else 1.0, _variation(ours, moved)
@@ -85,7 +86,7 @@ def check_target(model: Any, decoder: Any, tokens: list[int], head: torch.nn.Mod
 
 
 def _moved(values: torch.Tensor, size: float) -> torch.Tensor:
-    """Every value larger or smaller by a share of ``size``, at random but always the same."""
+    """Return the values, each larger or smaller by a share of ``size``; always the same signs."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +95,7 @@ def _moved(values: torch.Tensor, size: float) -> torch.Tensor:
 
 
 def _variation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Mean over positions of the total variation between the distributions of logits [L, V]."""
+    """Return the mean over positions of the total variation between two logits [L, V]."""
     ours, theirs = ours.double().softmax(-1).cpu(), theirs.double().softmax(-1).cpu()
     return float((ours - theirs).abs().sum(-1).mean()) / 2
 

@@ -46,7 +46,7 @@ def vocabulary_mapping(
 
 
 def coverage(mapping: dict[str, torch.Tensor], counts: Counter[int]) -> float:
-    """Share of the tokens counted that the draft vocabulary has."""
+    """Return the share of the counted tokens that are in the draft vocabulary."""
     kept = mapping["t2d"].tolist()
     total = counts.total()
     return sum(count for token, count in counts.items() if kept[token]) / total if total else 0.0
