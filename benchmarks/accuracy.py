@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.baselines import loss_of
 from benchmarks.measure import Results
-from benchmarks.progress import cells_of
+from specforge_lk.cli.progress import each
 from specforge_lk.losses import LOSSES
 from specforge_lk.overlap import OverlapTerms, overlap_terms
 
@@ -101,7 +101,7 @@ def run(path: Path, grid: tuple[Cell, ...], *, fresh: bool, console: Console) ->
     """Measure the cells that ``path`` does not hold yet; arguments as for `operation.run`."""
     results = Results(path, *SOURCES, fresh=fresh)
     waiting = [cell for cell in grid if not results.has(asdict(cell))]
-    for cell in cells_of("accuracy", waiting, console):
+    for cell in each("accuracy", waiting, console):
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(2, cell.tokens, cell.vocabulary, generator=generator)
         logits = CASES[cell.case](*drawn)

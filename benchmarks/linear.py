@@ -25,7 +25,7 @@ from benchmarks.measure import (
     timed,
     touch,
 )
-from benchmarks.progress import cells_of
+from specforge_lk.cli.progress import each
 from specforge_lk.overlap import OverlapTerms, Projection, linear_overlap, overlap_terms
 
 #: SmolLM2-135M's hidden size.
@@ -100,7 +100,7 @@ def run(
             path, *SOURCES, fresh=fresh, memory_limit=limit, minimum_budget_seconds=budget
         )
         waiting = [cell for cell in grid if not results.has(asdict(cell))]
-        for cell in cells_of("linear", waiting, console):
+        for cell in each("linear", waiting, console):
             results.add(asdict(cell), implementations=_measure(Inputs(cell), budget))
 
 

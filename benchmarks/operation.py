@@ -29,7 +29,7 @@ from benchmarks.measure import (
     timed,
     touch,
 )
-from benchmarks.progress import cells_of
+from specforge_lk.cli.progress import each
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ def run(
         )
         waiting = [cell for cell in grid if not results.has(asdict(cell))]
         previous = inputs = None
-        for cell in cells_of("operation", waiting, console):
+        for cell in each("operation", waiting, console):
             shape = cell.tokens, cell.vocabulary, cell.dtype
             if shape != previous:
                 # The old tensors go before the new ones come.

@@ -20,8 +20,8 @@ from typing import Any, Final
 from rich.console import Console
 
 from benchmarks.measure import Results, distribution
-from benchmarks.progress import cells_of
 from specforge_lk import patching
+from specforge_lk.cli.progress import each
 from tools.wheels import SPECFORGE, WHEELS, wheel
 
 SOURCES: Final = ("benchmarks.training_step", "benchmarks.step_worker", "tools.wheels")
@@ -69,7 +69,7 @@ def run(
     """
     results = Results(path, *SOURCES, fresh=fresh, note=NOTE)
     waiting = [cell for cell in grid if not results.has(asdict(cell))]
-    for cell in cells_of("training step", waiting, console):
+    for cell in each("training step", waiting, console):
         results.add(asdict(cell), implementations=_measure(cell))
 
 

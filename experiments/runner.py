@@ -23,17 +23,10 @@ from pathlib import Path
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from specforge.losses import installed_loss_registry
 
 from experiments.assets import RESPONSES, SAMPLES
+from specforge_lk.cli.progress import Bar, ProgressBars
 from specforge_lk.evaluate.render import write_all
 from specforge_lk.evaluate.report import Training as TrainingRecord
 from specforge_lk.evaluate.report import read_report
@@ -65,8 +58,6 @@ ALLOCATOR = ":".join(
     for setting in ("hugetlb=1", "mmap_max=0", f"trim_threshold={1 << 34}")
 )
 
-#: Seconds between two lines of progress where output is not a terminal.
-LINE_INTERVAL = 20.0
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -283,31 +274,20 @@ def train(trainings: Sequence[Training], cores: int) -> None:
     for run in trainings:
         run.discard_if_outdated()
     waiting = [run for run in trainings if not run.draft.exists()]
-    next_line = time.monotonic() + LINE_INTERVAL
-    with Progress(
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        running: dict[int, tuple[Training, subprocess.Popen, int, float, bool]] = {}
+    with ProgressBars(console) as bars:
+        running: dict[int, tuple[Training, subprocess.Popen, Bar, float, bool]] = {}
         while waiting or running:
             together = 0 if running else min(cores, len(waiting))
             for _ in range(together):
                 run = waiting.pop(0)
                 command = run.resumable_command()
                 process = _start(command, run.log, threads=cores // together)
-                bar = progress.add_task(run.name, total=run.steps)
+                bar = bars.add(run.name, run.steps, "steps", done=run.done_steps())
                 resumed = command != run.command
                 running[process.pid] = (run, process, bar, time.monotonic(), resumed)
             time.sleep(0.5)
             for pid, (run, process, bar, began, resumed) in list(running.items()):
-                progress.update(bar, completed=run.done_steps())
+                bar.reach(run.done_steps())
                 if process.poll() is None:
                     continue
                 del running[pid]
@@ -318,12 +298,6 @@ def train(trainings: Sequence[Training], cores: int) -> None:
                 if not resumed:
                     run.seconds_path.write_text(json.dumps(round(time.monotonic() - began, 1)))
                 run.export()
-            if not console.is_terminal and time.monotonic() > next_line:
-                next_line += LINE_INTERVAL
-                for run, _, _, began, _ in running.values():
-                    done, elapsed = run.done_steps(), time.monotonic() - began
-                    left = elapsed * (run.steps - done) / max(done, 1)
-                    console.print(f"{run.name}: step {done}/{run.steps}, about {left:.0f} s left")
 
 
 def record(path: Path, trainings: Sequence[Training]) -> None:
