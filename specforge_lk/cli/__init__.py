@@ -23,6 +23,7 @@ app = typer.Typer(
         "Training stays `specforge train`; these commands do what surrounds it."
     ),
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -13,7 +13,7 @@ from specforge_lk.cli.shell import Dtype, device_option, errors, find_device
 if TYPE_CHECKING:
     from specforge_lk.data.capture import Sample, Samples
 
-EXAMPLE = "specforge-lk capture --config run.yaml --responses responses.jsonl --out features/"
+EXAMPLE = "specforge-lk capture --config run.yaml --responses responses.jsonl"
 
 
 @errors(memory="lower --batch-tokens")
@@ -37,8 +37,9 @@ def run(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Type to compute in. Default: model.torch_dtype on a GPU, float32 on a CPU. "
-            "Features are stored in model.torch_dtype in any case.",
+            help="Type to compute in: float32, bfloat16 or float16. Default: model.torch_dtype on "
+            "a GPU, float32 on a CPU. Features are stored in model.torch_dtype in any case.",
+            metavar="TYPE",
             show_default=False,
         ),
     ] = None,
@@ -58,10 +59,10 @@ def run(
     captured and what the features are called. Run the same command again after an interruption:
     whole feature files of the same responses are kept.
 
-    In a streamed run, one with data.prompts_path, servers capture. For it this writes the tokens
-    that servers are asked for, with their loss masks, to that file, and loads no target. They are
-    those that features have; from conversations SpecForge would make others, with the system
-    prompt of data.chat_template.
+    In a streamed run, one with data.prompts_path, servers capture the features. This command then
+    loads no target: it writes to that file the tokens that the servers are asked for, with their
+    loss masks. They are the same tokens as those of feature files. SpecForge itself would make
+    other tokens from conversations, with the system prompt of data.chat_template.
     """
     from specforge.application.composition import resolve_run
 

@@ -20,8 +20,8 @@ def run(
     source: Annotated[
         str,
         typer.Option(
-            help="Hub id such as nebius/Llama-3.1-8B-Instruct-Infinity-Instruct-0625, a folder in "
-            "that layout, or a .parquet, .jsonl or .jsonl.gz file."
+            help="Hub id of a data set, a folder in a hub data set's layout, or a .parquet, .jsonl "
+            "or .jsonl.gz file."
         ),
     ],
     out: Annotated[

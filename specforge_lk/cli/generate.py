@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from specforge_lk.data.responses import ResponseFile, Sampling, StoredResponse
     from specforge_lk.data.sample_server import RefusedPrompt, Server
 
-EXAMPLE = (
-    "specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --out responses.jsonl"
-)
+EXAMPLE = """\
+specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --out out.jsonl
+specforge-lk generate --server http://localhost:30000 --prompts prompts.jsonl --out out.jsonl"""
 _LOCAL, _SERVER = "Local transformers", "Server"
 
 
@@ -53,7 +53,9 @@ def run(
     dtype: Annotated[
         Dtype,
         typer.Option(
-            help="bfloat16 is fast only where the processor has it (AMX, AVX512-BF16).",
+            help="float32, bfloat16 or float16. On a CPU, bfloat16 is fast only where the "
+            "processor has it (AMX, AVX512-BF16).",
+            metavar="TYPE",
             rich_help_panel=_LOCAL,
         ),
     ] = Dtype.FLOAT32,
@@ -69,8 +71,8 @@ def run(
     server: Annotated[
         str | None,
         typer.Option(
-            help="Sample from this OpenAI-compatible server (SGLang, vLLM, ...), such as "
-            "http://localhost:30000, instead of local transformers.",
+            help="Address of an OpenAI-compatible server (SGLang, vLLM, ...) to sample from, "
+            "instead of local transformers.",
             rich_help_panel=_SERVER,
         ),
     ] = None,

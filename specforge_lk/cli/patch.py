@@ -20,6 +20,7 @@ from specforge_lk.cli.shell import example, say
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     help=(
         "Patch SpecForge, or with --package another: the installed one, or with --target a "
         "checkout or an unpacked wheel.\n\n"

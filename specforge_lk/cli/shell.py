@@ -31,9 +31,9 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-def example(command: str) -> str:
-    """Return the end of a command's ``--help``: how it is used."""
-    return f"Example:\n\n{command}"
+def example(commands: str) -> str:
+    """Return the end of a command's ``--help``: examples of its use, one a line."""
+    return "\n\n".join(["Example:", *commands.splitlines()])
 
 
 def device_option(panel: str | None = None) -> Any:

@@ -128,11 +128,20 @@ def test_version():
 @pytest.mark.parametrize("names", COMMANDS, ids="-".join)
 def test_help_ends_with_an_example_that_the_command_accepts(names: tuple[str, ...]):
     command = COMMANDS[names]
-    label, _, example = command.epilog.partition("\n\n")
-    program, *words = shlex.split(example)
-    assert label == "Example:" and program == "specforge-lk"
-    assert words[: len(names)] == list(names)
-    assert command.help
-    command.make_context(names[-1], words[len(names) :]).close()
     shown = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "200"}).output
-    assert example in shown
+    label, *examples = command.epilog.split("\n\n")
+    assert command.help and label == "Example:" and examples
+    for example in examples:
+        assert example in shown
+        program, *words = shlex.split(example)
+        assert [program, *words[: len(names)]] == ["specforge-lk", *names]
+        command.make_context(names[-1], words[len(names) :]).close()
+
+
+@pytest.mark.parametrize("names", COMMANDS, ids="-".join)
+def test_a_narrow_terminal_cuts_no_word_of_the_help(names: tuple[str, ...]):
+    narrow, wide = (
+        CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": columns}).output
+        for columns in ("80", "200")
+    )
+    assert narrow.count("…") == wide.count("…")
