@@ -49,8 +49,8 @@ def run(
         list[str] | None,
         typer.Option(
             help="NAME=PATH: prompts to decode speculatively, JSONL (.gz too) with `turns`, "
-            "`prompt` or `question`; or NAME=hub:REPO, a hub data set, with :CONFIG and @SPLIT after "
-            "REPO where it has several. Repeatable."
+            "`prompt` or `question`; or NAME=hub:REPO, a hub data set, with :CONFIG and @SPLIT "
+            "after REPO where it has several. Repeatable."
         ),
     ] = None,
     held_out: Annotated[
