@@ -92,7 +92,7 @@ def read_samples(
     limit: int | None = None,
     loss_mask_filter: Callable[[object], bool] | None = None,
 ) -> Samples:
-    """Tokenise a response file.
+    """Tokenize a response file.
 
     Args:
         responses: Conversation JSONL, see :mod:`specforge_lk.data.conversations`.

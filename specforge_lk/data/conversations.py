@@ -62,7 +62,7 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 
 def tokenize(row: dict[str, Any], tokenizer: Any) -> Tokens:
-    """Tokenise a conversation row and mark what the assistant said.
+    """Tokenize a conversation row and mark what the assistant said.
 
     Every assistant message is supervised. Where the row has ``response_ids`` they are the last
     message; otherwise the chat template and the tokenizer decide its tokens.

@@ -211,7 +211,7 @@ def convert(
 def _remaining_rows(
     rows: Any, out: LineFile, counts: Counts
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows behind the last one in ``out``, with their numbers."""
+    """Return the rows after the last one in ``out``, with their numbers."""
     last = out.last()
     if last is None:
         return enumerate(rows)
