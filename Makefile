@@ -143,7 +143,8 @@ types: $(DEV_READY) ## mypy over everything but the tests
 	$(BIN)/mypy
 
 docs: $(DEV_READY) ## build the pages of docs/ into runs/site; a dead link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@# Not with --quiet, which would not count the warnings that strict mode fails on.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pages: $(READY) ## write anew what README.md and docs/ repeat from reports, settings and versions
 	@$(BIN)/python -m tools.pages
