@@ -58,7 +58,6 @@ ALLOCATOR = ":".join(
     for setting in ("hugetlb=1", "mmap_max=0", f"trim_threshold={1 << 34}")
 )
 
-
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -275,7 +274,7 @@ def train(trainings: Sequence[Training], cores: int) -> None:
         run.discard_if_outdated()
     waiting = [run for run in trainings if not run.draft.exists()]
     with ProgressBars(console) as bars:
-        running: dict[int, tuple[Training, subprocess.Popen, Bar, float, bool]] = {}
+        running: list[_Running] = []
         while waiting or running:
             together = 0 if running else min(cores, len(waiting))
             for _ in range(together):
@@ -284,20 +283,32 @@ def train(trainings: Sequence[Training], cores: int) -> None:
                 process = _start(command, run.log, threads=cores // together)
                 bar = bars.add(run.name, run.steps, "steps", done=run.done_steps())
                 resumed = command != run.command
-                running[process.pid] = (run, process, bar, time.monotonic(), resumed)
+                running.append(_Running(run, process, bar, time.monotonic(), resumed))
             time.sleep(0.5)
-            for pid, (run, process, bar, began, resumed) in list(running.items()):
-                bar.reach(run.done_steps())
-                if process.poll() is None:
+            for job in list(running):
+                job.bar.reach(job.run.done_steps())
+                if job.process.poll() is None:
                     continue
-                del running[pid]
-                if process.returncode:
-                    for _, other, *_ in running.values():
-                        other.terminate()
-                    fail(f"training of {run.name} failed", run.log)
-                if not resumed:
-                    run.seconds_path.write_text(json.dumps(round(time.monotonic() - began, 1)))
-                run.export()
+                running.remove(job)
+                if job.process.returncode:
+                    for other in running:
+                        other.process.terminate()
+                    fail(f"training of {job.run.name} failed", job.run.log)
+                if not job.resumed:
+                    seconds = round(time.monotonic() - job.began, 1)
+                    job.run.seconds_path.write_text(json.dumps(seconds))
+                job.run.export()
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A training under way; only one that was not ``resumed`` has a time that says something."""
+
+    run: Training
+    process: subprocess.Popen[bytes]
+    bar: Bar
+    began: float
+    resumed: bool
 
 
 def record(path: Path, trainings: Sequence[Training]) -> None:
@@ -338,7 +349,7 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _start(command: list[str], log: Path, *, threads: int) -> subprocess.Popen:
+def _start(command: list[str], log: Path, *, threads: int) -> subprocess.Popen[bytes]:
     console.print(f"[dim]$ {shlex.join(command)}[/]")
     with log.open("ab") as output:
         return subprocess.Popen(
