@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import accuracy, linear, operation, plots, summary, training_step
+from benchmarks.measured import read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("benchmarks/results")
@@ -49,7 +50,7 @@ def main(
     ] = False,
     output: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
 ) -> None:
-    """Measure time, memory and accuracy, and judge the targets.
+    """Measure time, memory and accuracy, and judge the criteria.
 
     It continues where it was interrupted, unless machine or code have changed.
     """
@@ -75,7 +76,7 @@ def main(
             module.run(output / file, grid, budget=budget, fresh=fresh, console=console)
     if Section.SUMMARY in chosen:
         summary.write(output, console)
-        plots.draw(summary.read(output), output)
+        plots.draw(read(output), output)
     console.print(f"[bold green]done[/] in {(time.monotonic() - begun) / 60:.1f} minutes")
 
 

@@ -114,7 +114,7 @@ def _float32(loss: str, logits: Logits) -> dict[str, float]:
 
 
 def _bfloat16(loss: str, logits: Logits) -> dict[str, float]:
-    """Where the error of a bfloat16 gradient comes from.
+    """Tell where the error of a bfloat16 gradient comes from.
 
     Returns:
         total: against the gradient of the logits before rounding.
@@ -136,12 +136,12 @@ def _bfloat16(loss: str, logits: Logits) -> dict[str, float]:
 
 
 def _gradient(loss: str, logits: Logits, *, exactly: bool = False) -> torch.Tensor:
-    """Gradient of the mean loss with respect to z; ``exactly``: by definition, in float64."""
+    """Return the gradient of the mean loss by z; ``exactly``: by the definition, in float64."""
     z, y, log_z = (t.double() for t in logits) if exactly else logits
     z = z.detach().clone().requires_grad_()
     overlap = overlap_terms(z, y, log_z, impl="reference" if exactly else "auto")
-    _mean_loss(loss, overlap).backward()
-    return z.grad
+    (gradient,) = torch.autograd.grad(_mean_loss(loss, overlap), z)
+    return gradient
 
 
 def _mean_loss(loss: str, overlap: OverlapTerms) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _mean_loss(loss: str, overlap: OverlapTerms) -> torch.Tensor:
 
 
 def _distance(computed: torch.Tensor, loss: str, logits: Logits) -> float:
-    """Norm of the error over the norm of the exact gradient.
+    """Return the norm of the error over the norm of the exact gradient.
 
     Where p = q, alpha has a kink, and every weight of the tied tokens between 0 and 1 gives a
     gradient of it; which one is a matter of how log Z was rounded. The error is the distance to

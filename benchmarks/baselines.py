@@ -46,7 +46,7 @@ TOLERANCE: Final = 1e-5
 
 
 class Inputs:
-    """One head's tensors, each made when first asked for.
+    """Tensors of one draft position's loss, each made when first asked for.
 
     Rows repeat with a period of `PERIOD`: times do not depend on values, and drawing 10^9 normal
     numbers takes longer than measuring.
@@ -55,7 +55,7 @@ class Inputs:
         tokens: N, positions.
         vocabulary: V_d, the draft vocabulary.
         dtype: of draft and target logits.
-        supervised: share of positions with weight 1.
+        supervised: share of positions that are supervised.
     """
 
     PERIOD: Final = 64
@@ -75,23 +75,27 @@ class Inputs:
         self.supervise(supervised)
 
     def supervise(self, share: float) -> None:
-        """Choose the supervised positions."""
+        """Choose the supervised positions, a ``share`` of all."""
         self.mask = torch.zeros(1, self.tokens, dtype=torch.bool)
-        self.live = round(share * self.tokens)
+        self.n_supervised = round(share * self.tokens)
         chosen = torch.randperm(self.tokens, generator=self._generator)
-        self.mask[0, chosen[: self.live]] = True
+        self.mask[0, chosen[: self.n_supervised]] = True
         # SpecForge's and speculators' forms of it, and hard labels.
         self.position_mask = self.mask[..., None].int()
         labels = self._repeated(self._y.argmax(-1))[0]
         self.labels = labels.masked_fill(~self.mask[0], IGNORED)
 
     def hold(self, names: tuple[str, ...], *, only: bool) -> None:
-        """Make these large tensors now; ``only``: and let go of all others before."""
+        """Make these large tensors now; ``only``: after dropping all others."""
         for name in LARGE if only else ():
             if name not in names:
                 self.__dict__.pop(name, None)
         for name in names:
             getattr(self, name)
+
+    def release(self) -> None:
+        """Drop the gradient of the previous call."""
+        self.z.grad = None
 
     @cached_property
     def z(self) -> torch.Tensor:
@@ -108,7 +112,7 @@ class Inputs:
 
     @cached_property
     def target_p_on_draft(self) -> torch.Tensor:
-        """SpecForge: p, not renormalised, in float32."""
+        """SpecForge: p, not renormalized, in float32."""
         return self._repeated((self._y.float() - self._log_normalizer[:, None]).exp())
 
     @cached_property
@@ -118,7 +122,7 @@ class Inputs:
 
     @cached_property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """log Z and log coverage, [1, N]."""
+        """Log Z and log coverage, [1, N]."""
         return self._repeated(self._log_normalizer), self._repeated(self._log_coverage)
 
     def target(self) -> TargetDistribution:
@@ -162,7 +166,7 @@ class Implementation(NamedTuple):
 
 
 def implementations() -> dict[str, Implementation]:
-    """All of them by name; downloads the wheels on first use."""
+    """Return all of them by name; downloads the wheels on first use."""
     found = {f"ours {name}": _ours(name, loss) for name, loss in OURS.items()}
     found |= _specforge() | _speculators()
     found["cross-entropy"] = Implementation(
@@ -211,7 +215,7 @@ def _specforge() -> dict[str, Implementation]:
 
     def of_kl(x: Inputs) -> torch.Tensor:
         # Its KL averages over all positions, the unsupervised ones as zeros.
-        return x.live / x.tokens * _mean(x, _exact(x).kl)
+        return x.n_supervised / x.tokens * _mean(x, _exact(x).kl)
 
     def of_lambda(x: Inputs) -> torch.Tensor:
         terms = _exact(x)
@@ -254,7 +258,7 @@ def _speculators() -> dict[str, Implementation]:
             losses.loss_function(x.z, x.y, x.mask, x.mask, loss_fn=loss).backward()
 
         def definition(x: Inputs) -> torch.Tensor:
-            # p is renormalised on the draft vocabulary, and lambda is each position's own.
+            # p is renormalized on the draft vocabulary, and lambda is each position's own.
             return _mean(x, _OBJECTIVES[objective](_exact(x, renormalized=True), x))
 
         return Implementation(step, ("z", "y"), definition, everywhere=everywhere)
@@ -267,7 +271,7 @@ def _speculators() -> dict[str, Implementation]:
 
 
 def loss_of(loss: DraftLoss, overlap: OverlapTerms, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of a loss over the supervised positions, from terms [...] that are at hand."""
+    """Return the mean of a loss over the supervised positions, from terms [...] at hand."""
     terms = {
         "kl": overlap.kl,
         "alpha": overlap.alpha,
@@ -301,18 +305,18 @@ def _stream(x: Inputs, gradient: torch.Tensor) -> None:
     is part of the floor.
     """
     z, y, out = (t[0].view(torch.float32) for t in (x.z, x.y, gradient))
-    z, y = z[: x.live], y[: x.live]
+    z, y = z[: x.n_supervised], y[: x.n_supervised]
     z.sum()
     y.sum()
-    torch.add(z, y, out=out[: x.live])
-    out[x.live :].zero_()
+    torch.add(z, y, out=out[: x.n_supervised])
+    out[x.n_supervised :].zero_()
 
 
 # --------------------------------------------------------------------------- definitions
 
 
 def _exact(x: Inputs, *, renormalized: bool = False) -> OverlapTerms:
-    """Terms by the definition in float64; coverage 1 where ``renormalized``."""
+    """Compute terms by the definition in float64; coverage 1 where ``renormalized``."""
     y = x.y.double()
     log_normalizer = y.logsumexp(-1) if renormalized else x.rows[0].double()
     return overlap_terms(x.z, y, log_normalizer, impl="reference")
@@ -336,7 +340,7 @@ _OBJECTIVES: Final[Mapping[str, Callable[[OverlapTerms, Inputs], torch.Tensor]]]
 
 
 def check(known: Mapping[str, Implementation]) -> dict[str, float]:
-    """Relative error of every implementation's gradient against its definition in float64.
+    """Return the relative error of every implementation's gradient, by its definition in float64.
 
     Raises:
         RuntimeError: one is off by more than `TOLERANCE`, so that its time would be the time of
@@ -348,8 +352,10 @@ def check(known: Mapping[str, Implementation]) -> dict[str, float]:
     for name, implementation in known.items():
         if implementation.definition is None:
             continue
-        z.grad = None
+        x.release()
         implementation.step(x)
+        if z.grad is None:
+            raise RuntimeError(f"{name} computed no gradient")
         (exact,) = torch.autograd.grad(implementation.definition(x), z)
         errors[name] = ((z.grad - exact).norm() / exact.norm()).item()
     wrong = [name for name, error in errors.items() if not error <= TOLERANCE]

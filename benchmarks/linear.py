@@ -1,4 +1,4 @@
-"""`linear_overlap` against the same with logits: what is fused with the head, and what it costs."""
+"""`linear_overlap` against the same with logits: what fusing it with the LM head costs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SOURCES: Final = ("benchmarks.baselines", "benchmarks.linear")
 
 @dataclass(frozen=True)
 class Cell:
-    """N positions of hidden size H, V_d tokens; float32, all positions supervised."""
+    """A size: N positions of hidden size H, V_d tokens; float32, all positions supervised."""
 
     tokens: int
     vocabulary: int
@@ -50,7 +50,7 @@ QUICK: Final = (Cell(128, 4096, hidden=32),)
 
 
 class Inputs:
-    """Hidden states [1, N, H] and heads [V_d, H] of draft and target, and the target's logits."""
+    """Hidden states [1, N, H] and LM heads [V_d, H] of draft and target, and target logits."""
 
     def __init__(self, cell: Cell) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -71,20 +71,22 @@ class Inputs:
         self.head = target_head.clone().requires_grad_()
 
     def unfused(self) -> OverlapTerms:
-        return overlap_terms(F.linear(self.hidden, self.head), self.y, **self._rows)
+        logits = F.linear(self.hidden, self.head)
+        return overlap_terms(logits, self.y, self.log_normalizer, log_coverage=self.log_coverage)
 
     def fused(self) -> OverlapTerms:
-        return linear_overlap(self.hidden, self.head, self.y, **self._rows)
+        return self._fused(self.y)
 
     def fused_target(self) -> OverlapTerms:
-        return linear_overlap(self.hidden, self.head, self.projection, **self._rows)
+        return self._fused(self.projection)
 
-    @property
-    def _rows(self) -> dict[str, torch.Tensor]:
-        return {"log_normalizer": self.log_normalizer, "log_coverage": self.log_coverage}
+    def _fused(self, target: torch.Tensor | Projection) -> OverlapTerms:
+        return linear_overlap(
+            self.hidden, self.head, target, self.log_normalizer, log_coverage=self.log_coverage
+        )
 
     def step(self, loss: str, overlap: Callable[[], OverlapTerms]) -> None:
-        """Forward and backward of the mean loss."""
+        """Run forward and backward of the mean loss."""
         loss_of(OURS[loss], overlap(), self.mask).backward()
 
     def release(self) -> None:

@@ -39,14 +39,14 @@ DTYPES: Final = ("float32", "bfloat16")
 SUPERVISED: Final = (1.0, 0.5, 0.1)
 SOURCES: Final = ("benchmarks.baselines", "benchmarks.operation", "tools.wheels")
 #: The N at which everything is measured, by more repeats. At others, baselines are measured with
-#: all positions supervised, and only those that the targets name.
+#: all positions supervised, and only those that the criteria name.
 MAIN_TOKENS: Final = 1024
 MAIN_BUDGET: Final = 4
 
 
 @dataclass(frozen=True)
 class Cell:
-    """N positions, V_d tokens, dtype of the logits, share of supervised positions."""
+    """A size: N positions, V_d tokens, dtype of the logits, share of supervised positions."""
 
     tokens: int
     vocabulary: int
@@ -80,7 +80,7 @@ def run(
 
     Args:
         path: results file.
-        grid: cells; neighbours of one shape and dtype share their tensors.
+        grid: cells; neighbors of one shape and dtype share their tensors.
         budget: seconds of timing per implementation and cell, which set the repeats.
         fresh: start over.
         console: for progress.
@@ -99,7 +99,7 @@ def run(
         previous = inputs = None
         for cell in each("operation", waiting, console):
             shape = cell.tokens, cell.vocabulary, cell.dtype
-            if shape != previous:
+            if inputs is None or shape != previous:
                 # The old tensors go before the new ones come.
                 previous, inputs = shape, None
                 inputs = Inputs(*shape[:2], getattr(torch, cell.dtype), cell.supervised)
@@ -126,7 +126,7 @@ def _measured_at(cell: Cell, name: str, implementation: Implementation) -> bool:
 def _measure(
     inputs: Inputs, chosen: Mapping[str, Implementation], budget: float
 ) -> dict[str, dict[str, Any]]:
-    """Every implementation's times and memory, or why it has none."""
+    """Return every implementation's times and memory, or why it has none."""
     found: dict[str, dict[str, Any]] = {}
     remaining = dict(chosen)
 
@@ -180,13 +180,13 @@ def _with_room(
 
 
 def _first_calls(inputs: Inputs, implementation: Implementation) -> dict[str, Any]:
-    """What is measured once: compilation, and peak memory beyond inputs."""
+    """Measure what is measured once: compilation, and peak memory beyond inputs."""
     record = {}
     if implementation.compiled:
         # A kernel for this very shape, rather than one for any: what suits torch.compile best.
         torch._dynamo.reset()
         record["compile_seconds"] = _time(inputs, implementation)
-    inputs.z.grad = None
+    inputs.release()
     with peak_resident() as grown:
         begun = time.perf_counter()
         allocated = peak_allocated(lambda: implementation.step(inputs))
@@ -196,7 +196,7 @@ def _first_calls(inputs: Inputs, implementation: Implementation) -> dict[str, An
     if taken < LONG_SECONDS:
         # Once more without the profiler's own memory, which is small beside that of long calls.
         # The first of all calls also pays for what the others find done.
-        inputs.z.grad = None
+        inputs.release()
         with peak_resident() as grown:
             taken = min(taken, timed(lambda: implementation.step(inputs)))
             resident = grown()
@@ -205,7 +205,7 @@ def _first_calls(inputs: Inputs, implementation: Implementation) -> dict[str, An
 
 
 def _time(inputs: Inputs, implementation: Implementation, *, size: int = 0) -> float:
-    """Seconds of one call, which needs ``size`` bytes beyond inputs."""
-    inputs.z.grad = None
+    """Return the seconds of one call, which needs ``size`` bytes beyond inputs."""
+    inputs.release()
     touch(size)
     return timed(lambda: implementation.step(inputs))

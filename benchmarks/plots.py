@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.summary import Measured, allocated
+from benchmarks.measured import Measured, allocated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TOKENS: Final = 1024
 VOCABULARY: Final = 32000
 
-#: Colour, line and marker.
+#: Color, line and marker.
 STYLES: Final = {
     "ours kl": ("#08519c", "-", "o"),
     "ours lk_alpha": ("#3182bd", "-", "s"),
@@ -81,8 +81,8 @@ def draw(measured: Measured, directory: Path) -> list[Path]:
 def _lines(
     axes: Axes, found: dict[int, dict[str, Any]], value: Value
 ) -> dict[str, tuple[float, float]]:
-    """Draw one line per implementation; where each of them ends."""
-    ends = {}
+    """Draw one line per implementation; return where each of them ends."""
+    ends: dict[str, tuple[float, float]] = {}
     for name, (color, line, marker) in STYLES.items():
         points = sorted(
             (size, value(records[name]))
@@ -125,8 +125,10 @@ def _names(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as needed to be ``gap`` apart: groups that touch are
-    centred on their mean."""
+    """Return ascending heights moved as little as needed to be ``gap`` apart.
+
+    Groups that touch are centered on their mean.
+    """
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])

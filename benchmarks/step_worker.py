@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 import torch
 from specforge.algorithms.eagle3.model import OnlineEagle3Model
@@ -23,6 +23,7 @@ from specforge.runtime.contracts import TrainBatch
 from specforge.training.backend import TrainingBackend
 from specforge.training.controller import TrainerCore
 from specforge.training.strategies.base import Eagle3TrainStrategy
+from transformers import PretrainedConfig
 
 from benchmarks.measure import peak_resident, timed
 from specforge_lk.losses import LOSSES
@@ -84,7 +85,7 @@ def _step(core: TrainerCore, batch: TrainBatch) -> dict[str, float]:
     return {"seconds": seconds, "resident": resident, "loss": results[0].metrics["loss"]}
 
 
-def _core(config: object, heads: int, loss: str, head: TargetHead) -> TrainerCore:
+def _core(config: PretrainedConfig, heads: int, loss: str, head: TargetHead) -> TrainerCore:
     torch.manual_seed(0)
     draft = AutoDraftModel.from_config(config, attention_backend="sdpa", torch_dtype=torch.float32)
     step = config.vocab_size // config.draft_vocab_size
@@ -92,6 +93,7 @@ def _core(config: object, heads: int, loss: str, head: TargetHead) -> TrainerCor
     draft.t2d[: config.draft_vocab_size * step : step] = True
     draft.d2t.copy_(torch.arange(config.draft_vocab_size) * (step - 1))
     draft.freeze_embedding()
+    objective: dict[str, Any]
     if PATCHED:
         record = next(known for known in LOSSES if known.name == loss)
         objective = {"loss": record.build(record.options())}
@@ -103,7 +105,7 @@ def _core(config: object, heads: int, loss: str, head: TargetHead) -> TrainerCor
     return TrainerCore(strategy, _OneProcess(optimizer))
 
 
-def _target_head(config: object) -> TargetHead:
+def _target_head(config: PretrainedConfig) -> TargetHead:
     with TemporaryDirectory() as directory:
         described = {"model_type": "llama"}
         described |= {name: getattr(config, name) for name in ("hidden_size", "vocab_size")}
@@ -115,7 +117,7 @@ def _target_head(config: object) -> TargetHead:
     return head.eval()
 
 
-def _batch(config: object, cell: dict[str, int]) -> TrainBatch:
+def _batch(config: PretrainedConfig, cell: dict[str, int]) -> TrainBatch:
     generator = torch.Generator().manual_seed(2)
     shape = cell["batch"], cell["sequence"]
     loss_mask = torch.zeros(shape, dtype=torch.long)

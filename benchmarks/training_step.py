@@ -30,7 +30,7 @@ ROOT: Final = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Cell:
-    """Batch of sequences, training-time-test steps (heads), draft vocabulary.
+    """A size: batch of sequences, training-time-test steps (``heads``), draft vocabulary.
 
     Half of each sequence is supervised: its end, as a response is.
     """
@@ -94,7 +94,7 @@ def _measure(cell: Cell) -> dict[str, dict[str, Any]]:
 
 
 def _unpatched() -> Path:
-    """Directory of SpecForge with the Triton-less loss as its only patch."""
+    """Return a directory of SpecForge with the Triton-less loss as its only patch."""
     directory = WHEELS / f"{SPECFORGE.replace('==', '-')}-cpu"
     if not directory.exists():
         temporary = directory.with_suffix(".tmp")
@@ -111,7 +111,7 @@ Worker = subprocess.Popen[str]
 
 @contextmanager
 def _worker(cell: Cell, specforge: Path | None) -> Iterator[Worker]:
-    """A `step_worker` process; ``specforge``: where its SpecForge is, if not the installed one."""
+    """Start a `step_worker`; ``specforge``: where its SpecForge is, if not the installed one."""
     path = [ROOT] if specforge is None else [specforge, ROOT]
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.step_worker", json.dumps(asdict(cell))],
@@ -133,6 +133,7 @@ def _worker(cell: Cell, specforge: Path | None) -> Iterator[Worker]:
 
 def _step(workers: dict[str, Worker], which: str, loss: str) -> dict[str, float]:
     worker = workers[which]
+    assert worker.stdin is not None and worker.stdout is not None  # pipes: see `_worker`
     print(loss, file=worker.stdin, flush=True)
     line = worker.stdout.readline()
     if not line:

@@ -1,13 +1,13 @@
 """The losses of the plug-in, per position, on one set of overlap terms.
 
-A loss works in two steps. ``terms`` turns one head's logits into per-position vectors and can be
-called chunk by chunk; ``combine`` turns the concatenated vectors into the per-position loss. The
-trainer's reducer averages the loss, and for the metrics every vector whose name does not begin
-with "_", over the supervised positions. A head is a draft position.
+A loss works in two steps. ``terms`` turns the logits of one draft position (a head, in SpecForge)
+into vectors with one value per token position and can be called chunk by chunk; ``combine`` turns
+the concatenated vectors into the loss per token position. The trainer's reducer averages the loss,
+and for the metrics every vector whose name does not begin with "_", over the supervised positions.
 
 Positions with coverage exactly 0 have no acceptance to gain: their loss is 0 and so is its
-gradient; the metric ``no_coverage`` counts them. p~ is the target renormalised on the draft
-vocabulary, p is not; see `overlap_terms`. Sources: LK-losses paper, arXiv 2602.23881.
+gradient; the metric ``no_coverage`` counts them. p~ is the target distribution renormalized on the
+draft vocabulary, p is not; see `overlap_terms`. Sources: LK-losses paper, arXiv 2602.23881.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ Mean = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Target(Protocol):
-    """The target distribution of one head: SpecForge's ``TargetDistribution``.
+    """The target distribution at one draft position: SpecForge's ``TargetDistribution``.
 
     Attributes:
         logits: target logits on the draft vocabulary, [..., V_d].
@@ -33,22 +33,28 @@ class Target(Protocol):
         log_coverage: log of the target's mass on the draft vocabulary, [...].
     """
 
-    logits: torch.Tensor
-    log_normalizer: torch.Tensor
-    log_coverage: torch.Tensor
+    @property
+    def logits(self) -> torch.Tensor: ...
+
+    @property
+    def log_normalizer(self) -> torch.Tensor: ...
+
+    @property
+    def log_coverage(self) -> torch.Tensor: ...
 
 
 class DraftLoss(Protocol):
     """What SpecForge's loss registry builds from a loss's options."""
 
     def terms(self, draft_logits: torch.Tensor, target: Target, mask: torch.Tensor) -> Terms:
-        """Per-position terms, each [...], of draft logits [..., V_d] and mask [...]."""
+        """Return per-position terms, each [...], of draft logits [..., V_d] and mask [...]."""
         ...
 
     def combine(self, terms: Terms, mean: Mean) -> Terms:
-        """The per-position "loss" and further metrics, each [...].
+        """Return the per-position "loss" and further metrics, each [...].
 
-        ``mean`` averages a per-position vector over this head's supervised positions, detached.
+        ``mean`` averages a per-position vector over the supervised positions, detached: one mean
+        for each draft position.
         """
         ...
 
@@ -109,17 +115,18 @@ class LambdaOptions(KLOptions):
 
 @dataclass(frozen=True)
 class _OverlapLoss:
-    """What the losses share: the overlap terms under the names they have as metrics."""
+    """Common part of the losses: the overlap terms under the names they have as metrics."""
 
     options: NoOptions
     _reverse_kl: ClassVar[bool] = False
 
     def terms(self, draft_logits: torch.Tensor, target: Target, mask: torch.Tensor) -> Terms:
+        """Return the overlap terms, each [...]."""
         overlap = overlap_terms(
             draft_logits,
             target.logits,
             target.log_normalizer,
-            weight=mask,
+            mask=mask,
             log_coverage=target.log_coverage,
             reverse_kl=self._reverse_kl,
         )
@@ -138,7 +145,7 @@ class _OverlapLoss:
 
 @dataclass(frozen=True)
 class KL(_OverlapLoss):
-    """KL(p~ || q), or its restricted form."""
+    """KL divergence KL(p~ || q), p~ the target renormalized on the draft vocabulary."""
 
     options: KLOptions
 
@@ -147,14 +154,17 @@ class KL(_OverlapLoss):
 
 
 class TV(_OverlapLoss):
-    """Total variation, 1 - alpha: also the target's mass outside the draft vocabulary counts."""
+    """Total variation, 1 - alpha; target mass outside the draft vocabulary counts."""
 
     def combine(self, terms: Terms, mean: Mean) -> Terms:
         return {"loss": _total_variation(terms)}
 
 
 class LKAlpha(_OverlapLoss):
-    """-log alpha; with a point-mass target this is the negative log-likelihood."""
+    """Negative log acceptance rate, -log alpha.
+
+    With a point-mass target this is the negative log-likelihood.
+    """
 
     def combine(self, terms: Terms, mean: Mean) -> Terms:
         return {"loss": -terms["_log_alpha"]}
@@ -162,7 +172,7 @@ class LKAlpha(_OverlapLoss):
 
 @dataclass(frozen=True)
 class LKLambda(_OverlapLoss):
-    """lambda KL + (1 - lambda) (1 - alpha), lambda = exp(-eta sg[alpha])."""
+    """Blend of KL and TV, lambda KL + (1 - lambda) (1 - alpha), lambda = exp(-eta sg[alpha])."""
 
     options: LambdaOptions
 
@@ -174,7 +184,7 @@ class LKLambda(_OverlapLoss):
 
 
 class ReverseKL(_OverlapLoss):
-    """KL(q || p) on the draft vocabulary, p not renormalised."""
+    """Reverse KL divergence KL(q || p) on the draft vocabulary, p not renormalized."""
 
     _reverse_kl = True
 
@@ -198,9 +208,9 @@ _KL_TERMS: Final[Mapping[str, Callable[[Terms], torch.Tensor]]] = MappingProxyTy
 
 
 def _head_lambda(options: LambdaOptions, alpha: torch.Tensor, mean: Mean) -> torch.Tensor:
-    # A head without supervised positions may have a mean of 0 / 0; its loss is to stay finite.
-    head = mean(alpha).nan_to_num(nan=0.0)
-    return torch.exp(-options.eta * head).to(alpha.dtype).expand_as(alpha)
+    # An unsupervised draft position has mean NaN; use 0 so that the loss stays finite.
+    mean_alpha = mean(alpha).nan_to_num(nan=0.0)
+    return torch.exp(-options.eta * mean_alpha).to(alpha.dtype).expand_as(alpha)
 
 
 def _token_lambda(options: LambdaOptions, alpha: torch.Tensor, mean: Mean) -> torch.Tensor:
@@ -221,7 +231,14 @@ _LAMBDAS: Final[Mapping[str, Callable[[LambdaOptions, torch.Tensor, Mean], torch
 
 @dataclass(frozen=True)
 class LossRecord:
-    """A loss as SpecForge's ``LossRegistration`` has it, without importing SpecForge."""
+    """A loss as SpecForge's ``LossRegistration`` has it, without importing SpecForge.
+
+    Attributes:
+        name: what ``training.loss`` names.
+        options: model of ``training.loss_options``, with a description of every option.
+        build: makes the loss from its options; the first line of its docstring says what it is.
+        algorithm_defaults: defaults that differ, by algorithm and option.
+    """
 
     name: str
     options: type[BaseModel]

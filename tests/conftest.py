@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ os.environ["HF_HOME"] = os.path.join(os.environ[_CACHE], "huggingface")
 os.environ["MPLCONFIGDIR"] = os.path.join(os.environ[_CACHE], "matplotlib")
 
 import torch  # noqa: E402 (reads the environment)
+
+from specforge_lk import overlap  # noqa: E402
+from specforge_lk.overlap import IMPLEMENTATIONS  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -76,15 +80,7 @@ class OverlapCase(NamedTuple):
 
 
 @pytest.fixture
-def overlap_dtype(request) -> torch.dtype:
-    """float64, but what the C++ of impl="cpu" computes in: it leaves float64 to closed_form."""
-    case = getattr(request.node, "callspec", None)
-    in_cpp = case is not None and case.params.get("impl") == "cpu"
-    return torch.float32 if in_cpp else torch.float64
-
-
-@pytest.fixture
-def overlap_case(overlap_dtype) -> Callable[..., OverlapCase]:
+def overlap_case() -> Callable[..., OverlapCase]:
     """Make a case: ``shape`` [..., V_d], ``outside`` target tokens not in the draft vocabulary."""
 
     def make(
@@ -92,7 +88,7 @@ def overlap_case(overlap_dtype) -> Callable[..., OverlapCase]:
         outside: int = 3,
         scale: float = 2.0,
         seed: int = 0,
-        dtype: torch.dtype = overlap_dtype,
+        dtype: torch.dtype = torch.float64,
     ) -> OverlapCase:
         generator = torch.Generator().manual_seed(seed)
         full = torch.randn(
@@ -107,13 +103,26 @@ def overlap_case(overlap_dtype) -> Callable[..., OverlapCase]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _triton_interpreted(request, monkeypatch):
-    """Let tests of impl="triton" run on CPU tensors."""
-    case = getattr(request.node, "callspec", None)
-    if case is not None and case.params.get("impl") == "triton":
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request, monkeypatch) -> str:
+    """Every implementation of the overlap operation in turn, by its name; some with indirect=True.
+
+    Triton's kernels are interpreted, on CPU tensors.
+    """
+    if request.param == "triton":
         from triton_interpreter import interpreted_triton
 
-        from specforge_lk import overlap
-
         monkeypatch.setattr(overlap, "triton_kernels", interpreted_triton(), raising=False)
+    return request.param
+
+
+@pytest.fixture
+def impl_dtype(impl) -> torch.dtype:
+    """The most precise dtype of ``impl``'s own kernels: "cpu" leaves float64 to closed_form."""
+    return torch.float32 if impl == "cpu" else torch.float64
+
+
+@pytest.fixture
+def impl_case(overlap_case, impl_dtype) -> Callable[..., OverlapCase]:
+    """Make a case as `overlap_case` does, in the dtype that ``impl`` is tested in."""
+    return partial(overlap_case, dtype=impl_dtype)

@@ -1,7 +1,7 @@
 """The overlap operation: acceptance rate and divergences of a draft from its target, per position.
 
-``overlap_terms`` takes logits, ``linear_overlap`` hidden states and heads; both have one contract,
-and implementations side by side (``impl=``):
+``overlap_terms`` takes logits, ``linear_overlap`` hidden states and LM heads; both have one
+contract, and implementations side by side (``impl=``):
 
 - ``reference``: the definition in plain torch, differentiated by autograd. Every other
   implementation is tested against it in float64.

@@ -6,83 +6,78 @@ and the gradient once backward.
 
 import torch
 
-from specforge_lk.overlap.contract import LOGIT_FLOOR, RowGradients, RowStatistics
-from specforge_lk.overlap.rows import log_coverage_of, row_chunks
+from specforge_lk.overlap.contract import LOGIT_FLOOR, RowGradients, RowInputs, RowStatistics
+from specforge_lk.overlap.rows import Index, log_coverage_of, row_chunks
 
 
 def forward(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor | None,
-    live: torch.Tensor,
-    reverse_kl: bool,
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> RowStatistics:
     """See `contract.Kernels`."""
+    log_normalizer, log_coverage, mask = rows.log_normalizer, rows.log_coverage, rows.mask
     if log_coverage is None:
-        log_coverage = log_coverage_of(target_logits, log_normalizer, live)
-    s = RowStatistics(*log_normalizer.new_zeros(8, len(log_normalizer)))
-    s.target_log_sum.copy_(log_coverage).masked_fill_(~live, 0)
-    live = live & (log_coverage != -torch.inf)
-    for rows, (z, y) in row_chunks(live, log_normalizer.dtype, draft_logits, target_logits):
+        log_coverage = log_coverage_of(target_logits, log_normalizer, mask)
+    s = RowStatistics.zeros(rows)
+    s.target_log_sum.copy_(log_coverage).masked_fill_(~mask, 0)
+    mask = mask & (log_coverage != -torch.inf)
+    for at, (z, y) in row_chunks(mask, log_normalizer.dtype, draft_logits, target_logits):
         z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
         top = z.amax(-1, keepdim=True)
-        s.draft_shift[rows] = top.squeeze(-1)
-        s.draft_log_sum[rows] = (z - top).exp_().sum(-1).log()
-        log_q, log_ratio, w = _compare(z, y, log_normalizer, s, rows)
+        s.draft_shift[at] = top.squeeze(-1)
+        s.draft_log_sum[at] = (z - top).exp_().sum(-1).log()
+        log_q, log_ratio, w = _compare(z, y, log_normalizer, s, at)
         # A coverage that the caller rounded, or took of other roundings of y, is refined here.
-        p_renormalized = _renormalized(y, log_normalizer, s, rows)
+        p_renormalized = _renormalized(y, log_normalizer, s, at)
         total = p_renormalized.sum(-1)
-        s.target_log_sum[rows] += total.log()
-        s.kl[rows] = p_renormalized.mul_(log_ratio).sum(-1) / total - s.target_log_sum[rows]
+        s.target_log_sum[at] += total.log()
+        s.kl[at] = p_renormalized.mul_(log_ratio).sum(-1) / total - s.target_log_sum[at]
 
         # min(log p, log q) is log q, or log p where the ratio is below 0.
         log_overlap = torch.add(log_q, log_ratio.clamp_max(0))
         top = log_overlap.amax(-1, keepdim=True)
         overlap = log_overlap.sub_(top).exp_()
         total = overlap.sum(-1)
-        s.log_alpha[rows] = top.squeeze(-1) + total.log()
+        s.log_alpha[at] = top.squeeze(-1) + total.log()
         # Wherever w > 0 the overlap is q.
-        s.below[rows] = overlap.mul_(w).sum(-1) / total
-        if reverse_kl:
-            s.reverse_kl[rows] = -log_q.exp_().mul_(log_ratio).sum(-1)
-    s.alpha.copy_(s.log_alpha.exp().masked_fill_(~live, 0))
+        s.below[at] = overlap.mul_(w).sum(-1) / total
+        if rows.reverse_kl:
+            s.reverse_kl[at] = -log_q.exp_().mul_(log_ratio).sum(-1)
+    s.alpha.copy_(s.log_alpha.exp().masked_fill_(~mask, 0))
     return s
 
 
 def backward(
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    live: torch.Tensor,
+    rows: RowInputs,
     statistics: RowStatistics,
     gradients: RowGradients,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`."""
-    s = statistics
+    s, log_normalizer, mask = statistics, rows.log_normalizer, rows.mask
     if out is None:
-        out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype, device=live.device)
+        out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype, device=mask.device)
     flat = out.view(-1, out.shape[-1])
-    flat.index_fill_(0, (~live).nonzero().squeeze(1), 0)
-    for rows, (z, y) in row_chunks(live, log_normalizer.dtype, draft_logits, target_logits):
+    flat.index_fill_(0, (~mask).nonzero().squeeze(1), 0)
+    for at, (z, y) in row_chunks(mask, log_normalizer.dtype, draft_logits, target_logits):
         z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
-        log_q, log_ratio, w = _compare(z, y, log_normalizer, s, rows)
+        log_q, log_ratio, w = _compare(z, y, log_normalizer, s, at)
         q = log_q.exp()
         chunk = torch.zeros_like(q)
         if gradients.kl is not None:
-            g = gradients.kl[rows, None]
-            p_renormalized = _renormalized(y, log_normalizer, s, rows)
+            g = gradients.kl[at, None]
+            p_renormalized = _renormalized(y, log_normalizer, s, at)
             chunk.addcmul_(q, g).addcmul_(p_renormalized, g, value=-1)
         if gradients.log_alpha is not None:
-            g = gradients.log_alpha[rows, None]
+            g = gradients.log_alpha[at, None]
             # q / alpha in the log domain: both may underflow. It is at most 1 wherever w > 0.
-            share = log_q.sub_(s.log_alpha[rows, None]).clamp_max_(0).exp_().mul_(w)
-            chunk.addcmul_(share, g).addcmul_(q, g * s.below[rows, None], value=-1)
+            share = log_q.sub_(s.log_alpha[at, None]).clamp_max_(0).exp_().mul_(w)
+            chunk.addcmul_(share, g).addcmul_(q, g * s.below[at, None], value=-1)
         if gradients.reverse_kl is not None:
-            g = gradients.reverse_kl[rows, None]
-            chunk.addcmul_(log_ratio.add_(s.reverse_kl[rows, None]).mul_(q), g, value=-1)
-        flat[rows] = chunk.to(flat.dtype)
+            g = gradients.reverse_kl[at, None]
+            chunk.addcmul_(log_ratio.add_(s.reverse_kl[at, None]).mul_(q), g, value=-1)
+        flat[at] = chunk.to(flat.dtype)
     return out
 
 
@@ -95,17 +90,17 @@ def _compare(
     y: torch.Tensor,
     log_normalizer: torch.Tensor,
     s: RowStatistics,
-    rows: slice | torch.Tensor,
+    at: Index,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p], each [n, V]; see `contract.Kernels`."""
-    top, log_sum = s.draft_shift[rows, None], s.draft_log_sum[rows, None]
-    log_ratio = (y - z).sub_((log_normalizer[rows, None] - top) - log_sum)
+    """Return log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p], [n, V]; see `contract.Kernels`."""
+    top, log_sum = s.draft_shift[at, None], s.draft_log_sum[at, None]
+    log_ratio = (y - z).sub_((log_normalizer[at, None] - top) - log_sum)
     w = log_ratio.sign().add_(1).mul_(0.5)
     return (z - top).sub_(log_sum), log_ratio, w
 
 
 def _renormalized(
-    y: torch.Tensor, log_normalizer: torch.Tensor, s: RowStatistics, rows: slice | torch.Tensor
+    y: torch.Tensor, log_normalizer: torch.Tensor, s: RowStatistics, at: Index
 ) -> torch.Tensor:
-    """p~ as far as ``target_log_sum`` is exact, [n, V]."""
-    return (y - log_normalizer[rows, None]).sub_(s.target_log_sum[rows, None]).exp_()
+    """Return p~, [n, V], as exact as ``target_log_sum`` is."""
+    return (y - log_normalizer[at, None]).sub_(s.target_log_sum[at, None]).exp_()

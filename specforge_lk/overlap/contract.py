@@ -1,7 +1,12 @@
-"""What every implementation of the overlap operation takes and returns."""
+"""What every implementation of the overlap operation takes and returns.
 
+A new term of a position is added to `OverlapTerms`, `RowStatistics` and `RowGradients`, and what it
+needs beside the logits to `RowInputs`; then to every implementation.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
@@ -15,11 +20,11 @@ class OverlapTerms:
     """Per-position terms of the overlap of draft and target, each [...]; see `overlap_terms`.
 
     Attributes:
-        kl: KL(p~ || q) in nats, p~ the target renormalised on the draft vocabulary.
+        kl: KL(p~ || q) in nats, p~ the target renormalized on the draft vocabulary.
         alpha: acceptance rate, sum of min(p, q) over the draft vocabulary.
         log_alpha: log of ``alpha``, finite where ``alpha`` underflows.
         log_coverage: log of the coverage, the target's mass on the draft vocabulary; no gradient.
-        reverse_kl: KL(q || p) in nats against the target that is NOT renormalised, if asked for.
+        reverse_kl: KL(q || p) in nats against the target that is NOT renormalized, if asked for.
     """
 
     kl: torch.Tensor
@@ -29,8 +34,36 @@ class OverlapTerms:
     reverse_kl: torch.Tensor | None = None
 
 
+class RowInputs(NamedTuple):
+    """What travels beside the logits, a row being one position: vectors, then what is asked for.
+
+    `overlap_terms` makes it, with vectors [...]; kernels get contiguous vectors [N].
+
+    Attributes:
+        log_normalizer: log Z in nats, in the dtype to compute in.
+        log_coverage: what the caller knows of the log coverage, in the same dtype: 0 where the
+            mask is False. None has it computed.
+        mask: bool. Rows where it is False are not read; their terms and gradients are 0.
+        reverse_kl: whether ``reverse_kl`` is asked for.
+    """
+
+    log_normalizer: torch.Tensor
+    log_coverage: torch.Tensor | None
+    mask: torch.Tensor
+    reverse_kl: bool
+
+    @property
+    def vectors(self) -> tuple[torch.Tensor | None, ...]:
+        """All that is one value per row, which autograd keeps for the backward pass."""
+        return self[:-1]
+
+    def flat(self) -> "RowInputs":
+        """Return the same with every vector contiguous and [N]."""
+        return _each(self, lambda vector: vector.reshape(-1).contiguous())
+
+
 class RowStatistics(NamedTuple):
-    """What one pass over the logits leaves: one value per row, each [N]; 0 where not live.
+    """What one pass over the logits leaves: one value per row, each [N]; 0 where the mask is False.
 
     Attributes:
         kl, alpha, log_alpha, reverse_kl: the terms.
@@ -51,6 +84,12 @@ class RowStatistics(NamedTuple):
     target_log_sum: torch.Tensor
     below: torch.Tensor
 
+    @classmethod
+    def zeros(cls, rows: RowInputs) -> Self:
+        """Return statistics of 0 for as many rows, in the dtype to compute in."""
+        size = len(cls._fields), len(rows.log_normalizer)
+        return cls._make(rows.log_normalizer.new_zeros(size))
+
 
 class RowGradients(NamedTuple):
     """Gradients of the loss with respect to a row's terms, each [N]; None where it has none.
@@ -63,11 +102,23 @@ class RowGradients(NamedTuple):
     reverse_kl: torch.Tensor | None
 
 
+_OfRows = TypeVar("_OfRows", RowInputs, RowStatistics, RowGradients)
+
+
+def take(of_rows: _OfRows, index: torch.Tensor) -> _OfRows:
+    """Return the values of some rows alone: those of a flat ``index``, int64 [n]."""
+    return _each(of_rows, lambda vector: vector[index])
+
+
+def _each(of_rows: _OfRows, change: Callable[[torch.Tensor], torch.Tensor]) -> _OfRows:
+    return of_rows._make(change(v) if isinstance(v, torch.Tensor) else v for v in of_rows)
+
+
 class Kernels(Protocol):
     """The two passes over the logits that a closed-form implementation consists of.
 
-    Logits are [..., V_d] of any strides and floating dtype and are never written to; row vectors
-    are contiguous [N] in the dtype to compute in. Rows that are not ``live`` are not read.
+    Logits are [..., V_d] of any strides and floating dtype and are never written to; vectors are
+    contiguous [N]. Rows outside the mask are not read.
 
     Forward and backward must agree bit by bit on w = 1[q < p] + 1/2 1[q = p]. Both compare
 
@@ -78,18 +129,12 @@ class Kernels(Protocol):
     """
 
     def forward(
-        self,
-        draft_logits: torch.Tensor,
-        target_logits: torch.Tensor,
-        log_normalizer: torch.Tensor,
-        log_coverage: torch.Tensor | None,
-        live: torch.Tensor,
-        reverse_kl: bool,
+        self, draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
     ) -> RowStatistics:
-        """Terms and statistics.
+        """Return terms and statistics.
 
-        ``log_coverage`` is what the caller knows of ``target_log_sum``: a shift against
-        underflow, no more. A live row without coverage has terms of 0 and a
+        ``rows.log_coverage`` is what the caller knows of ``target_log_sum``: a shift against
+        underflow, no more. A row in the mask without coverage has terms of 0 and a
         ``target_log_sum`` of -inf. ``reverse_kl`` need not be computed unless asked for.
         """
         ...
@@ -98,19 +143,18 @@ class Kernels(Protocol):
         self,
         draft_logits: torch.Tensor,
         target_logits: torch.Tensor,
-        log_normalizer: torch.Tensor,
-        live: torch.Tensor,
+        rows: RowInputs,
         statistics: RowStatistics,
         gradients: RowGradients,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gradient with respect to the draft logits, contiguous [..., V_d] in their dtype.
+        """Return the gradient with respect to the draft logits.
 
-        With g the row's gradients and r = log(p / q),
+        It is contiguous, [..., V_d] in their dtype. With g the row's gradients and r = log(p / q),
 
             g_kl (q - p~) + g_log_alpha q (w / alpha - below) - g_reverse q (r + reverse_kl)
 
-        and 0 in rows that are not live. Rows without coverage are not live here. It is written
+        and 0 in rows outside the mask, which leaves out rows without coverage, too. It is written
         to ``out`` if given, which may be ``draft_logits`` itself, and to a new tensor otherwise.
         """
         ...

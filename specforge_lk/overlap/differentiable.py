@@ -5,36 +5,29 @@ from typing import Any
 
 import torch
 
-from specforge_lk.overlap.contract import Kernels, OverlapTerms, RowGradients, RowStatistics
+from specforge_lk.overlap.contract import (
+    Kernels,
+    OverlapTerms,
+    RowGradients,
+    RowInputs,
+    RowStatistics,
+)
 
 
 def differentiable(
-    kernels: Kernels,
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor | None,
-    live: torch.Tensor,
-    reverse_kl: bool,
+    kernels: Kernels, draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> OverlapTerms:
-    """The terms, each [...], differentiable once with respect to ``draft_logits``.
+    """Return the terms, each [...], differentiable once with respect to ``draft_logits``.
 
-    Between the passes only row vectors and the inputs are kept.
+    Between the passes only vectors of one value per row and the inputs are kept.
 
     Args:
         kernels: the two passes.
         draft_logits: [..., V_d], any floating dtype.
         target_logits: [..., V_d], any floating dtype.
-        log_normalizer: [...], in the dtype to compute in.
-        log_coverage: [...], same dtype, or None to have it computed.
-        live: [...] bool. Elsewhere terms and gradients are 0 and no logits are read.
-        reverse_kl: whether to compute it.
+        rows: vectors [...].
     """
-    return OverlapTerms(
-        *_Overlap.apply(
-            draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl, kernels
-        )
-    )
+    return OverlapTerms(*_Overlap.apply(draft_logits, target_logits, kernels, *rows))
 
 
 class _Overlap(torch.autograd.Function):
@@ -43,24 +36,15 @@ class _Overlap(torch.autograd.Function):
         ctx: Any,
         draft_logits: torch.Tensor,
         target_logits: torch.Tensor,
-        log_normalizer: torch.Tensor,
-        log_coverage: torch.Tensor | None,
-        live: torch.Tensor,
-        reverse_kl: bool,
         kernels: Kernels,
+        *fields: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        log_z = log_normalizer.reshape(-1).contiguous()
-        statistics = kernels.forward(
-            draft_logits,
-            target_logits,
-            log_z,
-            None if log_coverage is None else log_coverage.reshape(-1).contiguous(),
-            live.reshape(-1).contiguous(),
-            reverse_kl,
-        )
-        ctx.save_for_backward(draft_logits, target_logits, log_z, live)
-        ctx.statistics, ctx.kernels = statistics, kernels
-        terms = terms_of(statistics, log_coverage, log_normalizer.shape, reverse_kl)
+        rows = RowInputs(*fields)
+        flat = rows.flat()
+        statistics = kernels.forward(draft_logits, target_logits, flat)
+        ctx.save_for_backward(draft_logits, target_logits, *flat.vectors)
+        ctx.reverse_kl, ctx.statistics, ctx.kernels = rows.reverse_kl, statistics, kernels
+        terms = terms_of(statistics, rows)
         ctx.mark_non_differentiable(terms[3])
         ctx.set_materialize_grads(False)
         return terms
@@ -68,25 +52,26 @@ class _Overlap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        draft_logits, target_logits, log_z, live = ctx.saved_tensors
+        draft_logits, target_logits, *vectors = ctx.saved_tensors
         grad = ctx.kernels.backward(
             draft_logits,
             target_logits,
-            log_z,
-            has_gradient(live, ctx.statistics),
+            covered(RowInputs(*vectors, ctx.reverse_kl), ctx.statistics),
             ctx.statistics,
             row_gradients(ctx.statistics, gradients),
         )
-        return grad, None, None, None, None, None, None
+        return grad, None, None, *[None] * len(RowInputs._fields)
 
 
 def terms_of(
-    statistics: RowStatistics,
-    log_coverage: torch.Tensor | None,
-    shape: torch.Size,
-    reverse_kl: bool,
+    statistics: RowStatistics, rows: RowInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The fields of `OverlapTerms`, [...]: copies, as a caller may write to what it gets."""
+    """Return the fields of `OverlapTerms` in the shape of ``rows``, [...].
+
+    They are copies, as a caller may write to what it gets.
+    """
+    shape = rows.log_normalizer.shape
+    log_coverage = rows.log_coverage
     if log_coverage is None:
         log_coverage = statistics.target_log_sum.view(shape)
     return (
@@ -94,19 +79,19 @@ def terms_of(
         statistics.alpha.view(shape).clone(),
         statistics.log_alpha.view(shape).clone(),
         log_coverage.clone(),
-        statistics.reverse_kl.view(shape).clone() if reverse_kl else None,
+        statistics.reverse_kl.view(shape).clone() if rows.reverse_kl else None,
     )
 
 
-def has_gradient(live: torch.Tensor, statistics: RowStatistics) -> torch.Tensor:
-    """The live rows [N] that have coverage."""
-    return live.reshape(-1) & (statistics.target_log_sum != -torch.inf)
+def covered(rows: RowInputs, statistics: RowStatistics) -> RowInputs:
+    """Return flat ``rows`` with a mask that leaves out rows without coverage: no gradient there."""
+    return rows._replace(mask=rows.mask & (statistics.target_log_sum != -torch.inf))
 
 
 def row_gradients(
     statistics: RowStatistics, gradients: Sequence[torch.Tensor | None]
 ) -> RowGradients:
-    """Gradients with respect to the fields of `OverlapTerms`, as the kernels take them."""
+    """Return gradients with respect to the fields of `OverlapTerms` as the kernels take them."""
     kl, alpha, log_alpha, _, reverse_kl = (
         None if g is None else g.to(statistics.kl.dtype).reshape(-1).contiguous() for g in gradients
     )

@@ -340,11 +340,11 @@ void backward_row(const float* z, const float* y, int64_t V, float log_z, const 
 // ---------------------------------------------------------------------------- all rows
 
 // Row i of N has its logits at z + z_offsets[i] and y + y_offsets[i], counted in elements. Rows
-// that are not live are not read.
+// outside the mask are not read.
 struct Inputs {
     const char *z, *y;
     const float* log_z;
-    const bool* live;
+    const bool* mask;
     const int64_t *z_offsets, *y_offsets;
     int64_t N, V;
     int32_t z_dtype, y_dtype, threads;
@@ -402,7 +402,7 @@ void prefer_huge_pages(char* start, int64_t bytes) {
 // statistics: [8, N] of contract.RowStatistics, zeros.
 extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics) {
     return for_each_row(*in, [=](int64_t i, float* const* buffers) {
-        if (!in->live[i]) return;
+        if (!in->mask[i]) return;
         Statistics s;
         forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
                     read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
@@ -420,7 +420,7 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
     prefer_huge_pages(grad, N * V * size);
     return for_each_row(*in, [=](int64_t i, float* const* buffers) {
         char* const row = grad + i * V * size;
-        if (!in->live[i]) {
+        if (!in->mask[i]) {
             std::memset(row, 0, V * size);
             return;
         }

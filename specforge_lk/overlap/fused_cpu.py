@@ -22,7 +22,7 @@ from typing import Final
 import torch
 
 from specforge_lk.overlap import closed_form
-from specforge_lk.overlap.contract import RowGradients, RowStatistics
+from specforge_lk.overlap.contract import RowGradients, RowInputs, RowStatistics
 from specforge_lk.overlap.rows import row_offsets
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class _Inputs(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("z", "y", "log_z", "live", "z_offsets", "y_offsets")
+            for name in ("z", "y", "log_z", "mask", "z_offsets", "y_offsets")
         ),
         *((name, ctypes.c_int64) for name in ("n", "v")),
         *((name, ctypes.c_int32) for name in ("z_dtype", "y_dtype", "threads")),
@@ -54,21 +54,14 @@ class _Inputs(ctypes.Structure):
 
 
 def forward(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor | None,
-    live: torch.Tensor,
-    reverse_kl: bool,
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> RowStatistics:
     """See `contract.Kernels`. Dtypes that the source does not know are left to `closed_form`."""
     if not _knows(draft_logits, target_logits):
-        return closed_form.forward(
-            draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl
-        )
-    statistics = torch.zeros(8, len(log_normalizer))
-    inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
-    done = library().overlap_forward(ctypes.byref(inputs), reverse_kl, statistics.data_ptr())
+        return closed_form.forward(draft_logits, target_logits, rows)
+    statistics = torch.zeros(len(RowStatistics._fields), len(rows.log_normalizer))
+    inputs, _tensors = _inputs(draft_logits, target_logits, rows)
+    done = library().overlap_forward(ctypes.byref(inputs), rows.reverse_kl, statistics.data_ptr())
     _check(done)
     return RowStatistics(*statistics)
 
@@ -76,25 +69,22 @@ def forward(
 def backward(
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    live: torch.Tensor,
+    rows: RowInputs,
     statistics: RowStatistics,
     gradients: RowGradients,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`. Dtypes that the source does not know are left to `closed_form`."""
     if not _knows(draft_logits, target_logits):
-        return closed_form.backward(
-            draft_logits, target_logits, log_normalizer, live, statistics, gradients, out
-        )
+        return closed_form.backward(draft_logits, target_logits, rows, statistics, gradients, out)
     if out is None:
         out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype)
-    of_terms = torch.zeros(3, len(log_normalizer))
+    of_terms = torch.zeros(len(gradients), len(rows.log_normalizer))
     for row, values in zip(of_terms, gradients, strict=True):
         if values is not None:
             row.copy_(values)
     statistics_ = torch.stack(statistics)
-    inputs, _tensors = _inputs(draft_logits, target_logits, log_normalizer, live)
+    inputs, _tensors = _inputs(draft_logits, target_logits, rows)
     done = library().overlap_backward(
         ctypes.byref(inputs), statistics_.data_ptr(), of_terms.data_ptr(), out.data_ptr()
     )
@@ -103,17 +93,14 @@ def backward(
 
 
 def _inputs(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    live: torch.Tensor,
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> tuple[_Inputs, tuple[torch.Tensor, ...]]:
-    """Addresses, and the tensors that they point into, to be kept alive by the caller."""
+    """Return addresses, and the tensors that they point into, for the caller to keep alive."""
     z, y = (_readable(t) for t in (draft_logits, target_logits))
-    tensors = z, y, log_normalizer, live, row_offsets(z), row_offsets(y)
+    tensors = z, y, rows.log_normalizer, rows.mask, row_offsets(z), row_offsets(y)
     return _Inputs(
         *(t.data_ptr() for t in tensors),
-        *(len(live), z.shape[-1]),
+        *(len(rows.mask), z.shape[-1]),
         *(_DTYPES[z.dtype], _DTYPES[y.dtype], torch.get_num_threads()),
     ), tensors
 

@@ -1,10 +1,11 @@
-"""The overlap terms of hidden states and a head, without [N, V_d] logits or gradients.
+"""The overlap terms of hidden states and an LM head, without [N, V_d] logits or gradients.
 
-Logits exist for one chunk of positions at a time. The forward pass takes the terms and forgets the
-logits; the backward pass computes them again, turns them into their gradient in place and projects
-that on hidden states and head. Two phases are needed, as a loss may weigh every position by all of
-them (lambda of scope "head" is set by the mean acceptance rate); the price is one more
-multiplication with the head, four instead of three, and as many with the target's head again.
+Logits exist for one chunk of positions at a time. The forward pass computes the terms and discards
+the logits; the backward pass computes them again, turns them into their gradient in place and
+projects that on hidden states and LM head. Two phases are needed, as a loss may weigh every
+position by all of them (lambda of scope "head" is set by the mean acceptance rate); the price is
+one more multiplication with the LM head, four instead of three, and as many with the target's
+LM head again.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +14,9 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from specforge_lk.overlap.contract import Kernels, OverlapTerms, RowStatistics
+from specforge_lk.overlap.contract import Kernels, OverlapTerms, RowInputs, RowStatistics, take
 from specforge_lk.overlap.differentiable import (
-    has_gradient,
+    covered,
     refuse_second_derivative,
     row_gradients,
     terms_of,
@@ -32,7 +33,7 @@ class Projection(NamedTuple):
 
     Attributes:
         hidden: [..., H].
-        weight: [V, H], the head's rows of the (draft) vocabulary.
+        weight: [V, H], the LM head's rows of the (draft) vocabulary.
     """
 
     hidden: torch.Tensor
@@ -40,17 +41,11 @@ class Projection(NamedTuple):
 
 
 def linear_terms(
-    kernels: Kernels,
-    draft: Projection,
-    target: torch.Tensor | Projection,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor | None,
-    live: torch.Tensor,
-    reverse_kl: bool,
+    kernels: Kernels, draft: Projection, target: torch.Tensor | Projection, rows: RowInputs
 ) -> OverlapTerms:
-    """As `differentiable`, for draft logits (and where wanted target logits) yet to be projected.
+    """Return what `differentiable` does, for draft logits that are still to be projected.
 
-    Rows that are not ``live`` are left out of every matrix product.
+    Target logits may be, too. Rows outside the mask are left out of every matrix product.
     """
     target_hidden, target_weight = target if isinstance(target, Projection) else (target, None)
     return OverlapTerms(
@@ -58,11 +53,8 @@ def linear_terms(
             *draft,
             target_hidden.detach(),
             None if target_weight is None else target_weight.detach(),
-            log_normalizer,
-            log_coverage,
-            live,
-            reverse_kl,
             kernels,
+            *rows,
         )
     )
 
@@ -75,94 +67,75 @@ class _LinearOverlap(torch.autograd.Function):
         head: torch.Tensor,
         target: torch.Tensor,
         target_head: torch.Tensor | None,
-        log_normalizer: torch.Tensor,
-        log_coverage: torch.Tensor | None,
-        live: torch.Tensor,
-        reverse_kl: bool,
         kernels: Kernels,
+        *fields: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        shape, live, log_z = log_normalizer.shape, live.reshape(-1), log_normalizer.reshape(-1)
-        log_c = None if log_coverage is None else log_coverage.reshape(-1)
-        statistics = RowStatistics(*log_z.new_zeros(8, len(log_z)))
-        for rows, h, y in _chunks(live, hidden, head, target, target_head):
-            of_chunk = kernels.forward(
-                F.linear(h, head),
-                y,
-                log_z[rows],
-                None if log_c is None else log_c[rows],
-                live[rows],
-                reverse_kl,
-            )
+        rows = RowInputs(*fields)
+        flat = rows.flat()
+        statistics = RowStatistics.zeros(flat)
+        for index, h, y in _chunks(flat.mask, hidden, head, target, target_head):
+            of_chunk = kernels.forward(F.linear(h, head), y, take(flat, index))
             del y
             for whole, part in zip(statistics, of_chunk, strict=True):
-                whole[rows] = part
-        ctx.save_for_backward(hidden, head, target, target_head, log_z, live)
-        ctx.statistics, ctx.kernels = statistics, kernels
-        terms = terms_of(statistics, log_coverage, shape, reverse_kl)
+                whole[index] = part
+        ctx.save_for_backward(hidden, head, target, target_head, *flat.vectors)
+        ctx.reverse_kl, ctx.statistics, ctx.kernels = rows.reverse_kl, statistics, kernels
+        terms = terms_of(statistics, rows)
         ctx.mark_non_differentiable(terms[3])
         ctx.set_materialize_grads(False)
         return terms
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        # The forward pass has cast its operands: the same products again, whoever asks.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _LinearOverlap._backward(ctx, *gradients)
-
-    @staticmethod
-    def _backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        hidden, head, target, target_head, log_z, live = ctx.saved_tensors
-        statistics = ctx.statistics
-        of_terms = row_gradients(statistics, gradients)
+        hidden, head, target, target_head, *vectors = ctx.saved_tensors
+        rows = covered(RowInputs(*vectors, ctx.reverse_kl), ctx.statistics)
+        of_terms = row_gradients(ctx.statistics, gradients)
+        dtype = rows.log_normalizer.dtype
         grad_hidden = grad_head = None
         if ctx.needs_input_grad[0]:
             grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         if ctx.needs_input_grad[1]:
             # Many chunks are added up: in the precision of the terms, whatever the head has.
-            grad_head = torch.zeros_like(head, dtype=log_z.dtype)
-        for rows, h, y in _chunks(
-            has_gradient(live, statistics), hidden, head, target, target_head
-        ):
-            z = F.linear(h, head)
-            grad = ctx.kernels.backward(
-                z,
-                y,
-                log_z[rows],
-                live[rows],
-                RowStatistics(*(s[rows] for s in statistics)),
-                type(of_terms)(*(None if g is None else g[rows] for g in of_terms)),
-                out=z,
-            )
-            if grad_hidden is not None:
-                grad_hidden.view(-1, hidden.shape[-1])[rows] = grad @ head
-            if grad_head is not None:
-                grad_head.addmm_(grad.t().to(log_z.dtype), h.to(log_z.dtype))
-            del z, y, grad
+            grad_head = torch.zeros_like(head, dtype=dtype)
+        # Operands were cast in forward; without autocast the recomputed logits are identical.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for index, h, y in _chunks(rows.mask, hidden, head, target, target_head):
+                z = F.linear(h, head)
+                of_chunk = take(rows, index), take(ctx.statistics, index), take(of_terms, index)
+                grad = ctx.kernels.backward(z, y, *of_chunk, out=z)
+                if grad_hidden is not None:
+                    grad_hidden.view(-1, hidden.shape[-1])[index] = grad @ head
+                if grad_head is not None:
+                    grad_head.addmm_(grad.t().to(dtype), h.to(dtype))
+                del z, y, grad
         grad_head = None if grad_head is None else grad_head.to(head.dtype)
-        return grad_hidden, grad_head, *[None] * 7
+        return grad_hidden, grad_head, None, None, None, *[None] * len(RowInputs._fields)
 
 
 def _chunks(
-    live: torch.Tensor,
+    mask: torch.Tensor,
     hidden: torch.Tensor,
     head: torch.Tensor,
     target: torch.Tensor,
     target_head: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield indices of live rows [n], their draft hidden states [n, H] and target logits [n, V]."""
+    """Yield indices of the rows in the mask, [n], with their draft hidden states and target logits.
+
+    The hidden states are [n, H], the target logits [n, V].
+    """
     budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     size = max(1, budget // (head.shape[0] * head.element_size()))
-    hidden, target = _take_rows(hidden), _take_rows(target)
-    for rows in live.nonzero().squeeze(1).split(size):
-        # No name here keeps a chunk's tensors while the next one's are made.
+    draft_rows, target_rows = _rows_of(hidden), _rows_of(target)
+    for index in mask.nonzero().squeeze(1).split(size):
+        # Bind no locals: a chunk must be freed before the next one is computed.
         if target_head is None:
-            yield rows, hidden(rows), target(rows)
+            yield index, draft_rows(index), target_rows(index)
         else:
-            yield rows, hidden(rows), F.linear(target(rows), target_head)
+            yield index, draft_rows(index), F.linear(target_rows(index), target_head)
 
 
-def _take_rows(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Rows of [..., X] by their flat index; a window of a padded tensor is not copied whole."""
+def _rows_of(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Take rows of [..., X] by their flat index, with no copy of a window of a padded tensor."""
     shape = tensor.shape[:-1]
-    return lambda rows: tensor[torch.unravel_index(rows, shape)]
+    return lambda index: tensor[torch.unravel_index(index, shape)]

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from specforge_lk.overlap import closed_form, fused_cpu
-from specforge_lk.overlap.contract import Kernels, OverlapTerms
+from specforge_lk.overlap.contract import Kernels, OverlapTerms, RowInputs
 from specforge_lk.overlap.differentiable import differentiable
 from specforge_lk.overlap.linear import Projection, linear_terms
 from specforge_lk.overlap.reference import reference
-from specforge_lk.overlap.rows import log_coverage_of
 
 
 def _triton() -> Kernels:
@@ -35,7 +34,7 @@ def overlap_terms(
     target_logits: torch.Tensor,
     log_normalizer: torch.Tensor,
     *,
-    weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     log_coverage: torch.Tensor | None = None,
     impl: str = "auto",
     reverse_kl: bool = False,
@@ -43,11 +42,12 @@ def overlap_terms(
     """Compare the draft distribution with the target's, position by position.
 
     With z the draft logits, y the target logits on the draft vocabulary D and log Z the target's
-    log-normaliser over its FULL vocabulary:
+    log normalizer over its FULL vocabulary:
 
-    - q = softmax(z), the draft;
-    - p = exp(y - log Z), the target on D, never renormalised: its sum c is the coverage;
-    - p~ = softmax(y) = p / c, the target renormalised on D.
+    - q = softmax(z), the draft distribution;
+    - p = exp(y - log Z), the target distribution on D, never renormalized: its sum c is the
+      coverage;
+    - p~ = softmax(y) = p / c, the target distribution renormalized on D.
 
     ``kl`` is KL(p~ || q), ``alpha`` the acceptance rate sum_D min(p, q), ``log_alpha`` its
     logarithm, computed as log sum_D exp(min(log p, log q)) so that it stays finite where
@@ -57,12 +57,12 @@ def overlap_terms(
 
         kl: q - p~      alpha: q (w - B)      log_alpha: q (w - B) / alpha
 
-    A position whose ``weight`` is 0 is skipped: its terms and gradients are 0, whatever its
+    A position whose ``mask`` is 0 is skipped: its terms and gradients are 0, whatever its
     logits hold, nan included. So are the terms of a position with coverage exactly 0 (log Z =
     +inf, as in padding, or every target logit -inf), except that its ``log_coverage`` is -inf:
     such a position has no acceptance to gain.
 
-    Logits of -inf (masked tokens) are legal; they count as -1e30, which gives p = 0 or q = 0
+    Logits of -inf (excluded tokens) are legal; they count as -1e30, which gives p = 0 or q = 0
     and keeps every term and gradient free of nan. ("reference" gives such a logit no gradient
     of its own, as autograd does where it clamps; the others give it q - p~.) Other non-finite
     logits are not looked for, for that would stall a GPU: they give non-finite terms.
@@ -72,7 +72,7 @@ def overlap_terms(
             where a logits tensor is float64; the gradient has the dtype of z.
         target_logits: y, [..., V_d].
         log_normalizer: log Z in nats, [...].
-        weight: [...], bool or number. Only whether it is 0 matters: nothing is multiplied by it.
+        mask: which positions count, [...], bool or 0 and 1; all of them where not given.
         log_coverage: log c, [...]; computed from y and log Z where not given. "reference" and
             "closed_form" save that computation, the others have it in their pass over y.
         impl: an implementation's name, or "auto" for the fastest that can run.
@@ -91,14 +91,15 @@ def overlap_terms(
         (draft_logits.shape, target_logits.shape),
         draft_logits.shape[:-1],
         log_normalizer=log_normalizer,
-        weight=weight,
+        mask=mask,
         log_coverage=log_coverage,
     )
     dtype = _computed_in(draft_logits.dtype, target_logits.dtype)
-    rows = _rows(dtype, log_normalizer, weight, log_coverage)
+    rows = _rows(dtype, log_normalizer, log_coverage, mask, reverse_kl)
+    target_logits = target_logits.detach()
     if impl == "reference":
-        return _definition(draft_logits, target_logits.detach(), *rows, reverse_kl)
-    return differentiable(_KERNELS[impl](), draft_logits, target_logits.detach(), *rows, reverse_kl)
+        return reference(draft_logits, target_logits, rows)
+    return differentiable(_KERNELS[impl](), draft_logits, target_logits, rows)
 
 
 def linear_overlap(
@@ -107,27 +108,27 @@ def linear_overlap(
     target: torch.Tensor | Projection,
     log_normalizer: torch.Tensor,
     *,
-    weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     log_coverage: torch.Tensor | None = None,
     impl: str = "auto",
     reverse_kl: bool = False,
 ) -> OverlapTerms:
-    """`overlap_terms` of ``draft_hidden @ draft_head.T``, which is never held as a whole.
+    """Compute `overlap_terms` of ``draft_hidden @ draft_head.T``, which is never held as a whole.
 
     Logits and their gradient exist for a chunk of positions at a time: beyond inputs and returned
-    gradients it takes some 16 MiB per logits tensor (64 MiB on GPUs) and, where the head has less
-    than float32, the head's gradient in float32. Positions of weight 0 take part in no product.
-    The backward pass computes the logits again: that is one more product with each head.
+    gradients it takes some 16 MiB per logits tensor (64 MiB on GPUs) and, where the LM head has
+    less than float32, its gradient in float32. Positions outside the mask take part in no product.
+    The backward pass computes the logits again: that is one more product with each LM head.
 
     Under autocast the products are in autocast's dtype, as `torch.nn.functional.linear` has it.
 
     Args:
         draft_hidden: [..., H].
-        draft_head: [V_d, H].
+        draft_head: weight of the draft's LM head, [V_d, H].
         target: target logits on the draft vocabulary, [..., V_d], or the ``Projection`` of hidden
-            states [..., H_t] and the head's rows of the draft vocabulary, [V_d, H_t], that makes
-            them chunk by chunk. No gradient flows to either.
-        log_normalizer, weight, log_coverage, impl, reverse_kl: as for `overlap_terms`.
+            states [..., H_t] and the LM head's rows of the draft vocabulary, [V_d, H_t], that
+            makes them chunk by chunk. No gradient flows to either.
+        log_normalizer, mask, log_coverage, impl, reverse_kl: as for `overlap_terms`.
             "reference" holds all logits.
 
     Returns:
@@ -155,16 +156,15 @@ def linear_overlap(
         ((*draft_hidden.shape[:-1], draft_head.shape[0]), target_shape),
         draft_hidden.shape[:-1],
         log_normalizer=log_normalizer,
-        weight=weight,
+        mask=mask,
         log_coverage=log_coverage,
     )
-    rows = _rows(
-        _computed_in(draft.hidden.dtype, target_dtype), log_normalizer, weight, log_coverage
-    )
+    dtype = _computed_in(draft.hidden.dtype, target_dtype)
+    rows = _rows(dtype, log_normalizer, log_coverage, mask, reverse_kl)
     if impl == "reference":
         target_logits = F.linear(*target) if isinstance(target, Projection) else target
-        return _definition(F.linear(*draft), target_logits.detach(), *rows, reverse_kl)
-    return linear_terms(_KERNELS[impl](), draft, target, *rows, reverse_kl)
+        return reference(F.linear(*draft), target_logits.detach(), rows)
+    return linear_terms(_KERNELS[impl](), draft, target, rows)
 
 
 def _chosen(impl: str, device: torch.device) -> str:
@@ -210,37 +210,21 @@ def _computed_in(*logits: torch.dtype) -> torch.dtype:
 def _rows(
     dtype: torch.dtype,
     log_normalizer: torch.Tensor,
-    weight: torch.Tensor | None,
     log_coverage: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """log_normalizer, log_coverage and live as `contract.Kernels` takes them."""
-    log_normalizer = log_normalizer.detach().to(dtype)
-    live = torch.ones_like(log_normalizer, dtype=torch.bool) if weight is None else weight != 0
-    if log_coverage is not None:
-        log_coverage = torch.where(live, log_coverage.detach().to(dtype), 0.0)
-        live = live & (log_coverage != -torch.inf)
-    return log_normalizer, log_coverage, live
-
-
-def _definition(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor | None,
-    live: torch.Tensor,
+    mask: torch.Tensor | None,
     reverse_kl: bool,
-) -> OverlapTerms:
-    if log_coverage is None:
-        log_coverage = log_coverage_of(target_logits, log_normalizer, live)
-        live = live & (log_coverage != -torch.inf)
-    kl, alpha, log_alpha, reverse = reference(
-        draft_logits, target_logits, log_normalizer, log_coverage, live, reverse_kl
-    )
-    return OverlapTerms(kl, alpha, log_alpha, log_coverage, reverse)
+) -> RowInputs:
+    """Return what travels beside the logits, in ``dtype``; rows without coverage are masked."""
+    log_normalizer = log_normalizer.detach().to(dtype)
+    mask = torch.ones_like(log_normalizer, dtype=torch.bool) if mask is None else mask != 0
+    if log_coverage is not None:
+        log_coverage = torch.where(mask, log_coverage.detach().to(dtype), 0.0)
+        mask = mask & (log_coverage != -torch.inf)
+    return RowInputs(log_normalizer, log_coverage, mask, reverse_kl)
 
 
 def _autocast(projection: Projection) -> Projection:
-    """The operands as autocast has them: it reaches forward passes only, not the recomputation."""
+    """Return the operands as autocast has them, which does not reach the recomputation."""
     device = projection.hidden.device.type
     if not torch.is_autocast_enabled(device):
         return projection

@@ -2,30 +2,30 @@
 
 import torch
 
-from specforge_lk.overlap.contract import LOGIT_FLOOR
+from specforge_lk.overlap.contract import LOGIT_FLOOR, OverlapTerms, RowInputs
+from specforge_lk.overlap.rows import log_coverage_of
 
 
 def reference(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor,
-    live: torch.Tensor,
-    reverse_kl: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See `overlap_terms`; gradients are autograd's."""
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
+) -> OverlapTerms:
+    """Compute the terms of `overlap_terms`; gradients are autograd's."""
+    mask, log_coverage = rows.mask, rows.log_coverage
+    if log_coverage is None:
+        log_coverage = log_coverage_of(target_logits, rows.log_normalizer, mask)
+        mask = mask & (log_coverage != -torch.inf)
 
     # Inputs of skipped rows are replaced before, and their terms after, the computation:
     # multiplying by 0 would leave their nan in values and gradients.
     def cleaned(logits: torch.Tensor) -> torch.Tensor:
-        logits = torch.where(live[..., None], logits, 0.0).to(log_normalizer.dtype)
+        logits = torch.where(mask[..., None], logits, 0.0).to(rows.log_normalizer.dtype)
         return logits.clamp_min(LOGIT_FLOOR)
 
     def zero_where_skipped(term: torch.Tensor) -> torch.Tensor:
-        return torch.where(live, term, 0.0)
+        return torch.where(mask, term, 0.0)
 
     y = cleaned(target_logits)
-    log_p = y - torch.where(live, log_normalizer, 0.0)[..., None]
+    log_p = y - torch.where(mask, rows.log_normalizer, 0.0)[..., None]
     log_p_renormalized = torch.log_softmax(y, dim=-1)
     log_q = torch.log_softmax(cleaned(draft_logits), dim=-1)
 
@@ -34,10 +34,13 @@ def reference(
     log_overlap = torch.minimum(log_p, log_q)
     alpha = log_overlap.exp().sum(-1)
     log_alpha = log_overlap.logsumexp(-1)
-    reverse = (log_q.exp() * (log_q - log_p)).sum(-1) if reverse_kl else None
-    return (
+    reverse_kl = None
+    if rows.reverse_kl:
+        reverse_kl = zero_where_skipped((log_q.exp() * (log_q - log_p)).sum(-1))
+    return OverlapTerms(
         zero_where_skipped(kl),
         zero_where_skipped(alpha),
         zero_where_skipped(log_alpha),
-        None if reverse is None else zero_where_skipped(reverse),
+        log_coverage,
+        reverse_kl,
     )

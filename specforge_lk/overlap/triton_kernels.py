@@ -1,7 +1,7 @@
 """The overlap operation for GPUs in Triton: one program to a row, the vocabulary in tiles.
 
 Both passes are bound by memory, so what counts is how often a logit is read. Forward reads z to
-normalise q, then z and y once together; the normaliser of p~ and the log-domain shifts of the
+normalize q, then z and y once together; the normalizer of p~ and the log-domain shifts of the
 overlap grow along with that second loop. So ``log_coverage``, whether given or not, saves no read
 and is not used: a pass over y to compute it beforehand would cost as much as the one over z.
 Backward reads z and y and writes the gradient. Nothing waits for the host.
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from specforge_lk.overlap.contract import LOGIT_FLOOR, RowGradients, RowStatistics
+from specforge_lk.overlap.contract import LOGIT_FLOOR, RowGradients, RowInputs, RowStatistics
 from specforge_lk.overlap.rows import row_offsets
 
 _FLOOR: Final = tl.constexpr(LOGIT_FLOOR)
@@ -26,7 +26,7 @@ _NEGATIVE_INFINITY: Final = tl.constexpr(float("-inf"))
 _INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 # What the autotuner chooses from: 4 or 8 logits of each tensor to a thread. Forward keeps five
 # sums for every one of them; with 16 it spills registers on some GPUs
-# (tests/test_overlap_triton_compile.py; float64, which is for tests, may spill).
+# (tests/overlap/test_triton_compile.py; float64, which is for tests, may spill).
 # The interpreter has no clock to tune by.
 _TILES: Final = (
     (triton.Config({"BLOCK": 4096}),)
@@ -42,12 +42,7 @@ _TILES: Final = (
 
 
 def forward(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    log_coverage: torch.Tensor | None,
-    live: torch.Tensor,
-    reverse_kl: bool,
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> RowStatistics:
     """See `contract.Kernels`.
 
@@ -56,19 +51,19 @@ def forward(
     """
     _require_gpu(draft_logits)
     z, y = _with_dense_rows(draft_logits), _with_dense_rows(target_logits)
-    statistics = RowStatistics(*log_normalizer.new_zeros(8, len(log_normalizer)))
+    statistics = RowStatistics.zeros(rows)
     with torch.cuda.device_of(z):
-        _forward_kernel[(len(log_normalizer),)](
+        _forward_kernel[(len(rows.mask),)](
             z,
             y,
             row_offsets(z),
             row_offsets(y),
-            log_normalizer,
-            live,
+            rows.log_normalizer,
+            rows.mask,
             statistics,
             z.shape[-1],
             ALIGNMENT=_alignment(z, y),
-            REVERSE_KL=reverse_kl,
+            REVERSE_KL=rows.reverse_kl,
         )
     return statistics
 
@@ -76,8 +71,7 @@ def forward(
 def backward(
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    live: torch.Tensor,
+    rows: RowInputs,
     statistics: RowStatistics,
     gradients: RowGradients,
     out: torch.Tensor | None = None,
@@ -88,14 +82,14 @@ def backward(
     if out is None:
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     with torch.cuda.device_of(z):
-        _backward_kernel[(len(log_normalizer),)](
+        _backward_kernel[(len(rows.mask),)](
             z,
             y,
             out,
             row_offsets(z),
             row_offsets(y),
-            log_normalizer,
-            live,
+            rows.log_normalizer,
+            rows.mask,
             statistics,
             gradients,
             z.shape[-1],
@@ -117,7 +111,7 @@ def _with_dense_rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _alignment(*logits: torch.Tensor) -> int:
-    """The power of two up to 16 that divides every row's offset.
+    """Return the power of two up to 16 that divides every row's offset.
 
     Offsets are loaded from memory, so the compiler cannot know it by itself, and without it reads
     logits one by one.
@@ -133,7 +127,7 @@ def _forward_kernel(
     z_offsets_ptr: tl.tensor,
     y_offsets_ptr: tl.tensor,
     log_normalizer_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
     s: RowStatistics,
     vocabulary: int,
     ALIGNMENT: tl.constexpr,
@@ -141,7 +135,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    if not tl.load(live_ptr + row):
+    if not tl.load(mask_ptr + row):
         return
     z_ptr += tl.multiple_of(tl.load(z_offsets_ptr + row), ALIGNMENT)
     y_ptr += tl.multiple_of(tl.load(y_offsets_ptr + row), ALIGNMENT)
@@ -211,7 +205,7 @@ def _backward_kernel(
     z_offsets_ptr: tl.tensor,
     y_offsets_ptr: tl.tensor,
     log_normalizer_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
     s: RowStatistics,
     gradients: RowGradients,
     vocabulary: int,
@@ -220,7 +214,7 @@ def _backward_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     grad_ptr += row * vocabulary
-    if not tl.load(live_ptr + row):
+    if not tl.load(mask_ptr + row):
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             tl.store(grad_ptr + columns, tl.full((BLOCK,), 0.0, tl.float32), columns < vocabulary)
@@ -258,8 +252,11 @@ def _backward_kernel(
 
 @triton.jit
 def _read(row_ptr: tl.tensor, columns: tl.tensor, vocabulary: int, floor: tl.tensor) -> tl.tensor:
-    """A tile of logits in the dtype of ``floor``, none below it. Beyond the vocabulary they are so
-    low that even a row of nothing but floors gives them no probability."""
+    """Return a tile of logits in the dtype of ``floor``, none below it.
+
+    Beyond the vocabulary they are so low that even a row of nothing but floors gives them no
+    probability.
+    """
     x = tl.load(row_ptr + columns, columns < vocabulary, 0.0).to(floor.dtype)
     x = tl.where(x < floor, floor, x)  # tl.maximum would drop nan
     return tl.where(columns < vocabulary, x, 2 * floor)
@@ -267,7 +264,7 @@ def _read(row_ptr: tl.tensor, columns: tl.tensor, vocabulary: int, floor: tl.ten
 
 @triton.jit
 def _exp_online(x: tl.tensor, largest: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """exp(x - m) with m the maximum so far, m, and the factor that brings older sums to it."""
+    """Return exp(x - m) with m the maximum so far, m, and the factor that older sums need."""
     m = tl.maximum(largest, tl.max(x, 0))
     return tl.exp(x - m), m, tl.exp(largest - m)
 
@@ -276,7 +273,7 @@ def _exp_online(x: tl.tensor, largest: tl.tensor) -> tuple[tl.tensor, tl.tensor,
 def _compare(
     z: tl.tensor, y: tl.tensor, log_z: tl.tensor, draft_shift: tl.tensor, draft_log_sum: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p]; see `contract.Kernels`.
+    """Return log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p]; see `contract.Kernels`.
 
     There is no product here that the compiler could contract in one kernel and not in the other.
     """
@@ -287,5 +284,5 @@ def _compare(
 
 @triton.jit
 def _at_most_0(x: tl.tensor) -> tl.tensor:
-    """min(x, 0) that keeps nan."""
+    """Return min(x, 0), or nan where x is."""
     return tl.where(x > 0, 0.0, x)

@@ -1,7 +1,6 @@
 """The benchmark measures what it says; its figures themselves are `make bench`'s business."""
 
 import json
-import os
 from dataclasses import asdict
 
 import pytest
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import accuracy, baselines, measure, operation, summary
+from benchmarks import accuracy, baselines, criteria, measure, operation, summary
 from benchmarks.__main__ import main
 
 MIB = 1 << 20
@@ -34,12 +33,20 @@ def test_memory_is_the_peak_and_not_the_sum():
         torch.zeros(60, MIB // 4)
 
     assert measure.peak_allocated(allocate) == 60 * MIB
+
+
+def test_resident_memory_is_the_peak_since_the_start():
+    """Neither an earlier peak nor the sum. Bounds are so wide that the kernel's way of counting
+    pages, which depends on the machine, does not matter."""
+
+    def allocate(mib):
+        torch.zeros(mib, MIB // 4)
+
+    allocate(512)
     with measure.peak_resident() as grown:
-        allocate()
-        # Every CPU counts some pages by itself before it adds them to the process's count; the
-        # growth is the difference of two counts, each a sum of two kinds of pages.
-        lag = 4 * max(64, 2 * os.cpu_count()) * os.sysconf("SC_PAGE_SIZE")
-        assert grown() / MIB == pytest.approx(60, abs=lag / MIB)
+        allocate(128)
+        allocate(128)
+        assert 64 < grown() / MIB < 192
 
 
 def test_definitions_of_our_losses_are_checked(ours):
@@ -87,7 +94,7 @@ def test_what_does_not_fit_is_reported_and_the_rest_is_measured(ours, tmp_path, 
 
 
 def test_summary_takes_ratios_of_medians(tmp_path):
-    one = summary.HEADLINE
+    one = criteria.HEADLINE
     size = one.tokens * one.vocabulary * 4
     cells = {
         one: {
@@ -117,7 +124,7 @@ def test_summary_takes_ratios_of_medians(tmp_path):
     assert "lk_alpha over kl, time" in (tmp_path / "summary.md").read_text()
 
 
-def test_quick_accuracy_meets_the_targets(tmp_path):
+def test_quick_accuracy_meets_the_criteria(tmp_path):
     app = typer.Typer()
     app.command()(main)
     options = ["--quick", "--only", "accuracy", "--only", "summary", "--output", str(tmp_path)]

@@ -1,5 +1,6 @@
 """Options of the losses: what is accepted, and what an error says."""
 
+import inspect
 import re
 import sys
 
@@ -15,6 +16,13 @@ def test_names_and_defaults():
     assert list(OPTIONS) == ["kl", "tv", "lk_alpha", "lk_lambda", "reverse_kl"]
     defaults = OPTIONS["lk_lambda"]()
     assert (defaults.eta, defaults.lambda_scope, defaults.kl_term) == (3.0, "head", "renormalized")
+
+
+def test_every_loss_and_option_says_what_it_is():
+    for record in LOSSES:
+        assert inspect.getdoc(record.build).splitlines()[0].endswith(".")
+        for name, option in record.options.model_fields.items():
+            assert option.description, f"{record.name}.{name}"
 
 
 def test_numbers_may_come_as_strings():

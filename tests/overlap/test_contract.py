@@ -20,7 +20,7 @@ def test_unknown_implementation_lists_the_known():
     [
         ("target_logits", (2, 4)),
         ("log_normalizer", (2, 1)),
-        ("weight", (3,)),
+        ("mask", (3,)),
         ("log_coverage", (2, 3)),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from rounding import rounding
 
 from specforge_lk.overlap import fused_cpu, overlap_terms
-from specforge_lk.overlap.contract import RowGradients
+from specforge_lk.overlap.contract import RowGradients, RowInputs
 
 NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
 
@@ -175,10 +175,10 @@ def test_gradient_may_overwrite_the_draft_logits(overlap_case, impl, dtype):
 
     kernels = {"cpu": fused_cpu, "closed_form": closed_form}[impl]
     z, y, log_z = (t.detach() for t in overlap_case(5, 1029, dtype=dtype))
-    live = torch.tensor([1, 0, 1, 1, 0]).bool()
-    statistics = kernels.forward(z, y, log_z, None, live, True)
+    rows = RowInputs(log_z, None, torch.tensor([1, 0, 1, 1, 0]).bool(), True)
+    statistics = kernels.forward(z, y, rows)
     gradients = RowGradients(*torch.ones(3, 5, dtype=log_z.dtype))
-    arguments = (z, y, log_z, live, statistics, gradients)
+    arguments = (z, y, rows, statistics, gradients)
     expected = kernels.backward(*arguments)
     assert not torch.equal(expected, z)
     assert kernels.backward(*arguments, out=z) is z

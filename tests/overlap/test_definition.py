@@ -39,7 +39,7 @@ def terms_in_probabilities(case):
     }
 
 
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"])
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"], indirect=True)
 @cases
 @quick
 def test_values_are_the_definition(overlap_case, impl, vocabulary, outside, scale, seed):
@@ -52,7 +52,6 @@ def test_values_are_the_definition(overlap_case, impl, vocabulary, outside, scal
         )
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @cases
 @quick
 def test_invariants(overlap_case, impl, vocabulary, outside, scale, seed):
@@ -74,7 +73,6 @@ def test_invariants(overlap_case, impl, vocabulary, outside, scale, seed):
         torch.testing.assert_close(1 - terms.alpha, 0.5 * (p - q).abs().sum(-1), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gradient_norms_of_the_paper(impl):
     """Appendix A: q uniform on V = 128000, p uniform on k = 100 tokens."""
     vocabulary, k = 128_000, 100
@@ -91,9 +89,8 @@ def test_gradient_norms_of_the_paper(impl):
     assert norm(-terms.log_alpha) == pytest.approx(0.09996, abs=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_point_mass_target_gives_negative_log_likelihood(overlap_case, impl):
-    z = overlap_case(5, 30).draft_logits
+def test_point_mass_target_gives_negative_log_likelihood(impl_case, impl):
+    z = impl_case(5, 30).draft_logits
     token = torch.tensor([0, 3, 29, 7, 7])
     y = torch.full((5, 30), -torch.inf, dtype=z.dtype).scatter(1, token[:, None], 0.0)
     terms = overlap_terms(z, y, torch.zeros(5, dtype=z.dtype), impl=impl)
@@ -105,9 +102,8 @@ def test_point_mass_target_gives_negative_log_likelihood(overlap_case, impl):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_shift_of_the_logits_changes_nothing(overlap_case, impl):
-    case = overlap_case(3, 20)
+def test_shift_of_the_logits_changes_nothing(impl_case, impl):
+    case = impl_case(3, 20)
     shifted = (case.draft_logits + 50, case.target_logits - 70, case.log_normalizer - 70)
     # The shifted logits are rounded themselves.
     close = rounding(shifted[1], shifted[1].dtype, 2)
@@ -119,9 +115,8 @@ def test_shift_of_the_logits_changes_nothing(overlap_case, impl):
         )
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_given_log_coverage_changes_nothing_and_is_returned(overlap_case, impl):
-    case = overlap_case(3, 20)
+def test_given_log_coverage_changes_nothing_and_is_returned(impl_case, impl):
+    case = impl_case(3, 20)
     computed = overlap_terms(*case, impl=impl)
     given = overlap_terms(*case, impl=impl, log_coverage=computed.log_coverage)
     for name in ("kl", "alpha", "log_alpha", "log_coverage"):

@@ -8,21 +8,33 @@ from specforge_lk.overlap import Projection, linear, linear_overlap, overlap_ter
 
 NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
 V, H, TARGET_H, OUTSIDE = 37, 8, 6, 5
-implementations = pytest.mark.parametrize("impl", ["reference", "closed_form", "cpu"])
+implementations = pytest.mark.parametrize(
+    "impl", ["reference", "closed_form", "cpu"], indirect=True
+)
 
 
-@pytest.fixture
-def case(overlap_dtype):
-    """Draft hidden states and head, target hidden states and head, log Z: [2, 9, ...]."""
+def make_case(dtype):
+    """Make draft hidden states and LM head, those of the target, and log Z: [2, 9, ...]."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=overlap_dtype)
+        return torch.randn(*shape, generator=generator, dtype=dtype)
 
     target = Projection(random(2, 9, TARGET_H), random(V + OUTSIDE, TARGET_H))
     log_z = F.linear(*target).logsumexp(-1)
     target = Projection(target.hidden, target.weight[:V])
     return random(2, 9, H).requires_grad_(), random(V, H).requires_grad_(), target, log_z
+
+
+@pytest.fixture
+def case():
+    return make_case(torch.float64)
+
+
+@pytest.fixture
+def impl_case(impl_dtype):
+    """As `case`, in the dtype that ``impl`` is tested in."""
+    return make_case(impl_dtype)
 
 
 @pytest.fixture
@@ -42,13 +54,13 @@ def evaluate(terms, inputs, shape):
 @implementations
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("projected", [True, False])
-def test_equals_the_operation_on_logits(case, small_chunks, impl, masked, projected):
-    hidden, head, target, log_z = case
+def test_equals_the_operation_on_logits(impl_case, small_chunks, impl, masked, projected):
+    hidden, head, target, log_z = impl_case
     logits = F.linear(*target)
     # A window of a padded tensor, as the steps of EAGLE-3's training-time test have it.
     window = F.pad(logits, (0, 0, 1, 2))[:, 1:10]
-    weight = torch.arange(18).view(2, 9) % 3 if masked else None
-    options = {"weight": weight, "reverse_kl": True, "impl": impl}
+    mask = torch.arange(18).view(2, 9) % 3 > 0 if masked else None
+    options = {"mask": mask, "reverse_kl": True, "impl": impl}
     expected = evaluate(
         overlap_terms(F.linear(hidden, head), logits, log_z, **options), (hidden, head), (2, 9)
     )
@@ -61,21 +73,21 @@ def test_equals_the_operation_on_logits(case, small_chunks, impl, masked, projec
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("impl", ["closed_form", "cpu"])
-def test_masked_positions_are_not_read(case, small_chunks, impl):
-    hidden, head, target, log_z = case
-    weight = torch.arange(18).view(2, 9) % 3
-    options = {"weight": weight, "reverse_kl": True, "impl": impl}
-    expected = evaluate(linear_overlap(*case, **options), (hidden, head), (2, 9))
-    broken = torch.where((weight != 0)[..., None], hidden.detach(), torch.nan).requires_grad_()
+@pytest.mark.parametrize("impl", ["closed_form", "cpu"], indirect=True)
+def test_masked_positions_are_not_read(impl_case, small_chunks, impl):
+    hidden, head, target, log_z = impl_case
+    mask = torch.arange(18).view(2, 9) % 3 > 0
+    options = {"mask": mask, "reverse_kl": True, "impl": impl}
+    expected = evaluate(linear_overlap(*impl_case, **options), (hidden, head), (2, 9))
+    broken = torch.where(mask[..., None], hidden.detach(), torch.nan).requires_grad_()
     terms = linear_overlap(broken, head, target, log_z, **options)
     for a, b in zip(evaluate(terms, (broken, head), (2, 9)), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("impl", ["closed_form", "cpu"])
-def test_positions_without_coverage(case, small_chunks, impl):
-    hidden, head, target, log_z = case
+@pytest.mark.parametrize("impl", ["closed_form", "cpu"], indirect=True)
+def test_positions_without_coverage(impl_case, small_chunks, impl):
+    hidden, head, target, log_z = impl_case
     log_z[0, 3] = torch.inf
     terms = linear_overlap(hidden, head, target, log_z, impl=impl, reverse_kl=True)
     assert terms.log_coverage[0, 3] == -torch.inf
@@ -150,7 +162,7 @@ def test_no_logits_are_ever_whole(case, small_chunks):
     [
         ({"target": torch.zeros(2, 9, V + 1)}, r"draft_head.T and target.*38"),
         ({"log_normalizer": torch.zeros(2, 1)}, "log_normalizer"),
-        ({"weight": torch.zeros(9)}, "weight"),
+        ({"mask": torch.zeros(9)}, "mask"),
         ({"impl": "fast"}, "unknown"),
         ({"draft_hidden": torch.zeros(H)}, "at least one dimension"),
     ],

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from specforge_lk.overlap import IMPLEMENTATIONS, overlap_terms, rows
+from specforge_lk.overlap import overlap_terms, rows
 
 NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
-implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
 def evaluate(z, y, log_z, **options):
@@ -17,10 +16,9 @@ def evaluate(z, y, log_z, **options):
     return values.detach(), gradient
 
 
-@implementations
-@pytest.mark.parametrize("weight_dtype", [torch.bool, torch.float32, torch.int64])
-def test_zero_weight_rows_are_skipped_whatever_they_hold(overlap_case, impl, weight_dtype):
-    case = overlap_case(2, 5, 12)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.int64])
+def test_rows_outside_the_mask_are_skipped_whatever_they_hold(impl_case, impl, mask_dtype):
+    case = impl_case(2, 5, 12)
     expected, expected_gradient = evaluate(*case, impl=impl)
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]).bool()
     broken = [
@@ -28,36 +26,32 @@ def test_zero_weight_rows_are_skipped_whatever_they_hold(overlap_case, impl, wei
         for t, value in zip(case, (torch.nan, torch.inf, torch.nan), strict=True)
     ]
     broken[0].requires_grad_()
-    weight = mask.to(weight_dtype)
-    values, gradient = evaluate(*broken, impl=impl, weight=weight)
+    given = mask.to(mask_dtype)
+    values, gradient = evaluate(*broken, impl=impl, mask=given)
     torch.testing.assert_close(values, expected * mask)
     torch.testing.assert_close(gradient, expected_gradient * mask[..., None])
-    assert (overlap_terms(*broken, impl=impl, weight=weight).log_coverage[~mask] == 0).all()
+    assert (overlap_terms(*broken, impl=impl, mask=given).log_coverage[~mask] == 0).all()
 
 
-@implementations
-def test_an_empty_vocabulary_is_refused(overlap_case, impl):
+def test_an_empty_vocabulary_is_refused(impl_case, impl):
     with pytest.raises(ValueError, match="vocabulary is empty"):
-        overlap_terms(*overlap_case(3, 0), impl=impl)
+        overlap_terms(*impl_case(3, 0), impl=impl)
 
 
-@implementations
-def test_all_masked(overlap_case, impl):
-    case = overlap_case(3, 12)
-    values, gradient = evaluate(*case, impl=impl, weight=torch.zeros(3))
+def test_all_masked(impl_case, impl):
+    case = impl_case(3, 12)
+    values, gradient = evaluate(*case, impl=impl, mask=torch.zeros(3))
     assert not values.any() and not gradient.any()
 
 
-@implementations
-def test_no_rows(overlap_case, impl):
-    values, gradient = evaluate(*overlap_case(0, 12), impl=impl)
+def test_no_rows(impl_case, impl):
+    values, gradient = evaluate(*impl_case(0, 12), impl=impl)
     assert values.shape == (4, 0) and gradient.shape == (0, 12)
 
 
-@implementations
 @pytest.mark.parametrize("give_log_coverage", [True, False])
-def test_rows_without_coverage_are_zero(overlap_case, impl, give_log_coverage):
-    z, y, log_z = overlap_case(4, 12)
+def test_rows_without_coverage_are_zero(impl_case, impl, give_log_coverage):
+    z, y, log_z = impl_case(4, 12)
     expected, expected_gradient = evaluate(z, y, log_z, impl=impl)
     y[1], log_z[1] = 0.0, torch.inf  # padding
     y[2] = -torch.inf  # the target excludes the whole draft vocabulary
@@ -70,9 +64,8 @@ def test_rows_without_coverage_are_zero(overlap_case, impl, give_log_coverage):
     torch.testing.assert_close(gradient[[0, 3]], expected_gradient[[0, 3]])
 
 
-@implementations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_masked_tokens_do_not_count(overlap_case, impl, dtype):
+def test_excluded_tokens_do_not_count(overlap_case, impl, dtype):
     """Logits of -inf in target and draft equal a vocabulary without those tokens."""
     z, y, log_z = overlap_case(3, 12, dtype=dtype)
     kept = torch.arange(12) % 3 != 0
@@ -86,9 +79,8 @@ def test_masked_tokens_do_not_count(overlap_case, impl, dtype):
     assert not gradient[:, ~kept].any()
 
 
-@implementations
-def test_tokens_only_the_target_excludes(overlap_case, impl):
-    case = overlap_case(3, 12)
+def test_tokens_only_the_target_excludes(impl_case, impl):
+    case = impl_case(3, 12)
     case.target_logits[:, 4] = -torch.inf
     values, gradient = evaluate(*case, impl=impl)
     assert values.isfinite().all() and gradient.isfinite().all()
@@ -96,10 +88,9 @@ def test_tokens_only_the_target_excludes(overlap_case, impl):
     assert (values[3] > 1e20).all() and (gradient[:, 4] > 1e20).all()
 
 
-@implementations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nan_in_the_target_shows(overlap_case, impl, dtype):
-    """In one logit, and in logits and normaliser, as a broken hidden state leaves them."""
+    """In one logit, and in logits and normalizer, as a broken hidden state leaves them."""
     z, y, log_z = overlap_case(4, 1100, dtype=dtype)
     y[1, 1050] = y[2] = log_z[2] = nan(dtype)
     terms = overlap_terms(z, y, log_z, impl=impl)
@@ -107,7 +98,6 @@ def test_nan_in_the_target_shows(overlap_case, impl, dtype):
         assert term.isfinite().tolist() == [True, False, False, True]
 
 
-@implementations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draft_without_a_logit(overlap_case, impl, dtype):
     """All of them -inf is no distribution, but the row must not spoil the batch."""
@@ -120,7 +110,6 @@ def test_draft_without_a_logit(overlap_case, impl, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("infinite", [True, False])
-@implementations
 def test_non_finite_draft_logits_show(overlap_case, impl, infinite, dtype):
     z, y, log_z = overlap_case(3, 12, dtype=dtype)
     z = z.detach().clone()
@@ -141,43 +130,40 @@ def nan(dtype):
 @pytest.mark.parametrize("masked", [True, False])
 def test_chunks_change_nothing(overlap_case, monkeypatch, chunk_bytes, masked):
     case = overlap_case(3, 5, 12)
-    weight = torch.arange(15).view(3, 5) % 4 if masked else None
-    expected = evaluate(*case, impl="reference", weight=weight)
+    mask = torch.arange(15).view(3, 5) % 4 > 0 if masked else None
+    expected = evaluate(*case, impl="reference", mask=mask)
     monkeypatch.setattr(rows, "_CPU_CHUNK_BYTES", chunk_bytes)
-    torch.testing.assert_close(evaluate(*case, impl="closed_form", weight=weight), expected)
+    torch.testing.assert_close(evaluate(*case, impl="closed_form", mask=mask), expected)
 
 
-@implementations
 @pytest.mark.parametrize("masked", [True, False])
-def test_any_strides(overlap_case, impl, masked):
+def test_any_strides(impl_case, impl, masked):
     """A window of a padded [B, T, V] (EAGLE-3's TTT steps), and a vocabulary that is not last."""
-    z, y, log_z = overlap_case(3, 5, 12)
-    weight = torch.arange(15).view(3, 5) % 4 if masked else None
-    expected, expected_gradient = evaluate(z, y, log_z, impl=impl, weight=weight)
+    z, y, log_z = impl_case(3, 5, 12)
+    mask = torch.arange(15).view(3, 5) % 4 > 0 if masked else None
+    expected, expected_gradient = evaluate(z, y, log_z, impl=impl, mask=mask)
     padded = torch.nn.functional.pad(y, (0, 0, 1, 2))[:, 1:6]
     with pytest.raises(RuntimeError):
         padded.view(-1, 12)  # or the test tests nothing
     transposed = z.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
     values, gradient = evaluate(
-        transposed, padded, log_z.t().contiguous().t(), impl=impl, weight=weight
+        transposed, padded, log_z.t().contiguous().t(), impl=impl, mask=mask
     )
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@implementations
-def test_inputs_are_not_written_to(overlap_case, impl):
-    case = overlap_case(3, 12)
+def test_inputs_are_not_written_to(impl_case, impl):
+    case = impl_case(3, 12)
     before = [t.detach().clone() for t in case]
-    evaluate(*case, impl=impl, weight=torch.tensor([1, 0, 1]))
+    evaluate(*case, impl=impl, mask=torch.tensor([1, 0, 1]))
     evaluate(*case, impl=impl)
     for t, copy in zip(case, before, strict=True):
         torch.testing.assert_close(t.detach(), copy, rtol=0, atol=0)
 
 
-@implementations
-def test_terms_may_be_written_to(overlap_case, impl):
-    case = overlap_case(3, 12)
+def test_terms_may_be_written_to(impl_case, impl):
+    case = impl_case(3, 12)
     _, expected = evaluate(*case, impl=impl)
     terms = overlap_terms(*case, impl=impl, reverse_kl=True)
     total = sum(getattr(terms, name).clone() for name in NAMES).sum()

@@ -1,7 +1,6 @@
 """The Triton kernels through the interpreter: tiles, offsets, precision. What all implementations
 of the overlap operation have in common is tested with them."""
 
-from functools import partial
 from itertools import product
 
 import pytest
@@ -10,8 +9,8 @@ import triton
 from triton_interpreter import interpreted_triton
 
 from specforge_lk.overlap import closed_form, triton_kernels
-from specforge_lk.overlap.contract import RowGradients, RowStatistics
-from specforge_lk.overlap.differentiable import differentiable
+from specforge_lk.overlap.contract import RowGradients, RowInputs, RowStatistics
+from specforge_lk.overlap.differentiable import covered, differentiable
 from specforge_lk.overlap.reference import reference
 
 TILE = 4096  # the interpreter's
@@ -22,14 +21,12 @@ def terms_and_gradient(case, log_coverage=None, exact=False):
     """kl, alpha, log_alpha, reverse_kl [4, ...] and the gradient of their sum."""
     z, y, log_z = (t.detach().double() if exact else t.detach() for t in case)
     z.requires_grad_()
-    live = torch.ones_like(log_z, dtype=torch.bool)
+    rows = RowInputs(log_z, log_coverage, torch.ones_like(log_z, dtype=torch.bool), True)
     if exact:
-        terms = reference(z, y, log_z, y.logsumexp(-1) - log_z, live, True)
+        terms = reference(z, y, rows._replace(log_coverage=None))
     else:
-        implementation = partial(differentiable, interpreted_triton())
-        result = implementation(z, y, log_z, log_coverage, live, True)
-        terms = (result.kl, result.alpha, result.log_alpha, result.reverse_kl)
-    values = torch.stack(terms)
+        terms = differentiable(interpreted_triton(), z, y, rows)
+    values = torch.stack([terms.kl, terms.alpha, terms.log_alpha, terms.reverse_kl])
     return values.detach().double(), torch.autograd.grad(values.sum(), z)[0].double()
 
 
@@ -72,55 +69,57 @@ def test_largest_vocabulary(overlap_case, dtype):
 @pytest.fixture
 def awkward_rows(overlap_case):
     """Arguments of `Kernels.forward` in float64, [3, 3, V]: a window with gaps, a vocabulary that
-    is not last in memory, tokens masked in either or both, rows without coverage, skipped rows of
-    nan."""
+    is not last in memory, tokens excluded in either or both, rows without coverage, skipped rows
+    of nan."""
     z, y, log_z = (t.detach() for t in overlap_case(3, 3, LONG, seed=2))
     z[:, :, ::5], y[:, :, ::7] = -torch.inf, -torch.inf
     z[0, 1] = -torch.inf
     y[1, 0], log_z[1, 1] = -torch.inf, torch.inf
     z[1, 2], y[1, 2, 5:] = 0.0, -torch.inf
     z[2, 0], y[2, 0] = torch.nan, torch.nan
-    live = torch.ones(9, dtype=torch.bool)
-    live[6] = False
+    mask = torch.ones(9, dtype=torch.bool)
+    mask[6] = False
     window = torch.nn.functional.pad(z, (0, 0, 1, 2))[:, 1:4]
     turned = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    return window, turned, log_z.flatten(), live
+    return window, turned, RowInputs(log_z.flatten(), None, mask, True)
 
 
 def test_statistics_are_the_closed_form_s(awkward_rows):
-    z, y, log_z, live = awkward_rows
-    computed = interpreted_triton().forward(z, y, log_z, None, live, True)
-    expected = closed_form.forward(z, y, log_z, None, live, True)
+    z, y, inputs = awkward_rows
+    computed = interpreted_triton().forward(z, y, inputs)
+    expected = closed_form.forward(z, y, inputs)
     covered = expected.target_log_sum != -torch.inf
     assert covered.tolist() == [True] * 3 + [False] * 2 + [True] * 4
     for name, value, reference_value in zip(RowStatistics._fields, computed, expected, strict=True):
         # Of rows without coverage the contract says nothing but terms and target_log_sum.
         rows = covered if name in ("draft_shift", "draft_log_sum") else slice(None)
         torch.testing.assert_close(value[rows], reference_value[rows], msg=name)
-    assert not interpreted_triton().forward(z, y, log_z, None, live, False).reverse_kl.any()
+    unasked = inputs._replace(reverse_kl=False)
+    assert not interpreted_triton().forward(z, y, unasked).reverse_kl.any()
 
 
 @pytest.mark.parametrize("given", list(product([True, False], repeat=3)))
 def test_gradients_are_the_closed_form_s(awkward_rows, given):
-    z, y, log_z, live = awkward_rows
-    statistics = closed_form.forward(z, y, log_z, None, live, True)
-    live = live & (statistics.target_log_sum != -torch.inf)
+    z, y, rows = awkward_rows
+    statistics = closed_form.forward(z, y, rows)
+    rows = covered(rows, statistics)
     generator = torch.Generator().manual_seed(0)
     gradients = RowGradients(
         *(torch.randn(9, generator=generator).double() if g else None for g in given)
     )
-    arguments = (z, y, log_z, live, statistics, gradients)
+    arguments = (z, y, rows, statistics, gradients)
     computed = interpreted_triton().backward(*arguments)
-    assert computed.is_contiguous() and not computed.view(9, -1)[~live].any()
+    assert computed.is_contiguous() and not computed.view(9, -1)[~rows.mask].any()
     torch.testing.assert_close(computed, closed_form.backward(*arguments))
 
 
 def test_in_place_gradient_survives_the_autotuner(overlap_case, monkeypatch):
     """It times each tile by running the kernel, which overwrites what the next run reads."""
     z, y, log_z = (t.detach() for t in overlap_case(3, LONG))
-    kernels, live = interpreted_triton(), torch.tensor([True, False, True])
-    statistics = kernels.forward(z, y, log_z, None, live, True)
-    arguments = (y, log_z, live, statistics, RowGradients(log_z, log_z, log_z))
+    kernels = interpreted_triton()
+    rows = RowInputs(log_z, None, torch.tensor([True, False, True]), True)
+    statistics = kernels.forward(z, y, rows)
+    arguments = (y, rows, statistics, RowGradients(log_z, log_z, log_z))
     expected = kernels.backward(z, *arguments)
 
     runs = []
@@ -155,15 +154,14 @@ def test_rows_further_apart_than_32_bits_reach():
     far = torch.empty((1 << 31) + 8, dtype=torch.bfloat16).as_strided((2, 8), (1 << 31, 1))
     far.copy_(torch.arange(16.0).view(2, 8).sin())
     log_z = far.float().logsumexp(-1)
-    arguments = (None, torch.ones(2, dtype=torch.bool), True)
-    near = interpreted_triton().forward(far.clone(), far.clone(), log_z, *arguments)
-    for computed, expected in zip(
-        interpreted_triton().forward(far, far, log_z, *arguments), near, strict=True
-    ):
+    rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), True)
+    near = interpreted_triton().forward(far.clone(), far.clone(), rows)
+    for computed, expected in zip(interpreted_triton().forward(far, far, rows), near, strict=True):
         torch.testing.assert_close(computed, expected, rtol=0, atol=0)
 
 
 def test_cpu_tensors_are_told_where_to_go(overlap_case):
     with pytest.raises(ValueError, match=r"GPU.*impl='closed_form'"):
         z, y, log_z = overlap_case(2, 3)
-        triton_kernels.forward(z, y, log_z, None, torch.ones(2, dtype=torch.bool), False)
+        rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), False)
+        triton_kernels.forward(z, y, rows)

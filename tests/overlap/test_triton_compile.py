@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from specforge_lk.overlap import triton_kernels
-from specforge_lk.overlap.contract import RowGradients
+from specforge_lk.overlap.contract import RowGradients, RowInputs
 
 VOCABULARY = 32_000
 
@@ -46,10 +46,10 @@ def launch(dtype, vocabulary=VOCABULARY):
     """Both passes over a window of a padded [3, 9, V], with all terms and gradients."""
     logits = torch.empty(3, 9, vocabulary, dtype=dtype, device="meta")[:, 1:8]
     log_z = torch.empty(21, device="meta")
-    live = torch.empty(21, dtype=torch.bool, device="meta")
-    statistics = triton_kernels.forward(logits, logits, log_z, None, live, True)
+    rows = RowInputs(log_z, None, torch.empty(21, dtype=torch.bool, device="meta"), True)
+    statistics = triton_kernels.forward(logits, logits, rows)
     gradients = RowGradients(log_z, log_z, log_z)
-    triton_kernels.backward(logits, logits, log_z, live, statistics, gradients)
+    triton_kernels.backward(logits, logits, rows, statistics, gradients)
 
 
 def resources(kernel, path):
