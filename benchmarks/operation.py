@@ -30,6 +30,7 @@ from benchmarks.measure import (
     touch,
 )
 from specforge_lk.cli.progress import each
+from tools.wheels import SPECFORGE
 
 T = TypeVar("T")
 
@@ -93,7 +94,12 @@ def run(
     )
     with limited_memory() as limit:
         results = Results(
-            path, *SOURCES, fresh=fresh, memory_limit=limit, minimum_budget_seconds=budget
+            path,
+            *SOURCES,
+            fresh=fresh,
+            memory_limit=limit,
+            minimum_budget_seconds=budget,
+            specforge=SPECFORGE,
         )
         waiting = [cell for cell in grid if not results.has(asdict(cell))]
         previous = inputs = None

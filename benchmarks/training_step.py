@@ -67,7 +67,7 @@ def run(
 
     ``budget`` changes nothing here: a step is long, and differences between losses are small.
     """
-    results = Results(path, *SOURCES, fresh=fresh, note=NOTE)
+    results = Results(path, *SOURCES, fresh=fresh, note=NOTE, specforge=SPECFORGE)
     waiting = [cell for cell in grid if not results.has(asdict(cell))]
     for cell in each("training step", waiting, console):
         results.add(asdict(cell), implementations=_measure(cell))

@@ -111,7 +111,8 @@ def take(of_rows: _OfRows, index: torch.Tensor) -> _OfRows:
 
 
 def _each(of_rows: _OfRows, change: Callable[[torch.Tensor], torch.Tensor]) -> _OfRows:
-    return of_rows._make(change(v) if isinstance(v, torch.Tensor) else v for v in of_rows)
+    changed = (change(v) if isinstance(v, torch.Tensor) else v for v in of_rows)
+    return type(of_rows)._make(changed)
 
 
 class Kernels(Protocol):

@@ -53,10 +53,11 @@ class _Overlap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         draft_logits, target_logits, *vectors = ctx.saved_tensors
+        rows = RowInputs._make((*vectors, ctx.reverse_kl))
         grad = ctx.kernels.backward(
             draft_logits,
             target_logits,
-            covered(RowInputs(*vectors, ctx.reverse_kl), ctx.statistics),
+            covered(rows, ctx.statistics),
             ctx.statistics,
             row_gradients(ctx.statistics, gradients),
         )

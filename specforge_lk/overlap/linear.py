@@ -89,7 +89,7 @@ class _LinearOverlap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         hidden, head, target, target_head, *vectors = ctx.saved_tensors
-        rows = covered(RowInputs(*vectors, ctx.reverse_kl), ctx.statistics)
+        rows = covered(RowInputs._make((*vectors, ctx.reverse_kl)), ctx.statistics)
         of_terms = row_gradients(ctx.statistics, gradients)
         dtype = rows.log_normalizer.dtype
         grad_hidden = grad_head = None
