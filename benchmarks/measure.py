@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import specforge_lk.overlap
+from specforge_lk.files import write_text
 
 Call = Callable[[], object]
 
@@ -235,11 +236,8 @@ class Results:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write all of a file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    """Write all of a JSON file or nothing."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _digest(modules: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,8 @@ from benchmarks.measured import (
     read,
     resident,
 )
+from specforge_lk.files import write_text
+from specforge_lk.markdown import markdown_table
 
 
 def write(directory: Path, console: Console) -> None:
@@ -37,7 +39,7 @@ def write(directory: Path, console: Console) -> None:
             "does_not_fit": missing,
         },
     )
-    (directory / "summary.md").write_text(_markdown(measured, criteria, missing))
+    write_text(directory / "summary.md", _markdown(measured, criteria, missing))
     console.print(_table(criteria))
 
 
@@ -76,7 +78,7 @@ def _number(value: float | None) -> str:
 def _markdown(measured: Measured, criteria: list[Criterion], missing: list[dict[str, str]]) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in measured.machine.items())
     lines = ["# Benchmark", "", f"Written by `make bench`. {facts}.", "", "## Targets", ""]
-    lines += _markdown_table(
+    lines += _table_lines(
         _HEADERS,
         ((*_row(c)[:6], f"{_number(c.worst)} ({c.worst_cell})", _row(c)[7]) for c in criteria),
     )
@@ -85,7 +87,7 @@ def _markdown(measured: Measured, criteria: list[Criterion], missing: list[dict[
         lines += ["", f"## {HEADLINE}", ""]
         found = measured.operation[HEADLINE]
         ours = median(found["ours kl"])
-        lines += _markdown_table(
+        lines += _table_lines(
             (
                 *("implementation", "time [ms]", "quartiles", "over our kl"),
                 *("peak beyond inputs [MiB]", "by RSS [MiB]"),
@@ -107,7 +109,7 @@ def _markdown(measured: Measured, criteria: list[Criterion], missing: list[dict[
         most: dict[str, Record] = max(measured.operation.values(), key=len)
         names = list(most)
         lines += ["", "## Median times [ms]", ""]
-        lines += _markdown_table(
+        lines += _table_lines(
             ("N x V_d", *names),
             (
                 (str(cell), *(_milliseconds(found, name) for name in names))
@@ -124,7 +126,5 @@ def _milliseconds(found: Mapping[str, Record], name: str) -> str:
     return "does not fit" if name in found else ""
 
 
-def _markdown_table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    headers = tuple(headers)
-    lines = [headers, ("---",) * len(headers), *rows]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+def _table_lines(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [markdown_table(headers, rows), ""]

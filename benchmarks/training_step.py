@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks.measure import Results, distribution
 from specforge_lk import patching
 from specforge_lk.cli.progress import each
+from specforge_lk.files import atomic_write
 from tools.wheels import SPECFORGE, WHEELS, wheel
 
 SOURCES: Final = ("benchmarks.training_step", "benchmarks.step_worker", "tools.wheels")
@@ -97,12 +98,10 @@ def _unpatched() -> Path:
     """Return a directory of SpecForge with the Triton-less loss as its only patch."""
     directory = WHEELS / f"{SPECFORGE.replace('==', '-')}-cpu"
     if not directory.exists():
-        temporary = directory.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(wheel(SPECFORGE), temporary)
         first = patching.load_series(patching.SPECFORGE).patches[0]
-        patching.git_apply(temporary, first, "--include=specforge/*")
-        temporary.rename(directory)
+        with atomic_write(directory) as temporary:
+            shutil.copytree(wheel(SPECFORGE), temporary)
+            patching.git_apply(temporary, first, "--include=specforge/*")
     return directory
 
 

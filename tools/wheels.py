@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from specforge_lk.files import atomic_write
 from specforge_lk.patching import SUPPORTED
 
 #: Where unpacked wheels are kept, from the root of the repository.
@@ -26,13 +27,12 @@ def wheel(requirement: str) -> Path:
     """
     directory = WHEELS / requirement.replace("==", "-")
     if not directory.exists():
-        temporary = directory.with_suffix(".tmp")
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
-                *("--disable-pip-version-check", "--target", str(temporary), requirement),
-            ],
-            check=True,
-        )
-        temporary.rename(directory)
+        with atomic_write(directory) as temporary:
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
+                    *("--disable-pip-version-check", "--target", str(temporary), requirement),
+                ],
+                check=True,
+            )
     return directory
