@@ -74,3 +74,15 @@ def test_an_unpatched_specforge_is_told_apart(tmp_path: Path):
     done = losses("--json", path=tmp_path)
     assert sorted(by_name(done)) == OWN
     assert "run 'specforge-lk patch apply'" in json.loads(done.stdout)["problem"]
+
+
+def test_a_plugin_that_is_asked_for_and_missing_is_one_line():
+    program = "from specforge_lk.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "losses"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SPECFORGE_PLUGINS": "no_such_plugin"},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "['no_such_plugin']; installed: ['specforge-lk']" in done.stderr.splitlines()[-1]
