@@ -2,8 +2,8 @@
 
     python configs/recipes.py
 
-This script writes every file in configs/<target>/ but target-facts.json, from the facts there and
-the tables below; tests/experiments/test_recipes.py asserts that they are up to date. `make pages`
+This script writes every file in configs/<target>/ but target-facts.json, from the facts there, the
+tables below and `specforge_lk.drafts.configs`; tests/experiments/test_recipes.py asserts that they are up to date. `make pages`
 writes the tables of README.md. Losses have no files of their own: `training.loss` on the command
 line is all that differs between them.
 """
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import yaml
 
+from specforge_lk.drafts.table import DRAFTS, DraftType
 from specforge_lk.evaluate.published import HEADS as DRAFTED
 from specforge_lk.markdown import markdown_table
 
@@ -43,6 +44,11 @@ class Draft:
     micro_batch: int = 4
     training: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def type(self) -> DraftType:
+        """The draft's row in the table."""
+        return DRAFTS[self.algorithm]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -59,7 +65,7 @@ class Target:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known of the target, see ``source`` in it."""
+        """Facts about the target, from the ``source`` that they name."""
         return json.loads((CONFIGS / self.name / "target-facts.json").read_text())
 
     @property
@@ -118,100 +124,16 @@ SHARED: Final = {
 # -------------------------------------------------------------------------- draft configs
 
 
-def _rope(target: dict[str, Any]) -> dict[str, Any]:
-    """The target's rotary base, and its scaling where engines compute it as SpecForge does.
-
-    For YaRN they do not (gpt-oss has truncate: false, which SpecForge's drafts lack); samples end
-    before the length from which YaRN extends.
-    """
-    scaling = target["rope_scaling"]
-    kept = scaling if scaling and scaling.get("rope_type") == "llama3" else None
-    return {"rope_theta": target["rope_theta"], "rope_scaling": kept}
-
-
-def _eagle3(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
-    """One dense decoder layer; beside experts as wide as those that a token activates.
-
-    No `eagle_aux_hidden_state_layer_ids`: unnamed, SpecForge, SGLang and vLLM take the same three,
-    the outputs of layers 1, L // 2 - 1 and L - 4.
-    """
-    experts = target.get("num_experts_per_tok", 1)
-    width = target.get("moe_intermediate_size", target["intermediate_size"])
-    same = (
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "vocab_size",
-        "max_position_embeddings",
-        "initializer_range",
-    )
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        **{name: target[name] for name in same},
-        "intermediate_size": experts * width,
-        "num_hidden_layers": 1,
-        **_rope(target),
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "draft_vocab_size": draft_vocab_size,
-        "eagle_config": {"use_aux_hidden_state": True},
-    }
-
-
-def _medusa(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
-    return {
-        "architectures": ["MedusaModel"],
-        "model_type": "medusa",
-        "hidden_size": target["hidden_size"],
-        "vocab_size": target["vocab_size"],
-        "draft_vocab_size": draft_vocab_size,
-        "num_heads": HEADS,
-        "num_hidden_layers": 1,
-    }
-
-
-def _mlp_speculator(target: dict[str, Any], draft_vocab_size: int) -> dict[str, Any]:
-    """Tied: six embeddings of the whole vocabulary would be most of the draft."""
-    return {
-        "architectures": ["MLPSpeculatorPreTrainedModel"],
-        "model_type": "mlp_speculator",
-        "vocab_size": target["vocab_size"],
-        "draft_vocab_size": draft_vocab_size,
-        "emb_dim": target["hidden_size"],
-        "inner_dim": target["hidden_size"],
-        "n_predict": HEADS,
-        "tie_weights": True,
-        "scale_input": True,
-    }
-
-
-def _mtp(target: dict[str, Any], _draft_vocab_size: None) -> dict[str, Any]:
-    """The target's own config."""
-    return {"architectures": ["MTPDraftModel"], **target}
-
-
-_DRAFT_CONFIGS: Final = {
-    "eagle3": _eagle3,
-    "medusa": _medusa,
-    "mlp_speculator": _mlp_speculator,
-    "mtp": _mtp,
-}
-
-
 def draft_config(draft: Draft, target: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a draft, from its target's."""
-    return _DRAFT_CONFIGS[draft.algorithm](target, draft.draft_vocab_size)
+    """Return config.json of a draft, from its target's."""
+    return draft.type.config(target, draft.draft_vocab_size, HEADS)
 
 
 # ---------------------------------------------------------------------------- run configs
 
 
 def run_config(target: Target, draft: Draft, online: bool) -> dict[str, Any]:
-    """Run config of a draft, from captured features or streamed from capture servers."""
+    """Return the run config of a draft, from captured features or streamed from servers."""
     runs, algorithm = f"runs/{target.name}", draft.algorithm
     name = f"{algorithm}-online" if online else algorithm
     hub_id = target.facts["hub_id"]
@@ -225,7 +147,7 @@ def run_config(target: Target, draft: Draft, online: bool) -> dict[str, Any]:
         model["vocab_mapping_path"] = f"{runs}/vocab_mapping.pt"
     else:
         model["draft_checkpoint_path"] = hub_id
-    features = f"{runs}/features/{'eagle3' if algorithm == 'eagle3' else 'last'}"
+    features = f"{runs}/features/{algorithm if draft.type.aux_layers else 'last'}"
     # Tokens, not conversations: SpecForge would put the system prompt of its chat template before
     # those, and refuses them for gpt-oss.
     source = (
@@ -268,18 +190,12 @@ _HEADER: Final = """\
 # The paper's baseline and its other loss: training.loss=kl, training.loss=lk_alpha.
 # {batch} sequences per step = batch_size x accumulation_steps x GPUs.
 """
-_TITLES: Final = {
-    "eagle3": "EAGLE-3 draft",
-    "medusa": "MEDUSA heads",
-    "mlp_speculator": "MLP speculator",
-    "mtp": "MTP module",
-}
 
 
 def run_file(target: Target, draft: Draft, online: bool) -> str:
-    """A run config as YAML."""
+    """Return a run config as YAML."""
     header = _HEADER.format(
-        title=_TITLES[draft.algorithm],
+        title=draft.type.title,
         hub_id=target.facts["hub_id"],
         how="streamed from capture servers" if online else "trained from captured features",
         batch=GLOBAL_BATCH,
@@ -294,8 +210,8 @@ _PROPER: Final = {"draft_sample_method": "probabilistic", "rejection_sample_meth
 
 
 def vllm_command(target: Target, draft: Draft) -> str | None:
-    """Command that serves an exported draft with vLLM 0.32; None where it cannot."""
-    if draft.algorithm == "mlp_speculator":
+    """Return the command that serves an export with vLLM 0.32; None where there is none."""
+    if not draft.type.vllm:
         return None
     speculative = {
         "method": draft.algorithm,
@@ -316,8 +232,8 @@ def vllm_command(target: Target, draft: Draft) -> str | None:
 
 
 def sglang_command(target: Target, draft: Draft) -> str | None:
-    """Command that serves an exported draft with SGLang 0.5.14; None where it cannot."""
-    algorithm = {"eagle3": "EAGLE3", "mtp": "NEXTN"}.get(draft.algorithm)
+    """Return the command that serves an export with SGLang 0.5.14; None where there is none."""
+    algorithm = draft.type.sglang
     if algorithm is None:
         return None
     steps = DRAFTED[draft.algorithm]
@@ -344,7 +260,7 @@ def table() -> str:
             rows.append(
                 [
                     target.facts["hub_id"],
-                    _TITLES[draft.algorithm],
+                    draft.type.title,
                     str(draft.draft_vocab_size or target.config["vocab_size"]),
                     f"[{draft.algorithm}.yaml]({stem}.yaml)",
                     f"[{draft.algorithm}-online.yaml]({stem}-online.yaml)",
@@ -360,12 +276,12 @@ def serving_commands() -> str:
         for draft in target.drafts:
             commands = filter(None, (vllm_command(target, draft), sglang_command(target, draft)))
             if shown := "\n".join(commands):
-                parts.append(f"{_TITLES[draft.algorithm]}, {target.name}:\n\n```sh\n{shown}\n```")
+                parts.append(f"{draft.type.title}, {target.name}:\n\n```sh\n{shown}\n```")
     return "\n\n".join(parts)
 
 
 def files() -> dict[Path, str]:
-    """Every file of the recipes with its content."""
+    """Return every file of the recipes with its content."""
     content = {}
     for target in TARGETS:
         for draft in target.drafts:

@@ -25,7 +25,7 @@ LAYER_IDS_OF_INPUTS = frozenset(
 
 
 def layer_ids_are_inputs(config: Any, layers: Sequence[int]) -> bool:
-    """Whether an EAGLE draft's captured layers stand for inputs of layers in SGLang.
+    """Return whether an EAGLE draft's captured layers stand for inputs of layers in SGLang.
 
     Args:
         config: The target's Hugging Face config.
@@ -44,7 +44,7 @@ def load_target(
 ) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)``, the model in evaluation mode on its device.
 
-    Of a multimodal target this is the whole model, to be given text only.
+    A multimodal target is loaded whole, to be given text only.
 
     Args:
         target: Folder or hub id.
@@ -79,7 +79,7 @@ def load_target(
 
 
 def _auto_class(config: Any, target: str) -> Any:
-    """The class of transformers that loads a target with its language-model head.
+    """Return the class of transformers that loads a target with its LM head.
 
     Raises:
         ValueError: transformers has none for this kind of model.
@@ -103,8 +103,8 @@ def _check_weights(target: str, found: dict[str, Any]) -> None:
     """Refuse a model that has tensors which its checkpoint did not fill.
 
     transformers leaves random numbers in them and goes on. Tensors that the model lacks are no
-    mistake: checkpoints hold MTP modules that transformers does not run. Tied heads and what a
-    model computes by itself are not reported missing.
+    mistake: checkpoints hold MTP modules that transformers does not run. Tied LM heads, and what a
+    model computes by itself, are not reported missing.
 
     Args:
         target: Folder or hub id, for the message.
@@ -138,6 +138,15 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a response: the generation config's, or else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in listed if i is not None)
 
 
 def load_tokenizer(target: str, *, trust_remote_code: bool = False) -> Any:
@@ -178,4 +187,11 @@ def _errors(target: str) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["load_target", "load_target_config", "load_tokenizer"]
+__all__ = [
+    "LAYER_IDS_OF_INPUTS",
+    "eos_ids",
+    "layer_ids_are_inputs",
+    "load_target",
+    "load_target_config",
+    "load_tokenizer",
+]

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from benchmarks.measure import peak_allocated
 from specforge_lk import cost, overlap_terms
 from specforge_lk.cli import app
+from specforge_lk.drafts import table
+from specforge_lk.drafts.work import Work
 
 ROOT = Path(__file__).parent.parent
 BATCH, LENGTH, KEPT = 2, 24, 96
@@ -83,7 +85,7 @@ def test_matrix_products_are_those_that_torch_counts(name: str, tmp_path: Path) 
 
 def test_attention_sees_its_prefix_and_its_chain() -> None:
     pairs = sum(start + 1 + head for start in range(LENGTH) for head in range(HEADS))
-    work = cost.Work(trained=0, frozen=0, features=0, attention=8)
+    work = Work(trained=0, frozen=0, features=0, attention=8)
     assert cost.forward_flops(work, HEADS, LENGTH) == 2 * 8 * pairs / LENGTH
 
 
@@ -141,7 +143,8 @@ def test_features_have_the_bytes_of_a_captured_file(algorithm, captured, tmp_pat
     setup = prepare_with_features(tmp_path, algorithm=algorithm)
     record = torch.load(sorted(setup.features.glob("*.ckpt"))[0], weights_only=True)
     size = sum(tensor.nbytes for tensor in record.values())
-    per_token = cost.feature_bytes(algorithm, HIDDEN_SIZE, captured, 4)
+    assert table.DRAFTS[algorithm].aux_layers == captured
+    per_token = cost.feature_bytes(HIDDEN_SIZE, captured, 4)
     assert size == per_token * len(record["input_ids"])
 
 

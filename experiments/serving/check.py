@@ -25,7 +25,8 @@ from experiments.serving.report import Comparison, FirstDifference, Side, Specul
 from specforge_lk.data.conversations import prompt_ids
 from specforge_lk.data.prompts import read_rows, user_turns
 from specforge_lk.decode.draft import Draft, load_draft
-from specforge_lk.decode.speculate import Prefills, generate
+from specforge_lk.decode.prefill import Prefills
+from specforge_lk.decode.speculate import speculate
 from specforge_lk.decode.target import Target
 from specforge_lk.files import write_text
 
@@ -132,7 +133,7 @@ class Check:
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
-            generations = generate(
+            generations = speculate(
                 self.target,
                 draft,
                 [self.prompts[index] for index in batch],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from specforge_lk.data.conversations import prompt_ids
 from specforge_lk.data.responses import Sampling, conversation_row
+from specforge_lk.target import eos_ids
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def sample_responses(
                 f"{sampling.max_new_tokens} exceeds the target's context of {context}"
             )
     keys = [prompt["id"] for prompt in prompts]
-    responses = _sample(model, encoded, keys, sampling, _end_ids(model, tokenizer), advance)
+    responses = _sample(model, encoded, keys, sampling, sorted(eos_ids(model, tokenizer)), advance)
     texts = [
         tokenizer.decode(
             response.ids[:-1] if response.finished else response.ids,
@@ -157,14 +158,6 @@ def _uniforms(sampling: Sampling, key: str) -> torch.Tensor:
 
     generator = torch.Generator().manual_seed(sampling.number(key))
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response, as the target's generation settings name them."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return [ids] if isinstance(ids, int) else list(ids or ())
 
 
 __all__ = ["Response", "sample_responses"]

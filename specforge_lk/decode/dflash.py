@@ -13,106 +13,107 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from specforge_lk.decode.draft import DraftError, Proposal, last_valid, read_weights
-from specforge_lk.decode.eagle3 import rotate
-from specforge_lk.decode.sampling import check_finite, choose
+from specforge_lk.decode.base import CachedDraft, KeysValues
+from specforge_lk.decode.checkpoint import DraftError, fill, read_weights, require_sizes
+from specforge_lk.decode.draft import Proposal
+from specforge_lk.decode.layers import DecoderLayer, Rotary, attend, rotary_tables
+from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
+from specforge_lk.drafts.modules import Stack
 
 #: Chain starts whose blocks are computed at once in teacher forcing.
 _BLOCKS = 32
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        query = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        bias = bool(config.attention_bias)
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
-
-
-class _Layer(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(config.hidden_size, config.intermediate_size, bias=False),
-                "up_proj": nn.Linear(config.hidden_size, config.intermediate_size, bias=False),
-                "down_proj": nn.Linear(config.intermediate_size, config.hidden_size, bias=False),
-            }
-        )
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class DFlashDraft(nn.Module):
+class DFlashDraft(CachedDraft):
     """A DFlash draft; see `specforge_lk.decode.draft.Draft` for the interface.
 
-    Its cache slot is the position, as in `Eagle3Draft`; only verified positions are cached.
+    Only verified positions are cached.
 
     Args:
         config: a transformers Qwen3Config with ``block_size`` and ``dflash_config``.
-        target: lends its embeddings and its head.
+        target: lends its embeddings and its LM head.
     """
 
     algorithm = "dflash"
-    draft_ids = None
     #: First slot that predicts a token.
     first_slot = 1
 
     def __init__(self, config: Any, target: Target) -> None:
-        super().__init__()
-        from transformers.activations import ACT2FN
+        options = config.dflash_config
+        super().__init__(config, config.num_hidden_layers, tuple(options["target_layer_ids"]))
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-        options = config.dflash_config
-        self.config = config
-        self.capture_layers = tuple(options["target_layer_ids"])
+        size, eps = config.hidden_size, config.rms_norm_eps
+        bias = bool(config.attention_bias)
         self.block_size = int(config.block_size)
         self.mask_token = int(options["mask_token_id"])
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.fc = nn.Linear(
-            len(self.capture_layers) * config.hidden_size, config.hidden_size, bias=False
+        self.layers: Stack[DecoderLayer] = Stack(
+            DecoderLayer(config, bias=bias, norms=True) for _ in range(config.num_hidden_layers)
         )
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._activation = ACT2FN[config.hidden_act]
+        self.fc = nn.Linear(len(self.capture_layers) * size, size, bias=False)
+        self.hidden_norm = nn.RMSNorm(size, eps)
+        self.norm = nn.RMSNorm(size, eps)
         self._rotary = Qwen3RotaryEmbedding(config)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers)
         self._windows = [
             config.sliding_window if kind == "sliding_attention" else None for kind in kinds
         ]
-        # Not modules of its own: the target's weights are no weights of the draft.
+        # In a tuple, so that nn.Module does not register the target as a submodule.
         self._target = (target,)
         self._init_head(options)
+        # The slots of a block that predict.
+        self.max_heads = self.block_size - self.first_slot
 
-    def _init_head(self, options: dict) -> None:
+    @classmethod
+    def load(
+        cls, path: Path, config: dict[str, Any], target: Target, layers: tuple[int, ...] | None
+    ) -> Self:
+        """Load a draft from ``specforge export --to hf``; see `load_draft`."""
+        from transformers import Qwen3Config
+
+        options = config.get("dflash_config") or {}
+        for name in ("target_layer_ids", "mask_token_id"):
+            if options.get(name) is None:
+                raise DraftError(
+                    f"{path / 'config.json'}: dflash_config.{name} is missing; export again"
+                )
+        captured = options["target_layer_ids"]
+        if layers is not None and layers != tuple(captured):
+            raise DraftError(
+                f"draft {path}: --aux-layers {list(layers)} are not its target layers "
+                f"{captured}; leave the option out"
+            )
+        parsed = Qwen3Config.from_dict(config)
+        require_sizes(path, {"vocab_size": parsed.vocab_size}, target)
+        if max(captured) >= target.num_layers:
+            raise DraftError(
+                f"draft {path}: target layers {captured} do not fit a target of "
+                f"{target.num_layers} layers; give the target the draft was trained for"
+            )
+        # DSpark's confidence head decides how much to draft; it has no part in what is drafted.
+        tensors = {
+            name: value
+            for name, value in read_weights(path).items()
+            if not name.startswith("confidence_head.")
+        }
+        return fill(cls(parsed, target), tensors, path, target)
+
+    def _init_head(self, options: dict[str, Any]) -> None:
         """Add what an algorithm corrects its logits with."""
-
-    @property
-    def max_heads(self) -> int:
-        """Longest chain: the slots of a block that predict."""
-        return self.block_size - self.first_slot
 
     def _corrected(
         self, logits: torch.Tensor, hidden: torch.Tensor, tokens: torch.Tensor, slot: int
     ) -> torch.Tensor:
-        """Logits [N, V] that a slot draws from.
+        """Return the logits [N, V] that a slot draws from.
 
         Args:
-            logits: [N, V] the slot's, from the target's head.
+            logits: [N, V] the slot's, from the target's LM head.
             hidden: [N, block, H] the block's states.
             tokens: [N, block] the tokens from the anchor on; those at or after the slot's own
                 prediction have no influence.
@@ -122,32 +123,21 @@ class DFlashDraft(nn.Module):
 
     # The layers
 
-    def _context(self, features: torch.Tensor, positions: torch.Tensor) -> list[tuple]:
-        """Rotated keys, and values, of features [B, n, F] for every layer: [B, n, heads, dim]."""
+    def _context(self, features: torch.Tensor, positions: torch.Tensor) -> list[KeysValues]:
+        """Return keys and values [B, n, kv_heads, dim] of features [B, n, F] for every layer."""
         states = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
-        tables = self._tables(states, positions)
-        return [self._keys_values(layer, states, tables) for layer in self.layers]
-
-    def _tables(self, states: torch.Tensor, positions: torch.Tensor) -> tuple:
-        return tuple(table.unsqueeze(2) for table in self._rotary(states, positions))
-
-    def _keys_values(self, layer: _Layer, states: torch.Tensor, tables: tuple) -> tuple:
-        dim, attention = self.config.head_dim, layer.self_attn
-        keys = attention.k_norm(attention.k_proj(states).unflatten(-1, (-1, dim)))
-        return rotate(keys, *tables), attention.v_proj(states).unflatten(-1, (-1, dim))
+        tables: Rotary = rotary_tables(self._rotary, states, positions)
+        return [layer.self_attn.keys_values(states, tables) for layer in self.layers]
 
     def _blocks(
-        self,
-        anchors: torch.Tensor,
-        positions: torch.Tensor,
-        context: list[tuple[torch.Tensor, torch.Tensor]],
+        self, anchors: torch.Tensor, positions: torch.Tensor, context: list[KeysValues]
     ) -> torch.Tensor:
-        """States [B, S, block, H] of blocks after the final norm.
+        """Return the states [B, S, block, H] of blocks after the final norm.
 
         Args:
             anchors: [B, S] anchor tokens.
             positions: [B, S] their positions.
-            context: keys and values [B, L, heads, dim] of every layer, slot = position.
+            context: keys and values [B, L, kv_heads, dim] of every layer, slot = position.
         """
         batch, count = anchors.shape
         size, target = self.block_size, self._target[0]
@@ -157,7 +147,7 @@ class DFlashDraft(nn.Module):
         embedded = target.embed(tokens.flatten(1))
         hidden = embedded.to(self.fc.weight.dtype)
         slots = (positions[..., None] + offsets).flatten(1)
-        tables = self._tables(hidden, slots)
+        tables = rotary_tables(self._rotary, hidden, slots)
         # Query [B, S * block]: its block, its offset, its anchor's position.
         block = torch.arange(count, device=anchors.device).repeat_interleave(size)
         offset = offsets.repeat(count)
@@ -170,43 +160,23 @@ class DFlashDraft(nn.Module):
                 first = anchor + offset - (window - 1)
                 seen = seen & (before >= first[..., None])
                 own = own & (offset <= offset[:, None])
-            attention = layer.self_attn
-            states = layer.input_layernorm(hidden)
-            query = attention.q_proj(states).unflatten(-1, (-1, self.config.head_dim))
-            query = rotate(attention.q_norm(query), *tables)
-            own_keys, own_values = self._keys_values(layer, states, tables)
-            attended = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                torch.cat([keys, own_keys], dim=1).transpose(1, 2),
-                torch.cat([values, own_values], dim=1).transpose(1, 2),
-                attn_mask=torch.cat([seen, own], dim=-1)[:, None],
-                enable_gqa=True,
+            inputs, residual = layer.read(hidden, embedded)
+            own_keys, own_values = layer.self_attn.keys_values(inputs, tables)
+            attended = attend(
+                layer.self_attn.queries(inputs, tables),
+                torch.cat([keys, own_keys], dim=1),
+                torch.cat([values, own_values], dim=1),
+                torch.cat([seen, own], dim=-1),
             )
-            hidden = hidden + attention.o_proj(attended.transpose(1, 2).flatten(-2))
-            inner = layer.post_attention_layernorm(hidden)
-            gated = self._activation(layer.mlp["gate_proj"](inner)) * layer.mlp["up_proj"](inner)
-            hidden = hidden + layer.mlp["down_proj"](gated)
+            hidden = layer.finish(residual, attended)
         return self.norm(hidden).unflatten(1, (count, size))
 
     def _logits(self, hidden: torch.Tensor, tokens: torch.Tensor, slot: int) -> torch.Tensor:
-        """Logits [N, V] of a slot; `_corrected` explains the arguments."""
+        """Return the logits [N, V] of a slot; `_corrected` explains the arguments."""
         base = self._target[0].lent_logits(hidden[:, slot])
-        logits = self._corrected(base, hidden, tokens, slot)
-        check_finite(
-            logits, "the draft", "its training diverged or its file is damaged: use another one"
-        )
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self._checked(self._corrected(base, hidden, tokens, slot))
 
     # Decoding
-
-    def start(self, batch: int, capacity: int) -> None:
-        """Allocate the cache: one slot per position, and one more that takes invalid entries."""
-        shape = (batch, capacity + 1, self.config.num_key_value_heads, self.config.head_dim)
-        weight = self.fc.weight
-        self._cache = [
-            tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-            for _ in self.layers
-        ]
 
     def observe(
         self,
@@ -216,49 +186,40 @@ class DFlashDraft(nn.Module):
         valid: torch.Tensor,
     ) -> None:
         """Take in verified positions; see `Draft.observe`."""
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        slots = torch.where(valid, positions, self._cache[0][0].shape[1] - 1)
-        for cached, fresh in zip(self._cache, self._context(features, positions), strict=True):
-            for cache, states in zip(cached, fresh, strict=True):
-                cache[rows, slots] = states
-        self._anchor, last = last_valid(valid, tokens, positions)
-        self._position = last + 1
+        for layer, states in enumerate(self._context(features, positions)):
+            self._write(layer, states, positions, valid)
+        # The token after the last position is the anchor.
+        self._start_chain(valid, tokens, positions + 1)
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
-        length = int(self._position.max())
-        context = [tuple(states[:, :length] for states in layer) for layer in self._cache]
-        hidden = self._blocks(self._anchor, self._position, context)[:, 0]
-        tokens = self._anchor.repeat(1, self.block_size + 1)
-        logits = []
-        for head in range(heads):
-            logits.append(self._logits(hidden, tokens[:, :-1], self.first_slot + head))
-            tokens[:, head + 1] = choose(logits[-1], temperature, greedy, generator)
+        anchor, position = self._chain
+        hidden = self._blocks(anchor, position, self._read(int(position.max())))[:, 0]
+        tokens = anchor.repeat(1, self.block_size + 1)
+        logits: list[torch.Tensor] = []
+        for step in range(heads):
+            logits.append(self._logits(hidden, tokens[:, :-1], self.first_slot + step))
+            tokens[:, step + 1] = choose(logits[-1], temperature, greedy, generator)
         drafted = tokens[:, 1 : heads + 1]
         return Proposal(drafted, drafted, torch.stack(logits, dim=1))
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """Continue with the given rows only."""
-        self._cache = [tuple(states[rows] for states in layer) for layer in self._cache]
-        self._anchor, self._position = self._anchor[rows], self._position[rows]
 
     # Teacher forcing
 
     def teacher_forced(
         self, tokens: torch.Tensor, features: torch.Tensor, starts: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Logits of every head at all chain starts; see `Draft.teacher_forced`."""
+        """Return logits at all chain starts; see `Draft.teacher_forced`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         context = self._context(features, positions)
         blocks, chains = [], []
         for row in range(len(tokens)):
-            own = [tuple(states[row : row + 1] for states in layer) for layer in context]
+            own = [(keys[row : row + 1], values[row : row + 1]) for keys, values in context]
             for anchors in (starts[row].nonzero().squeeze(1) + 1).split(_BLOCKS):
                 blocks.append(self._blocks(tokens[row][anchors][None], anchors[None], own)[0])
                 offsets = torch.arange(self.block_size, device=tokens.device)
-                # What lies beyond the sequence is beyond every head that is asked for.
+                # What lies beyond the sequence is beyond every draft position that is asked for.
                 index = (anchors[:, None] + offsets).clamp(max=tokens.shape[1] - 1)
                 chains.append(tokens[row][index])
         if not blocks:
@@ -266,8 +227,8 @@ class DFlashDraft(nn.Module):
             yield from (features.new_zeros(0, size) for _ in range(heads))
             return
         hidden, chain = torch.cat(blocks), torch.cat(chains)
-        for head in range(heads):
-            yield self._logits(hidden, chain, self.first_slot + head)
+        for step in range(heads):
+            yield self._logits(hidden, chain, self.first_slot + step)
 
 
 class DominoDraft(DFlashDraft):
@@ -330,7 +291,7 @@ class DSparkDraft(DFlashDraft):
             inputs = torch.cat([hidden[:, slot], latent], dim=-1)
             latent = torch.sigmoid(head["gate_proj"](inputs)) * latent
         elif self._kind == "rnn":
-            state = torch.zeros_like(latent)
+            state = output = torch.zeros_like(latent)
             for step in range(slot + 1):
                 before = head["markov_w1"](tokens[:, step])
                 inputs = torch.cat([state, before, hidden[:, step]], dim=-1)
@@ -339,53 +300,3 @@ class DSparkDraft(DFlashDraft):
                 state = gate * state + (1 - gate) * torch.tanh(candidate)
             latent = torch.tanh(output)
         return logits + head["markov_w2"](latent)
-
-
-_CLASSES = {
-    "DFlashDraftModel": DFlashDraft,
-    "DominoDraftModel": DominoDraft,
-    "DSparkDraftModel": DSparkDraft,
-}
-
-
-def load_dflash(
-    path: Path, config: dict, target: Target, layers: tuple[int, ...] | None
-) -> DFlashDraft:
-    """Build a draft of the DFlash family from ``specforge export --to hf``; see `load_draft`."""
-    from transformers import Qwen3Config
-
-    file = path / "config.json"
-    options = config.get("dflash_config") or {}
-    for name in ("target_layer_ids", "mask_token_id"):
-        if options.get(name) is None:
-            raise DraftError(f"{file}: dflash_config.{name} is missing; export again")
-    if layers is not None and layers != tuple(options["target_layer_ids"]):
-        raise DraftError(
-            f"draft {path}: --aux-layers {list(layers)} are not its target layers "
-            f"{options['target_layer_ids']}; leave the option out"
-        )
-    parsed = Qwen3Config.from_dict(config)
-    if parsed.vocab_size != target.vocab_size:
-        raise DraftError(
-            f"{file}: vocab_size {parsed.vocab_size}, but the target's LM head has "
-            f"{target.vocab_size} rows; give the target the draft was trained for"
-        )
-    if max(options["target_layer_ids"]) >= target.num_layers:
-        raise DraftError(
-            f"draft {path}: target layers {options['target_layer_ids']} do not fit a target of "
-            f"{target.num_layers} layers; give the target the draft was trained for"
-        )
-    draft = _CLASSES[config["architectures"][0]](parsed, target)
-    # DSpark's confidence head decides how much to draft; it has no part in what is drafted.
-    tensors = {
-        name: value
-        for name, value in read_weights(path).items()
-        if not name.startswith("confidence_head.")
-    }
-    try:
-        draft.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DraftError(
-            f"draft {path}: config.json and safetensors disagree ({error}); export again"
-        ) from error
-    return target.place(draft)

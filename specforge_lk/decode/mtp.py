@@ -1,26 +1,30 @@
 """MTP modules in the layout of released checkpoints, with the target's own family as the layer.
 
 At position t the module reads the embedding of token t + 1 beside a state of position t: the
-target's last hidden state where the target has been (head 1), its own normalised output of the
-previous step after that (heads 2..K).
+target's last hidden state where the target has been (draft position 1), its own normalized output
+of the previous step after that (draft positions 2..K).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from specforge_lk.decode.draft import DraftError, Proposal, last_valid
-from specforge_lk.decode.sampling import check_finite, choose
+from specforge_lk.decode.base import BaseDraft
+from specforge_lk.decode.checkpoint import DraftError, disagreement, refuse_layers, require_sizes
+from specforge_lk.decode.draft import Proposal
+from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
 
+_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
 
-class MTPDraft:
+
+class MTPDraft(BaseDraft):
     """An MTP module; see `specforge_lk.decode.draft.Draft` for the interface.
 
     Its cache has a slot for every entry it was given, whichever row that is valid in; entries of
@@ -29,15 +33,13 @@ class MTPDraft:
     Args:
         decoder: a transformers decoder of one layer, with the target's embedding and the module's
             norm.
-        head: the target's head.
+        head: the target's LM head.
         projection: W, [H, 2 H].
         norms: of the embedding and of the state.
         last_layer: the target's last layer, whose captured state is the one after the final norm.
     """
 
     algorithm = "mtp"
-    max_heads = None
-    draft_ids = None
 
     def __init__(
         self,
@@ -47,11 +49,55 @@ class MTPDraft:
         norms: tuple[nn.Module, nn.Module],
         last_layer: int,
     ) -> None:
-        self.capture_layers = (last_layer,)
+        super().__init__((last_layer,))
         self._decoder = decoder
         self._head = head
         self._projection = projection
-        self._norms = norms
+        self._norm_e, self._norm_h = norms
+
+    @classmethod
+    def load(
+        cls, path: Path, config: dict[str, Any], target: Target, layers: tuple[int, ...] | None
+    ) -> Self:
+        """Load an MTP draft from its module's tensors, which may stand among the target's.
+
+        An exported draft has nothing else; the folder of a target that was released with a module
+        has everything. What the module lacks of embedding and LM head is the target's. See
+        `load_draft`.
+        """
+        refuse_layers(path, cls.algorithm, layers)
+        try:
+            parsed = MTPConfig.from_dict(config)
+        except ValueError as error:
+            raise DraftError(f"{path / 'config.json'}: {error}") from error
+        sizes = {name: getattr(parsed, name, None) for name in ("vocab_size", "hidden_size")}
+        require_sizes(path, sizes, target)
+        prefix = f"model.layers.{parsed.num_hidden_layers}."
+        try:
+            weights = read_module(path, prefix)
+        except ValueError as error:
+            raise DraftError(f"draft {error}") from error
+        if missing := [prefix + name for name in _OWN if name not in weights]:
+            raise DraftError(
+                f"draft {path}: {', '.join(missing)} missing; this is no checkpoint with an MTP "
+                "module: give one that was released with it, or an export"
+            )
+        own = {name: weights.pop(name) for name in _OWN}
+        embedding = weights.pop("embed_tokens.weight", target.model.get_input_embeddings().weight)
+        lm_head = weights.pop("shared_head.head.weight", target.head.weight)
+        state = {f"layers.0.{name}": value for name, value in weights.items()}
+        state |= {"embed_tokens.weight": embedding, "norm.weight": own["shared_head.norm.weight"]}
+        decoder = _decoder(path, parsed, state, target)
+        norm_e, norm_h = (
+            _norm(decoder, parsed, own[name], target) for name in ("enorm.weight", "hnorm.weight")
+        )
+        return cls(
+            decoder,
+            _linear(lm_head, target),
+            _linear(own["eh_proj.weight"], target),
+            (norm_e, norm_h),
+            target.num_layers - 1,
+        )
 
     def _run(
         self,
@@ -61,12 +107,12 @@ class MTPDraft:
         visible: torch.Tensor,
         cache: Any,
     ) -> torch.Tensor:
-        """Normalised output [B, n, H] of [B, n] entries that see ``visible`` [B, n, slots]."""
+        """Return normalized output [B, n, H] of entries that see ``visible`` [B, n, slots]."""
         embedded = self._decoder.embed_tokens(tokens)
-        norm_e, norm_h = self._norms
         states = states.to(embedded.dtype)
+        mixed = torch.cat([self._norm_e(embedded), self._norm_h(states)], dim=-1)
         output = self._decoder(
-            inputs_embeds=self._projection(torch.cat([norm_e(embedded), norm_h(states)], dim=-1)),
+            inputs_embeds=self._projection(mixed),
             attention_mask=visible[:, None],
             position_ids=positions,
             past_key_values=cache,
@@ -74,17 +120,10 @@ class MTPDraft:
         )
         return output.last_hidden_state
 
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        logits = self._head(states)
-        check_finite(
-            logits, "the draft", "its training diverged or its file is damaged: use another one"
-        )
-        return logits if logits.dtype == torch.float64 else logits.float()
-
     # Decoding
 
     def start(self, batch: int, capacity: int) -> None:
-        """An empty cache; see `Draft.start`."""
+        """Make an empty cache; see `Draft.start`."""
         from transformers import DynamicCache
 
         self._cache = DynamicCache()
@@ -117,20 +156,21 @@ class MTPDraft:
     ) -> None:
         """Take in verified positions; see `Draft.observe`."""
         output = self._extend(tokens, features, positions, valid)
-        self._state, self._position = last_valid(valid, output, positions)
+        self._start_chain(valid, output, positions)
 
     def propose(
         self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
         verified = self._slots.shape[1]
-        state, tokens, logits = self._state, [], []
-        for head in range(heads):
-            if head:
-                position = self._position + head
+        state, position = self._chain
+        tokens: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
+        for step in range(heads):
+            if step:
                 valid = torch.ones_like(position, dtype=torch.bool)
-                state = self._extend(tokens[-1], state, position, valid)
-            logits.append(self._logits(state))
+                state = self._extend(tokens[-1], state, position + step, valid)
+            logits.append(self._checked(self._head(state)))
             tokens.append(choose(logits[-1], temperature, greedy, generator))
         self._cache.crop(verified)
         self._slots = self._slots[:, :verified]
@@ -138,17 +178,17 @@ class MTPDraft:
         return Proposal(chosen, chosen, torch.cat(logits, dim=1))
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Continue with the given rows only."""
+        """See `Draft.keep_rows`."""
+        super().keep_rows(rows)
         self._cache.batch_select_indices(rows)
         self._slots = self._slots[rows]
-        self._state, self._position = self._state[rows], self._position[rows]
 
     # Teacher forcing
 
     def teacher_forced(
         self, tokens: torch.Tensor, features: torch.Tensor, starts: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Logits of every head at all chain starts; see `Draft.teacher_forced`.
+        """Return logits at all chain starts; see `Draft.teacher_forced`.
 
         At step i every position t is a chain of its own: it sees the first-step slots 0..t and the
         i slots that its chain has added.
@@ -166,79 +206,42 @@ class MTPDraft:
             inputs = tokens.roll(-1 - step, dims=1)
             states = self._run(inputs, states, positions + step, visible, cache)
             seen.append(index[None] == index[:, None])
-            yield self._logits(states[starts])
+            yield self._checked(self._head(states[starts]))
 
 
-def load_mtp(path: Path, config: dict, target: Target, layers: tuple[int, ...] | None) -> MTPDraft:
-    """Build an MTP draft from its module's tensors, which may stand among the target's.
+def _decoder(path: Path, config: Any, state: dict[str, torch.Tensor], target: Target) -> Any:
+    """Return transformers' decoder of one layer with these tensors.
 
-    An exported draft has nothing else; the folder of a target that was released with a module has
-    everything. What the module lacks of embedding and head is the target's. See `load_draft`.
+    Raises:
+        DraftError: they are not those of the config's family.
     """
     from transformers import AutoModel
 
-    file = path / "config.json"
-    if layers is not None:
-        raise DraftError(
-            f"draft {path}: mtp reads the target's last hidden state; leave out --aux-layers"
-        )
+    single = decoder_config(config)
     try:
-        parsed = MTPConfig.from_dict(config)
-    except ValueError as error:
-        raise DraftError(f"{file}: {error}") from error
-    head = target.head.weight
-    for name, wanted in zip(("vocab_size", "hidden_size"), head.shape, strict=True):
-        if getattr(parsed, name, None) != wanted:
-            raise DraftError(
-                f"{file}: {name} {getattr(parsed, name, None)}, but the target's is {wanted}; give "
-                "the target the draft was trained for"
-            )
-    prefix = f"model.layers.{parsed.num_hidden_layers}."
-    try:
-        weights = read_module(path, prefix)
-    except ValueError as error:
-        raise DraftError(f"draft {error}") from error
-    own = {
-        name: weights.pop(name, None)
-        for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
-    }
-    if missing := [prefix + name for name, value in own.items() if value is None]:
-        raise DraftError(
-            f"draft {path}: {', '.join(missing)} missing; this is no checkpoint with an MTP module"
-        )
-    embedding = weights.pop("embed_tokens.weight", target.model.get_input_embeddings().weight)
-    unembedding = weights.pop("shared_head.head.weight", head)
-    state = {f"layers.0.{name}": value for name, value in weights.items()}
-    state |= {"embed_tokens.weight": embedding, "norm.weight": own["shared_head.norm.weight"]}
-    dtype, disagree = head.dtype, f"draft {path}: config.json and safetensors disagree"
-    try:
-        decoder, found = type(AutoModel.from_config(decoder_config(parsed))).from_pretrained(
+        decoder, found = type(AutoModel.from_config(single)).from_pretrained(
             None,
-            config=decoder_config(parsed),
+            config=decoder_config(config),
             state_dict={name: value.detach() for name, value in state.items()},
-            dtype=dtype,
+            dtype=target.head.weight.dtype,
             output_loading_info=True,
         )
     except RuntimeError as error:
-        raise DraftError(f"{disagree} ({error})") from error
+        raise disagreement(path, error) from error
     if wrong := {kind: names for kind, names in found.items() if names}:
-        raise DraftError(f"{disagree} ({wrong})")
-    norms = []
-    for name in ("enorm.weight", "hnorm.weight"):
-        norm = type(decoder.norm)(parsed.hidden_size, parsed.rms_norm_eps)
-        norm.weight = nn.Parameter(own[name])
-        norms.append(norm.to(device=target.device, dtype=dtype))
-    return MTPDraft(
-        decoder.eval().to(target.device),
-        _linear(unembedding, target),
-        _linear(own["eh_proj.weight"], target),
-        tuple(norms),
-        target.num_layers - 1,
-    )
+        raise disagreement(path, wrong)
+    return decoder.eval().to(target.device)
+
+
+def _norm(decoder: Any, config: Any, weight: torch.Tensor, target: Target) -> nn.Module:
+    norm: nn.Module = type(decoder.norm)(config.hidden_size, config.rms_norm_eps)
+    norm.weight = nn.Parameter(weight)
+    return norm.to(device=target.device, dtype=target.head.weight.dtype)
 
 
 def _linear(weight: torch.Tensor, target: Target) -> nn.Linear:
-    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     weight = weight.detach().to(device=target.device, dtype=target.head.weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

@@ -40,12 +40,12 @@ def check_finite(logits: torch.Tensor, source: str, remedy: str) -> None:
 
 
 def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(logits / temperature) over the last dimension, for a temperature above 0."""
+    """Return softmax(logits / temperature) over the last dimension, for a temperature above 0."""
     return torch.softmax(logits / temperature, dim=-1)
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Sample one index per row: [..., V] weights (not necessarily normalised) -> [...] int64."""
+    """Sample one index per row: [..., V] weights (not necessarily normalized) -> [...] int64."""
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     return torch.multinomial(flat, 1, generator=generator).reshape(probabilities.shape[:-1])
 
@@ -53,7 +53,10 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torc
 def choose(
     logits: torch.Tensor, temperature: float, greedy: bool, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Next token of a model: argmax if ``greedy`` or at temperature 0, else a sample. [..., V]."""
+    """Return the next token [...] of logits [..., V].
+
+    It is the argmax if ``greedy`` or at temperature 0, else a sample.
+    """
     if greedy or temperature == 0:
         return logits.argmax(-1)
     return draw(distribution(logits, temperature), generator)

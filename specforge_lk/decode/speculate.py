@@ -1,20 +1,20 @@
 """Speculative generation with a Hugging Face target, batched over prompts of any length.
 
-Rows accept different numbers of tokens, but a transformers cache is rectangular. So every target
-step appends the same number of slots to every row, and the rejected ones are masked out for good:
-a 2D attention mask with holes and explicit position ids keep the target's attention exact, and the
-cache needs no per-row surgery. Now and then the holes, and the rows that have finished, are
-compacted away.
+Rows accept different numbers of tokens, but a transformers cache is rectangular. So every forward
+pass of the target appends the same number of slots to every row, and the rejected ones are masked
+out for good: a 2D attention mask with holes and explicit position ids keep the target's attention
+exact, and the cache needs no per-row surgery. Now and then the holes, and the rows that have
+finished, are compacted away.
 
-A chain of K drafted tokens may be verified in several target steps of ``block`` tokens, each row
-going on with its chain until it is rejected or complete. That changes nothing in what is accepted,
-only how much the target computes in vain behind a rejection: on a CPU, where target steps cost
-by the token, short blocks are much faster; on a GPU one step of K + 1 is.
+A verification step judges one chain of K drafted tokens. It may take several forward passes of
+``block`` tokens, each row going on with its chain until it is rejected or complete. That changes
+nothing in what is accepted, only how much the target computes in vain behind a rejection: on a
+CPU, where passes cost by the token, short blocks are much faster; on a GPU one pass of K + 1 is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from specforge_lk.decode.draft import Draft, Proposal
+from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.sampling import (
     Verification,
     choose,
@@ -36,18 +37,18 @@ from specforge_lk.decode.target import Target
 class Generation:
     """One prompt's response and its acceptance record.
 
-    A head (draft position) is reached in a cycle when all heads before it were accepted.
-    Drafted tokens behind an accepted end-of-sequence token count neither as drafted nor as
-    accepted: an engine has stopped there.
+    A draft position is reached in a verification step when all before it were accepted. Drafted
+    tokens behind an accepted end-of-sequence token count neither as drafted nor as accepted: an
+    engine has stopped there.
 
     Attributes:
         tokens: response, the end-of-sequence token included.
-        drafted: drafted tokens over all cycles.
+        drafted: drafted tokens over all verification steps.
         accepted: accepted ones among them.
-        reached: [K] cycles in which each head was reached.
-        accepted_at: [K] cycles in which it was reached and accepted.
-        alpha: [K] sum over the reached cycles of the exact acceptance probability.
-        coverage: [K] sum over the reached cycles of the target's mass on the draft vocabulary.
+        reached: [K] steps in which each draft position was reached.
+        accepted_at: [K] steps in which it was reached and accepted.
+        alpha: [K] sum over the steps that reached it of the exact acceptance probability.
+        coverage: [K] sum over these of the target's mass on the draft vocabulary.
     """
 
     tokens: list[int]
@@ -59,99 +60,6 @@ class Generation:
     coverage: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """The target's states of one batch of prompts, padded on the left to P tokens.
-
-    Attributes:
-        ids: [B, P] prompt tokens.
-        mask: [B, P] bool, where they are.
-        positions: [B, P].
-        logits: [B, V] after the last token of every prompt.
-        features: by captured layer, [B, P, H].
-        states: by decoder layer, keys and values.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
-    logits: torch.Tensor
-    features: dict[int, torch.Tensor]
-    states: list[tuple[torch.Tensor, torch.Tensor]]
-
-    def cache(self) -> Any:
-        """A transformers cache holding the prompts; extending it leaves these states alone."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.states):
-            cache.update(keys, values, layer)
-        return cache
-
-    def features_of(self, layers: tuple[int, ...]) -> torch.Tensor:
-        """[B, P, len(layers) * H] for a draft that captures these layers."""
-        return torch.cat([self.features[layer] for layer in layers], -1)
-
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        tensors = [self.logits, *self.features.values(), *(t for pair in self.states for t in pair)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class Prefills:
-    """Prefills of batches, kept so that several drafts and temperatures share them.
-
-    On a CPU the prompts take longer than the responses of a short benchmark.
-
-    Args:
-        target: the target model.
-        layers: decoder layers to capture, for all drafts that will be asked about.
-        limit: bytes to keep at most; what does not fit is computed anew each time.
-    """
-
-    def __init__(self, target: Target, layers: Iterable[int], limit: int = 1 << 30) -> None:
-        self._target = target
-        self._layers = tuple(sorted(set(layers)))
-        self._left = limit
-        self._kept: dict[tuple[tuple[int, ...], ...], Prefill] = {}
-
-    def of(self, prompts: Sequence[Sequence[int]]) -> Prefill:
-        """The prefill of a batch of prompts."""
-        key = tuple(map(tuple, prompts))
-        if key in self._kept:
-            return self._kept[key]
-        prefill = self._compute(prompts)
-        if prefill.size <= self._left:
-            self._left -= prefill.size
-            self._kept[key] = prefill
-        return prefill
-
-    @torch.inference_mode()
-    def _compute(self, prompts: Sequence[Sequence[int]]) -> Prefill:
-        from transformers import DynamicCache
-
-        target, longest = self._target, max(map(len, prompts))
-        # Padded on the left, so that the last column is the last token of every prompt.
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=target.device)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=target.device)
-            mask[row, longest - len(prompt) :] = True
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache()
-        output = target.forward(ids, mask, positions, cache, self._layers)
-        parts = output.features.chunk(len(self._layers), -1)
-        return Prefill(
-            ids,
-            mask,
-            positions,
-            target.logits(output.hidden[:, -1]),
-            dict(zip(self._layers, parts, strict=True)),
-            [(layer.keys, layer.values) for layer in cache.layers],
-        )
-
-
 @dataclass
 class _Chains:
     """The drafted chain of every row, and how much of it has been verified.
@@ -160,7 +68,7 @@ class _Chains:
         tokens: [B, K + 1] the last known token and the K drafted ones, target vocabulary.
         index: [B, K] the drafted ones as draft indices.
         logits: [B, K, V_d] draft logits they were chosen from.
-        offset: [B] drafted tokens accepted in earlier steps.
+        offset: [B] drafted tokens accepted in earlier passes.
     """
 
     tokens: torch.Tensor
@@ -187,7 +95,7 @@ class _Chains:
 
 
 @torch.inference_mode()
-def generate(
+def speculate(
     target: Target,
     draft: Draft,
     prompts: Sequence[Sequence[int]],
@@ -211,18 +119,16 @@ def generate(
         temperature: of target and draft; 0 is greedy decoding.
         greedy_draft: draft the argmax of q even above temperature 0.
         max_new_tokens: longest response.
-        block: tokens per row and target step, at most K + 1; None chooses by device.
+        block: tokens per row and forward pass, at most K + 1; None chooses by device.
         prefills: where the target's states of these prompts may already be.
         generator: source of all randomness, on the target's device.
-        advance: called with the tokens a step produced, and with them plus those that responses
+        advance: called with the tokens a pass produced, and with them plus those that responses
             it ended will not need: a whole batch adds up to prompts * max_new_tokens.
     """
     device = target.device
     width = min(block or (2 if device.type == "cpu" else heads + 1), heads + 1)
-    eos = torch.tensor(sorted(target.eos_ids), dtype=torch.long, device=device)
-    results = [
-        Generation([], 0, 0, *(np.zeros(heads) for _ in range(4))) for _ in range(len(prompts))
-    ]
+    drawing = _Drawing(temperature, greedy_draft, generator)
+    responses = _Responses(len(prompts), heads, target, max_new_tokens)
 
     prefill = (prefills or Prefills(target, draft.capture_layers, limit=0)).of(prompts)
     cache, mask, features = prefill.cache(), prefill.mask, prefill.features_of(draft.capture_layers)
@@ -230,154 +136,196 @@ def generate(
     draft.start(len(prompts), mask.shape[1] + max_new_tokens + 2 * heads + 2)
     following = torch.cat([prefill.ids[:, 1:], last[:, None]], 1)
     draft.observe(following, features, prefill.positions, mask)
-    chains = _Chains.begin(last, draft.propose(heads, temperature, greedy_draft, generator))
+    chains = _Chains.begin(last, drawing.propose(draft, heads))
 
-    rows = torch.arange(len(prompts), device=device)  # prompt of every row of the batch
     lengths = mask.sum(1)  # position of the next token to run the target on
     slots = torch.arange(width, device=device)
-    done = _append(results, rows, last[:, None], torch.ones_like(last), eos, max_new_tokens)
-    total = 0
+    done = responses.append(last[:, None], torch.ones_like(last))
     while True:
-        produced = sum(len(result.tokens) for result in results) - total
-        total += produced
-        spared = sum(max_new_tokens - len(results[row].tokens) for row in rows[done].tolist())
-        advance(produced, produced + spared)
+        advance(*responses.progress(done))
         if done.all():
-            return results
+            return responses.results
         if done.any() or mask.shape[1] > 2 * int(lengths.max()):
             keep = (~done).nonzero().squeeze(1)
             mask = _compact(cache, mask, keep)
             draft.keep_rows(keep)
-            rows, lengths, chains = rows[keep], lengths[keep], chains.keep_rows(keep)
+            responses.keep_rows(keep)
+            lengths, chains = lengths[keep], chains.keep_rows(keep)
 
         # The target reads chain tokens offset … offset + width - 1 and so judges the drafted
         # tokens one further on; what lies beyond the chain's end is filler that is never valid.
-        heads_here = chains.offset[:, None] + slots
-        at = heads_here.clamp(max=heads - 1)
-        inputs = chains.tokens.gather(1, heads_here.clamp(max=heads))
+        reads = chains.offset[:, None] + slots
+        inputs = chains.tokens.gather(1, reads.clamp(max=heads))
         positions = lengths[:, None] + slots
         mask = torch.cat([mask, torch.ones_like(inputs, dtype=torch.bool)], 1)
         output = target.forward(inputs, mask, positions, cache, draft.capture_layers)
-        index = chains.index.gather(1, at)
-        count = (heads - chains.offset).clamp(max=width)
-        verified, alpha, coverage = _verify(
-            target.logits(output.hidden),
-            index,
-            chains.logits[torch.arange(len(rows), device=device)[:, None], at],
-            count,
-            draft.draft_ids,
-            temperature,
-            greedy_draft,
-            generator,
-        )
-        accepted = verified.accepted
+        judged = _judge(target.logits(output.hidden), chains, draft.draft_ids, drawing)
+        accepted = judged.verified.accepted
         ended = accepted < width
         valid = slots <= accepted[:, None]
         mask[:, -width:] = valid
-        new = chains.tokens.gather(1, (heads_here + 1).clamp(max=heads))
-        new = torch.where(slots == accepted[:, None], verified.next_token[:, None], new)
+        new = chains.tokens.gather(1, (reads + 1).clamp(max=heads))
+        new = torch.where(slots == accepted[:, None], judged.verified.next_token[:, None], new)
         draft.observe(new, output.features, positions, valid)
         gained = valid.sum(1)
         lengths = lengths + gained
-        complete = _append(results, rows, new, gained, eos, max_new_tokens)
-        over = _record(
-            results, rows, new, chains.offset, count, accepted, ended, eos, alpha, coverage
-        )
+        complete = responses.append(new, gained)
+        over = responses.record(new, chains.offset, judged, ended)
         # A response cut off by its length still has its last chain judged to the end.
         done = complete & (ended | over)
-        fresh = draft.propose(heads, temperature, greedy_draft, generator)
-        chains = chains.advance(width, ended, _Chains.begin(verified.next_token, fresh))
+        fresh = _Chains.begin(judged.verified.next_token, drawing.propose(draft, heads))
+        chains = chains.advance(width, ended, fresh)
 
 
-def _verify(
-    logits: torch.Tensor,
-    drafted: torch.Tensor,
-    draft_logits: torch.Tensor,
-    count: torch.Tensor,
-    ids: torch.Tensor | None,
-    temperature: float,
-    greedy_draft: bool,
-    generator: torch.Generator | None,
-) -> tuple[Verification, torch.Tensor, torch.Tensor]:
-    """Verification of one block, and the exact α and coverage [B, n] of its drafted positions."""
-    if temperature == 0:
+@dataclass(frozen=True)
+class _Drawing:
+    """How tokens are drawn; see `speculate`."""
+
+    temperature: float
+    greedy_draft: bool
+    generator: torch.Generator | None
+
+    def propose(self, draft: Draft, heads: int) -> Proposal:
+        return draft.propose(heads, self.temperature, self.greedy_draft, self.generator)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One forward pass of the target over n slots of every chain.
+
+    Attributes:
+        count: [B] drafted tokens among the slots.
+        verified: how many of them are accepted, and the token after these.
+        alpha: [B, n] exact acceptance probability of every drafted token.
+        coverage: [B, n] the target's mass on the draft vocabulary.
+    """
+
+    count: torch.Tensor
+    verified: Verification
+    alpha: torch.Tensor
+    coverage: torch.Tensor
+
+
+def _judge(
+    logits: torch.Tensor, chains: _Chains, ids: torch.Tensor | None, drawing: _Drawing
+) -> _Judged:
+    """Verify the next slots of every chain.
+
+    Args:
+        logits: [B, n, V] the target's, after the tokens of these slots.
+        chains: the chains.
+        ids: [V_d] target ids of the draft vocabulary; None for the whole vocabulary.
+        drawing: how tokens are drawn.
+    """
+    batch, width, _ = logits.shape
+    heads = chains.index.shape[1]
+    slots = torch.arange(width, device=logits.device)
+    at = (chains.offset[:, None] + slots).clamp(max=heads - 1)
+    drafted = chains.index.gather(1, at)
+    count = (heads - chains.offset).clamp(max=width)
+    if drawing.temperature == 0:
         best = logits.argmax(-1)
         tokens = drafted if ids is None else ids[drafted]
         alpha = (tokens == best).float()
         covered = torch.ones_like(alpha) if ids is None else torch.isin(best, ids).float()
-        return verify_greedy(tokens, count, best), alpha, covered
-    p = distribution(logits, temperature)
+        return _Judged(count, verify_greedy(tokens, count, best), alpha, covered)
+    p = distribution(logits, drawing.temperature)
     p_draft = p if ids is None else p[..., ids]
     coverage = p_draft.sum(-1)
-    if greedy_draft:
+    if drawing.greedy_draft:
         alpha = p_draft.gather(2, drafted[..., None]).squeeze(2)
         q = None
     else:
-        q = distribution(draft_logits, temperature)
+        rows = torch.arange(batch, device=logits.device)[:, None]
+        q = distribution(chains.logits[rows, at], drawing.temperature)
         alpha = torch.minimum(p_draft, q).sum(-1)
-    verified = verify(drafted, count, p, q, draft_ids=ids, generator=generator)
-    return verified, alpha, coverage
+    verified = verify(drafted, count, p, q, draft_ids=ids, generator=drawing.generator)
+    return _Judged(count, verified, alpha, coverage)
 
 
-def _record(
-    results: list[Generation],
-    rows: torch.Tensor,
-    new: torch.Tensor,
-    offset: torch.Tensor,
-    count: torch.Tensor,
-    accepted: torch.Tensor,
-    ended: torch.Tensor,
-    eos: torch.Tensor,
-    alpha: torch.Tensor,
-    coverage: torch.Tensor,
-) -> torch.Tensor:
-    """Add one step to the acceptance records; [B] bool, where an accepted token ends the response.
+class _Responses:
+    """The responses of a batch, and which of them its rows are.
 
-    A chain enters ``drafted`` when it ends: with all its K tokens, or with those up to an
-    accepted end of sequence.
+    Args:
+        count: number of prompts.
+        heads: drafted tokens per chain, K.
+        target: ends responses.
+        max_new_tokens: longest response.
     """
-    slot = torch.arange(alpha.shape[1], device=alpha.device)
-    hit = slot < accepted[:, None]
-    stop = (hit & torch.isin(new, eos)).long()
-    counted = (stop.cumsum(1) - stop) == 0
-    over = stop.any(1)
-    reached = (slot <= accepted[:, None]) & (slot < count[:, None]) & counted
-    hit = hit & counted
-    heads = len(results[0].reached)
-    drafted = torch.where(over, offset + hit.sum(1), torch.where(ended, heads, 0))
-    columns = (offset, drafted, reached, hit, alpha.double(), coverage.double())
-    for row, first, total, r, h, a, c in zip(
-        rows.tolist(), *(column.cpu().numpy() for column in columns), strict=True
-    ):
-        result = results[row]
-        result.drafted += int(total)
-        result.accepted += int(h.sum())
-        here = slice(first, first + int(r.sum()))
-        result.reached[here] += 1
-        result.accepted_at[here] += h[r]
-        result.alpha[here] += a[r]
-        result.coverage[here] += c[r]
-    return over
 
+    def __init__(self, count: int, heads: int, target: Target, max_new_tokens: int) -> None:
+        self.results = [
+            Generation([], 0, 0, *(np.zeros(heads) for _ in range(4))) for _ in range(count)
+        ]
+        self._rows = list(range(count))
+        self._heads = heads
+        self._ends = target.eos_ids
+        self._longest = max_new_tokens
+        self._total = 0
 
-def _append(
-    results: list[Generation],
-    rows: torch.Tensor,
-    new: torch.Tensor,
-    gained: torch.Tensor,
-    eos: torch.Tensor,
-    max_new_tokens: int,
-) -> torch.Tensor:
-    """Extend the responses by the first ``gained`` new tokens; [B] bool, which are complete."""
-    ends = set(eos.tolist())
-    done = []
-    for row, candidates, count in zip(rows.tolist(), new.tolist(), gained.tolist(), strict=True):
-        tokens = results[row].tokens
-        for token in candidates[:count]:
-            if len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
-                tokens.append(token)
-        done.append(tokens[-1] in ends or len(tokens) >= max_new_tokens)
-    return torch.tensor(done, device=rows.device)
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Continue with the given rows of the batch only."""
+        self._rows = [self._rows[row] for row in rows.tolist()]
+
+    def progress(self, done: torch.Tensor) -> tuple[int, int]:
+        """Return new tokens, and these plus those that the rows ``done`` [B] will not need."""
+        produced = sum(len(result.tokens) for result in self.results) - self._total
+        self._total += produced
+        ended = [row for row, finished in zip(self._rows, done.tolist(), strict=True) if finished]
+        spared = sum(self._longest - len(self.results[row].tokens) for row in ended)
+        return produced, produced + spared
+
+    def append(self, new: torch.Tensor, gained: torch.Tensor) -> torch.Tensor:
+        """Extend the responses by the first ``gained`` new tokens; [B] bool, which are complete."""
+        done = []
+        for row, candidates, count in zip(self._rows, new.tolist(), gained.tolist(), strict=True):
+            tokens = self.results[row].tokens
+            for token in candidates[:count]:
+                if len(tokens) < self._longest and not (tokens and tokens[-1] in self._ends):
+                    tokens.append(token)
+            done.append(tokens[-1] in self._ends or len(tokens) >= self._longest)
+        return torch.tensor(done, device=new.device)
+
+    def record(
+        self, new: torch.Tensor, offset: torch.Tensor, judged: _Judged, ended: torch.Tensor
+    ) -> torch.Tensor:
+        """Add one pass to the acceptance records.
+
+        A chain enters ``drafted`` when it ends: with all its K tokens, or with those up to an
+        accepted end of sequence.
+
+        Args:
+            new: [B, n] tokens after the slots.
+            offset: [B] drafted tokens accepted in earlier passes.
+            judged: the pass.
+            ended: [B] bool, whether the chain has ended.
+
+        Returns:
+            [B] bool, where an accepted token ends the response.
+        """
+        accepted, alpha = judged.verified.accepted, judged.alpha
+        slot = torch.arange(alpha.shape[1], device=alpha.device)
+        hit = slot < accepted[:, None]
+        eos = torch.tensor(sorted(self._ends), dtype=torch.long, device=new.device)
+        stop = (hit & torch.isin(new, eos)).long()
+        counted = (stop.cumsum(1) - stop) == 0
+        over = stop.any(1)
+        reached = (slot <= accepted[:, None]) & (slot < judged.count[:, None]) & counted
+        hit = hit & counted
+        drafted = torch.where(over, offset + hit.sum(1), torch.where(ended, self._heads, 0))
+        columns = (offset, drafted, reached, hit, alpha.double(), judged.coverage.double())
+        for row, first, total, r, h, a, c in zip(
+            self._rows, *(column.cpu().numpy() for column in columns), strict=True
+        ):
+            result = self.results[row]
+            result.drafted += int(total)
+            result.accepted += int(h.sum())
+            here = slice(first, first + int(r.sum()))
+            result.reached[here] += 1
+            result.accepted_at[here] += h[r]
+            result.alpha[here] += a[r]
+            result.coverage[here] += c[r]
+        return over
 
 
 def _compact(cache: Any, mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

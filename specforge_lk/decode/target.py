@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from specforge_lk.decode.sampling import check_finite
-from specforge_lk.target import load_target
+from specforge_lk.drafts.modules import float32_buffers_kept
+from specforge_lk.target import eos_ids, load_target
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -39,7 +40,8 @@ class Target:
     """Decoder, LM head and tokenizer of a Hugging Face target, in evaluation mode.
 
     Logits are made by the model's own code from states of its decoder, so that they have whatever
-    it does to them: scales, soft caps, biases, heads of several layers. Nothing here describes it.
+    it does to them: scales, soft caps, biases, LM heads of several layers. Nothing here
+    describes it.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -54,8 +56,8 @@ class Target:
         known = kinds <= {_FULL, _SLIDING}
         window = getattr(config, "sliding_window", None)
         # Without types, as Mistral and Phi-3, all layers have the window if there is one.
-        windowed = known and window and (not kinds or _SLIDING in kinds)
-        self._window = int(window) if windowed else None
+        windowed = known and (not kinds or _SLIDING in kinds)
+        self._window = int(window) if window and windowed else None
         self._mask_by_kind = bool(kinds)
         #: What the decoder returns, set by the check below.
         self._output: type = dict
@@ -72,14 +74,15 @@ class Target:
         *,
         trust_remote_code: bool = False,
     ) -> Target:
-        """Load a target and its tokenizer from a directory or a hub id; see `load_target`."""
+        """Load a target and its tokenizer from a folder or a hub id; see `load_target`."""
         name = str(dtype).removeprefix("torch.")
         return cls(*load_target(path, name, device, trust_remote_code=trust_remote_code))
 
     @torch.inference_mode()
     def _check(self) -> None:
         """Refuse targets whose decoding this module would get wrong."""
-        # Longer than a window, whose masks are this module's own; of long ones just their form.
+        # Probe past the sliding window, whose masks we build; for very long windows check the
+        # mask's form only.
         length = 4 + min(self._window or 0, _LONGEST_PROBE)
         probe = torch.arange(length, device=self.device)[None] % self.vocab_size
         ones = torch.ones_like(probe, dtype=torch.bool)
@@ -108,7 +111,7 @@ class Target:
 
     @torch.inference_mode()
     def _forgets(self) -> bool:
-        """Whether a token that is masked in the cache has no influence on those after it."""
+        """Return whether a token masked in the cache has no influence on those after it."""
         from transformers import DynamicCache
 
         tokens = torch.arange(6, device=self.device)[None] % self.vocab_size
@@ -128,17 +131,17 @@ class Target:
 
     @staticmethod
     def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-        """The largest relative difference of any position's vector."""
+        """Return the largest relative difference of any position's vector."""
         gap = torch.linalg.vector_norm((ours - theirs).double(), dim=-1)
         size = torch.linalg.vector_norm(theirs.double(), dim=-1)
         # A padding token's state may be zero: no gap is none there, too.
         return float((gap / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
 
     def _rounding(self, layers: int) -> float:
-        """How far apart, relative to the result, two orders of the same sums may come.
+        """Return how far apart, relative to the result, two orders of the same sums may come.
 
         Layers round independently of one another, so their errors add up as squares do. In
-        float32 that is far below what any other attention or head would change.
+        float32 that is far below what any other attention or LM head would change.
         """
         return max(4 * math.sqrt(layers) * torch.finfo(self.head.weight.dtype).eps, 1e-3)
 
@@ -149,12 +152,8 @@ class Target:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Tokens that end a response: the generation config's, or else the tokenizer's."""
-        ids = self.model.generation_config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        listed = ids if isinstance(ids, list) else [ids]
-        return frozenset(i for i in listed if i is not None)
+        """Tokens that end a response."""
+        return eos_ids(self.model, self.tokenizer)
 
     @property
     def max_positions(self) -> int:
@@ -192,16 +191,12 @@ class Target:
         return TargetOutput(hidden, torch.cat(captured, -1) if captured else hidden[..., :0])
 
     def place(self, draft: _Module) -> _Module:
-        """Put a draft on the target's device, its parameters in the target's dtype.
-
-        Buffers keep theirs: rotary frequencies in bfloat16 are those of other positions.
-        """
-        for parameter in draft.parameters():
-            parameter.data = parameter.data.to(self.head.weight.dtype)
-        return draft.eval().to(self.device)
+        """Put a draft on the target's device, its parameters in the target's dtype."""
+        with float32_buffers_kept(draft):
+            return draft.eval().to(device=self.device, dtype=self.head.weight.dtype)
 
     def _attended(self, mask: torch.Tensor, count: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask of ``count`` new tokens in the form that the decoder takes.
+        """Return the mask of ``count`` new tokens in the form that the decoder takes.
 
         transformers counts a sliding window in slots of the cache. Between them there are slots of
         rejected tokens here, so where there are windows they are counted in positions.
@@ -226,7 +221,7 @@ class Target:
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The target's logits in at least float32: [..., H] -> [..., V].
+        """Return the target's logits in at least float32: [..., H] -> [..., V].
 
         Raises:
             NonFiniteLogits: a logit is nan or infinite.
@@ -236,19 +231,19 @@ class Target:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the model makes of last hidden states, in its own dtype: [..., H] -> [..., V]."""
+        """Return the model's logits of last hidden states in its dtype: [..., H] -> [..., V]."""
         rows = hidden.reshape(1, -1, hidden.shape[-1])
-        # A stand-in for the text: the decoder's part is answered for.
+        # Placeholder tokens: `_decoded` answers in the decoder's place.
         tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
         with self._decoded(rows):
             logits = self.model(input_ids=tokens, use_cache=False).logits
         return logits.view(*hidden.shape[:-1], -1)
 
     def lent_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What a draft makes of its own states with the target's head: [..., H] -> [..., V].
+        """Return a draft's logits of its own states by the target's LM head: [..., H] -> [..., V].
 
-        The matrix alone, as engines lend it and as SpecForge trains with it: a scale, cap or bias
-        is part of the target's logits, not of a draft's.
+        This is the matrix alone, as engines lend it and SpecForge trains with it: a scale, cap or
+        bias is part of the target's logits, not of a draft's.
         """
         return F.linear(hidden, self.head.weight)
 
@@ -269,8 +264,8 @@ class Target:
                 self.decoder.forward = own
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding matrix, which is lent to drafts: [...] -> [..., H].
+        """Return rows of the embedding matrix, which is lent to drafts: [...] -> [..., H].
 
-        The matrix alone here, too: what a target scales its embeddings by (Gemma) is its own.
+        This is the matrix alone, too: what a target scales its embeddings by (Gemma) is its own.
         """
         return F.embedding(tokens, self.model.get_input_embeddings().weight)

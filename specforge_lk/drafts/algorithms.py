@@ -6,7 +6,7 @@ an algorithm loads its modules.
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +37,8 @@ from specforge.algorithms.contracts import (
 )
 from specforge.data.loss_mask import has_supervised_position
 
+from specforge_lk.drafts.table import DRAFTS
+
 if TYPE_CHECKING:
     import torch
     from specforge.algorithms.model_providers import AlgorithmModelParts
@@ -56,32 +58,28 @@ TRAINED_ON: Final = frozenset({*FEATURES, "attention_mask"})
 
 @dataclass(frozen=True)
 class HeadAlgorithm:
-    """An algorithm of this package.
+    """A draft that reads the target's last hidden state, as an algorithm of SpecForge.
 
     Attributes:
         name: ``training.strategy``.
-        architecture: the draft's class, and ``architectures`` in its config.
-        module: where the class is.
+        architecture: name of the draft's class, and ``architectures`` in its config.
+        load: imports and returns the class, a `HeadDraftModel`.
         truncates: whether the draft vocabulary may be smaller than the target's.
     """
 
     name: str
     architecture: str
-    module: str
+    load: Callable[[], type[HeadDraftModel]]
     truncates: bool = True
 
-    def load(self) -> type:
-        """The draft's class."""
-        return getattr(importlib.import_module(self.module), self.architecture)
-
     def draft_registration(self) -> DraftRegistration:
-        """What `specforge export` and draft configs need."""
+        """Return what `specforge export` and draft configs need."""
         from specforge.plugins import DraftRegistration
 
         return DraftRegistration(self.architecture, self.load)
 
     def registration(self) -> AlgorithmRegistration:
-        """What `specforge train` needs."""
+        """Return what `specforge train` needs."""
         modes = (FeatureMode.OFFLINE, FeatureMode.STREAMING)
         spec = AlgorithmSpec(
             name=self.name,
@@ -103,7 +101,7 @@ class HeadAlgorithm:
                 build=partial(_build_step, name=self.name),
                 options=ploss_decay_options,
                 resume_contract=partial(_resume_contract, self.name),
-                allowed_missing_checkpoint_keys=_lent,
+                allowed_missing_checkpoint_keys=_tied_keys,
                 uses_external_target_head=True,
             ),
             model=ModelProvider(
@@ -154,12 +152,12 @@ class HeadAlgorithm:
         return make_registration(spec, providers)
 
 
-ALGORITHMS: Final = (
-    HeadAlgorithm("medusa", "MedusaModel", "specforge_lk.drafts.medusa"),
+ALGORITHMS: Final = tuple(
     HeadAlgorithm(
-        "mlp_speculator", "MLPSpeculatorPreTrainedModel", "specforge_lk.drafts.mlp_speculator"
-    ),
-    HeadAlgorithm("mtp", "MTPDraftModel", "specforge_lk.drafts.mtp", truncates=False),
+        draft.name, draft.architectures[0], draft.trainer, truncates=not draft.whole_vocabulary
+    )
+    for draft in DRAFTS.values()
+    if draft.trainer
 )
 
 
@@ -228,6 +226,7 @@ def _build_collator() -> Any:
 
 
 def _build_server_collator() -> Any:
+    # As offline: the last position has no label (patch 0008).
     from specforge.algorithms.eagle3.data import build_server_collator
 
     return build_server_collator()
@@ -237,7 +236,7 @@ def _build_server_collator() -> Any:
 
 
 def _any_layer(config: Config, draft_config: Any, target_config: Any) -> list[int]:
-    """A decoder layer, because capture wants one; its states are neither stored nor sent."""
+    """Return a placeholder: capture requires a decoder layer; these drafts do not use it."""
     return [0]
 
 
@@ -287,7 +286,7 @@ def _build_training_model(
         bias=target_head.fc.bias,
         transform=target_head.transform,
     )
-    draft.borrow(weights)
+    draft.tie_to_target(weights)
     if not config.model.draft_checkpoint_path:
         draft.start_from(weights)
     loss = resolve_loss(config)
@@ -310,7 +309,7 @@ def _build_training_model(
 
 
 def _tensor(target_head: TargetHead, key: str) -> torch.Tensor:
-    """A tensor of the target's checkpoint."""
+    """Return a tensor of the target's checkpoint."""
     import torch
     from safetensors import safe_open
 
@@ -330,7 +329,7 @@ def _build_step(model: nn.Module, *, target_head: nn.Module, name: str, **option
 def _resume_contract(
     name: str, config: Config, draft: HeadDraftModel, model: Any
 ) -> dict[str, int | str]:
-    """Everything a resumed run must share, beside the loss."""
+    """Return everything that a resumed run must share, beside the loss."""
     return {
         f"{name}_heads": model.heads,
         f"{name}_draft_vocab_size": len(draft.d2t),
@@ -338,5 +337,5 @@ def _resume_contract(
     }
 
 
-def _lent(_config: Config, draft: HeadDraftModel, _model: Any) -> frozenset[str]:
-    return draft.lent
+def _tied_keys(_config: Config, draft: HeadDraftModel, _model: Any) -> frozenset[str]:
+    return draft.tied_keys

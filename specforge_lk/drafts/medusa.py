@@ -1,7 +1,7 @@
 """MEDUSA (Cai et al. 2024, arXiv 2401.10774): independent heads on the target's last hidden state.
 
-Head k: h <- h + SiLU(W h + b), ``num_hidden_layers`` times, then an unembedding. Blocks start at
-zero and unembeddings as the target's head, so that an untrained head predicts what the target
+Head k: h <- h + SiLU(W h + b), ``num_hidden_layers`` times, then an LM head. Blocks start at
+zero and LM heads as the target's, so that an untrained head predicts what the target
 predicts for the token before. Names and config are those of vLLM's ``medusa``.
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights
+from specforge_lk.drafts.modules import Stack
 
 
 class MedusaConfig(PretrainedConfig):
@@ -26,7 +27,7 @@ class MedusaConfig(PretrainedConfig):
         num_heads: heads K.
         num_hidden_layers: residual blocks per head.
         draft_vocab_size: V_d; ``truncated_vocab_size`` is its name in vLLM.
-        original_lm_head: one unembedding for all heads, the target's own, frozen. Otherwise
+        original_lm_head: one LM head for all MEDUSA heads, the target's own, frozen. Otherwise
             every head has and trains its own.
         medusa_fc_bias: biases in the residual blocks.
     """
@@ -46,7 +47,8 @@ class MedusaConfig(PretrainedConfig):
         **options: Any,
     ) -> None:
         # SpecForge sets draft_vocab_size = vocab_size where a config does not say.
-        kept = {draft_vocab_size, truncated_vocab_size} - {None, vocab_size} or {vocab_size}
+        named = (draft_vocab_size, truncated_vocab_size)
+        kept = {s for s in named if s is not None and s != vocab_size} or {vocab_size}
         if len(kept) > 1:
             raise ValueError(
                 f"draft_vocab_size={draft_vocab_size} and truncated_vocab_size="
@@ -95,12 +97,14 @@ class MedusaModel(HeadDraftModel):
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__(config)
         size, kept = config.hidden_size, config.draft_vocab_size
-        self.blocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.num_heads))
+        self.blocks: Stack[ResidualBlock] = Stack(
+            ResidualBlock(config) for _ in range(config.num_heads)
+        )
         if config.original_lm_head:
             self.lm_head = nn.Linear(size, kept, bias=False)
             self.lm_head.requires_grad_(False)
         else:
-            self.lm_heads = nn.ModuleList(
+            self.lm_heads: Stack[nn.Linear] = Stack(
                 nn.Linear(size, kept, bias=False) for _ in range(config.num_heads)
             )
         self.post_init()
@@ -117,34 +121,35 @@ class MedusaModel(HeadDraftModel):
         return len(self.blocks)
 
     @property
-    def _unembeddings(self) -> list[nn.Linear]:
+    def lm_head_of_each(self) -> list[nn.Linear]:
+        """The LM head of every MEDUSA head."""
         return [self.lm_head] * self.heads if self.config.original_lm_head else list(self.lm_heads)
 
     @torch.no_grad()
-    def borrow(self, target: TargetWeights) -> None:
-        """The one unembedding of all heads is the target's, with its scale."""
+    def tie_to_target(self, target: TargetWeights) -> None:
+        """Copy the target's LM head with its scale where all MEDUSA heads share it."""
         if self.config.original_lm_head:
             self.lm_head.weight.copy_(target.scaled_head(self.t2d))
 
     @torch.no_grad()
     def start_from(self, target: TargetWeights) -> None:
-        """Every unembedding of a head's own starts as the target's, with its scale."""
+        """Start every LM head of a MEDUSA head's own as the target's, with its scale."""
         if self.config.original_lm_head:
             return
         head = target.scaled_head(self.t2d)
-        for unembedding in self.lm_heads:
-            unembedding.weight.copy_(head)
+        for lm_head in self.lm_heads:
+            lm_head.weight.copy_(head)
 
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Logits of every head; MEDUSA's do not depend on the tokens."""
-        hidden = hidden.to(self.blocks[0].layers[0].weight.dtype)
-        for block, unembedding in zip(self.blocks[:heads], self._unembeddings, strict=False):
-            yield unembedding(block(hidden))
+        """Return logits of every MEDUSA head; they do not depend on the tokens."""
+        hidden = hidden.to(next(self.blocks.parameters()).dtype)
+        for block, lm_head in list(zip(self.blocks, self.lm_head_of_each, strict=True))[:heads]:
+            yield lm_head(block(hidden))
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """vLLM reads a truncated vocabulary from ``token_map``, [V_d] target ids."""
+        """Add ``token_map``, [V_d] target ids, from which vLLM reads a truncated vocabulary."""
         if self.config.draft_vocab_size == self.config.vocab_size:
             return state
         ids = torch.arange(len(state["d2t"])) + state["d2t"].cpu()

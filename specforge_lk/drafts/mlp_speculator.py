@@ -4,7 +4,7 @@ s_0 is the target's last hidden state. Head k = 1 … K, x_k being the token bef
 
     s_k = GELU(LN_k(w_s P_k s_(k-1) + w_e E_k x_k)),   logits = U_k s_k
 
-w_s = 2^(-1 / 2K), w_e = sqrt((1 - w_s^2) d / 2), d the inner width: embeddings are initialised with
+w_s = 2^(-1 / 2K), w_e = sqrt((1 - w_s^2) d / 2), d the inner width: embeddings are initialized with
 variance 1 / d, and the state keeps half of its weight over the K heads. LN_k is an RMS norm with
 scale and shift. Names and config are those of vLLM's and of the published ``mlp_speculator``.
 """
@@ -30,9 +30,9 @@ class MLPSpeculatorConfig(PretrainedConfig):
         emb_dim: hidden size of the target.
         inner_dim: width of state and embeddings; 0 for emb_dim.
         n_predict: heads K.
-        tie_weights: embedding, norm, unembedding and all projections but the first are shared.
-        scale_input: normalise the target's state first, and divide it by sqrt(2).
-        draft_vocab_size: V_d, rows of the unembeddings.
+        tie_weights: embedding, norm, LM head and all projections but the first are shared.
+        scale_input: normalize the target's state first, and divide it by sqrt(2).
+        draft_vocab_size: V_d, rows of the LM heads.
         top_k_tokens_per_head: how many candidates an engine that drafts trees takes from each head.
         n_candidates: how many branches such an engine keeps.
     """
@@ -144,8 +144,8 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Logits of every head, the tokens before being the true ones."""
-        state = hidden.to(self.proj[0].weight.dtype)
+        """Return logits of every head, the tokens before being the true ones."""
+        state = hidden.to(next(self.proj.parameters()).dtype)
         if self.config.scale_input:
             state = self.ln0(state) / math.sqrt(2)
         for head in range(heads):
@@ -155,7 +155,7 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
             yield self.head[head](state)
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The published layout; a truncated vocabulary keeps d2t and t2d, which no engine reads."""
+        """Return the published layout; d2t and t2d, which no engine reads, keep their names."""
         return {
             name if name in VOCABULARY else f"speculator.{name}": value.clone()
             for name, value in state.items()

@@ -1,4 +1,4 @@
-"""What the drafts of this package have in common."""
+"""The base class of the drafts that this package trains."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ VOCABULARY: Final = ("t2d", "d2t")
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """What a draft may take over from its target.
+    """The target's weights, which a draft may take over.
 
     The target's logits are transform(h W^T + b). Of that, engines compute h W^T for a draft
     (vLLM's medusa and MTP models).
 
     Attributes:
-        head: [V, H] W, the weight of the target's head.
-        read: a tensor of the target's checkpoint by its name.
+        head: [V, H] W, the weight of the target's LM head.
+        read: returns a tensor of the target's checkpoint by its name.
         embedding_key: the name of its embedding.
-        bias: [V] b, where the head has one.
+        bias: [V] b, where the LM head has one.
         transform: the target's scale and soft cap.
     """
 
@@ -43,12 +43,12 @@ class TargetWeights:
 
     @property
     def beyond_weight(self) -> list[str]:
-        """What the target's logits have that its head's weight has not."""
+        """Parts of the target's logits that are not in its LM head's weight, by name."""
         settings = {"bias": self.bias, **vars(self.transform)}
         return [name for name, value in settings.items() if value is not None]
 
     def scaled_head(self, t2d: torch.Tensor) -> torch.Tensor:
-        """[V_d, H] the head on the draft vocabulary, with the target's scale in the weight.
+        """Return the LM head on the draft vocabulary, [V_d, H], scaled as the target's logits.
 
         Warns of a bias or soft cap, which no weight can hold: the draft's logits are without.
         """
@@ -66,11 +66,11 @@ class TargetWeights:
 class HeadDraftModel(PreTrainedModel, ABC):
     """A draft that proposes a chain from the target's last hidden state.
 
-    At position t the target's state h_t is known, and with it token t + 1. Head k = 0, 1, …
-    predicts token t + 2 + k from h_t and tokens t + 1 … t + 1 + k, or from some of these.
+    At position t the target's state h_t is known, and with it token t + 1. Draft position
+    k = 0, 1, … predicts token t + 2 + k from h_t and tokens t + 1 … t + 1 + k, or some of these.
 
     A subclass has ``config.vocab_size`` and ``config.draft_vocab_size``; it implements
-    `head_logits`, and `borrow` and `start_from` where it takes something over from the target.
+    `head_logits`, and `tie_to_target` and `start_from` where it takes weights from the target.
 
     Attributes:
         t2d: [V] bool, tokens of the draft vocabulary.
@@ -88,7 +88,7 @@ class HeadDraftModel(PreTrainedModel, ABC):
         self.register_buffer("d2t", torch.zeros(kept, dtype=torch.long), persistent=truncated)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As transformers does it, and again what no checkpoint has."""
+        """Initialize as transformers does, and refill the buffers that checkpoints lack."""
         super()._init_weights(module)
         if module is self and len(self.d2t) == len(self.t2d):
             self.t2d.fill_(True)
@@ -97,36 +97,36 @@ class HeadDraftModel(PreTrainedModel, ABC):
     @property
     @abstractmethod
     def heads(self) -> int | None:
-        """Heads that the draft has; None where one module is used over and over."""
+        """Draft positions of the draft; None where one module is used over and over."""
 
     @abstractmethod
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Teacher-forced logits of every head at every position.
+        """Return teacher-forced logits of every draft position at every position.
 
         Args:
             hidden: [B, L, H] the target's last hidden states, after its final norm.
             tokens: [B, L] the token FOLLOWING each position; 0 behind the end.
             mask: [B, L] 1 for tokens, 0 for padding.
-            heads: number of heads K.
+            heads: number of draft positions K.
 
         Yields:
             K times [B, L, V_d].
         """
 
     @property
-    def lent(self) -> frozenset[str]:
-        """Tensors that the target lends and checkpoints leave out."""
+    def tied_keys(self) -> frozenset[str]:
+        """Names of the target's weights that checkpoints omit."""
         return frozenset()
 
     # The target's part
 
-    def borrow(self, target: TargetWeights) -> None:
-        """Take over what is the target's and stays so; in every run, before anything else."""
+    def tie_to_target(self, target: TargetWeights) -> None:
+        """Copy the frozen weights shared with the target. Called first in every run."""
 
     def start_from(self, target: TargetWeights) -> None:
-        """Initialise a draft that starts from nothing; its vocabulary is known by then."""
+        """Initialize a draft that starts from nothing; its vocabulary is known by then."""
 
     def load_vocab_mapping(self, file_path: str) -> None:
         """Read t2d and d2t from a mapping in SpecForge's format."""
@@ -136,7 +136,7 @@ class HeadDraftModel(PreTrainedModel, ABC):
     # Engines' layout
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint under the names that serving engines load."""
+        """Return the tensors of a checkpoint under the names that serving engines load."""
         return state
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -147,10 +147,10 @@ class HeadDraftModel(PreTrainedModel, ABC):
         super().save_pretrained(save_directory, state_dict=self.engine_state(state), **options)
 
     def token_ids(self) -> torch.Tensor:
-        """[V_d] target ids of the draft vocabulary."""
+        """Return the target ids [V_d] of the draft vocabulary."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
 
 def shifted(tokens: torch.Tensor, offset: int) -> torch.Tensor:
-    """[B, L] tokens ``offset`` positions later; 0 behind the end."""
+    """Return tokens [B, L] ``offset`` positions later; 0 behind the end."""
     return nn.functional.pad(tokens[:, offset:], (0, min(offset, tokens.shape[1])))

@@ -2,9 +2,10 @@
 
     h'_t = W [norm_e(E x_(t+1)) ; norm_h(h_t)],   g_t = norm(layer(h')_t),   logits = U g_t
 
-h_t is the target's last hidden state and x_(t+1) the token after it; embedding E and head U are the
-target's, frozen. The module is used over and over: g_t and the next token are its next input, as in
-serving engines. Training does the same (test-time training), so that it learns the later heads too.
+h_t is the target's last hidden state and x_(t+1) the token after it; embedding E and LM head U are
+the target's, frozen. The module is used over and over: g_t and the next token are its next input,
+as in serving engines. Training does the same (test-time training), so that it learns the later
+draft positions too.
 
 Names are those of released checkpoints, ``model.layers.<L>.*`` with L the number of the target's
 layers; the config is the target's own, of any family with which transformers builds a decoder of
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
 from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights, shifted
+from specforge_lk.drafts.modules import float32_buffers_kept
 from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
 
 #: Settings that say where a checkpoint is to be found.
@@ -29,9 +31,11 @@ _OF_HUB: Final = ("cache_dir", "force_download", "local_files_only", "revision",
 
 
 class MTPDraftModel(HeadDraftModel):
-    """One module for all heads; see the module's docstring."""
+    """One module for all draft positions, as the head of this file describes."""
 
     config_class = MTPConfig
+    rotary_emb: Any
+    model: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -48,30 +52,19 @@ class MTPDraftModel(HeadDraftModel):
         self.model = nn.Module()
         self.model.layers = nn.ModuleDict({str(config.num_hidden_layers): layer})
         self._embedding.requires_grad_(False)
-        self._unembedding.requires_grad_(False)
-        # What the family never rounds when it is loaded.
+        self._lm_head.requires_grad_(False)
+        # Modules that transformers keeps in float32 for this model family.
         self._keep_in_fp32_modules_strict = set(decoder._keep_in_fp32_modules_strict or ())
         self.post_init()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Move and cast, but keep buffers in float32: rotary frequencies, biases of the router.
-
-        Rounded to bfloat16 they are other positions and other experts than engines compute.
-        """
-        before = {
-            name: buffer for name, buffer in self.named_buffers() if buffer.dtype.itemsize == 4
-        }
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            path, _, leaf = name.rpartition(".")
-            module = self.get_submodule(path)
-            if getattr(module, leaf).dtype.itemsize < 4:
-                setattr(module, leaf, buffer.to(getattr(module, leaf).device))
-        return self
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move and cast, but keep buffers in float32: rotary frequencies, biases of the router."""
+        with float32_buffers_kept(self):
+            return super()._apply(fn, recurse)
 
     @classmethod
     def from_pretrained(cls, source: Any, *options: Any, **settings: Any) -> Any:
-        """Load a module from an export or from among a target's weights, dequantised if need be.
+        """Load a module from an export or from among a target's weights, dequantized if need be.
 
         Raises:
             ValueError: there is no module, or one with other tensors than the config's family has.
@@ -101,11 +94,11 @@ class MTPDraftModel(HeadDraftModel):
 
     @property
     def heads(self) -> None:
-        """As many as training.ttt_length says."""
+        """None: as many as training.ttt_length says."""
         return None
 
     @property
-    def _layer(self) -> nn.Module:
+    def _layer(self) -> Any:
         (layer,) = self.model.layers.values()
         return layer
 
@@ -114,28 +107,28 @@ class MTPDraftModel(HeadDraftModel):
         return self._layer.embed_tokens
 
     @property
-    def _unembedding(self) -> nn.Linear:
+    def _lm_head(self) -> nn.Linear:
         return self._layer.shared_head.head
 
     @torch.no_grad()
-    def borrow(self, target: TargetWeights) -> None:
-        """Take over the target's embedding and head.
+    def tie_to_target(self, target: TargetWeights) -> None:
+        """Copy the target's embedding and LM head.
 
         Raises:
-            ValueError: the target's logits are not its head's weight times its last state.
+            ValueError: the target's logits are not its LM head's weight times its last state.
         """
         if target.beyond_weight:
             raise ValueError(
-                f"the target's head has a {', '.join(target.beyond_weight)}: an MTP module drafts "
-                "with the target's own head, which engines apply without; train another draft of "
-                "this target, such as eagle3 or medusa"
+                f"the target's LM head has a {', '.join(target.beyond_weight)}: an MTP module "
+                "drafts with the target's own LM head, which engines apply without; train another "
+                "draft of this target, such as eagle3 or medusa"
             )
         self._embedding.weight.copy_(target.read(target.embedding_key))
-        self._unembedding.weight.copy_(target.head)
+        self._lm_head.weight.copy_(target.head)
 
     @torch.no_grad()
     def start_from(self, target: TargetWeights) -> None:
-        """Start as one that passes the target's state on: g_t = h_t, but for what the layer adds.
+        """Initialize near the identity: g_t = h_t plus the layer's residual.
 
         W is [0, 1]. h_t has been scaled by the weight of the target's final norm: norm_h undoes
         that, norm does it again.
@@ -152,10 +145,10 @@ class MTPDraftModel(HeadDraftModel):
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
     ) -> Iterator[torch.Tensor]:
-        """Logits of every head, the tokens before being the true ones.
+        """Return logits of every draft position, the tokens before being the true ones.
 
-        Every position is the start of a chain. A query of head k sees the first module's keys up
-        to its start, which a serving engine has from the target, and those of its own chain.
+        Every position is the start of a chain. A query of draft position k sees the first module's
+        keys up to its start, which a serving engine has from the target, and its own chain's.
         """
         layer, (batch, length) = self._layer, tokens.shape
         state = hidden.to(layer.eh_proj.weight.dtype)
@@ -181,7 +174,7 @@ class MTPDraftModel(HeadDraftModel):
             visible = torch.cat([visible, chain], dim=-1)
 
     def _as_attended(self, visible: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """The mask in the form that the layer's attention takes."""
+        """Return the mask in the form that the layer's attention takes."""
         if self.config._attn_implementation == "sdpa":
             return visible
         lowest = torch.finfo(states.dtype).min

@@ -1,7 +1,7 @@
 """The MTP module in a Hugging Face checkpoint, which may hold a target beside it.
 
-Its config and its tensors. Training and decoding share them, so this needs transformers, and not
-SpecForge.
+This has its config and its tensors, which training and decoding share: it needs transformers, but
+not SpecForge.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from transformers.utils import cached_file
 
 #: Settings that a config of these families has for each layer.
 _PER_LAYER: Final = ("layer_types", "mlp_layer_types")
+#: Kinds of layers that see a part of the text alone.
+_WINDOWED: Final = ("sliding_attention", "chunked_attention")
 _INDEX = "model.safetensors.index.json"
 _SCALE = "_scale_inv"
 
 
 class MTPConfig(PreTrainedConfig):
-    """Makes the config of a target's family out of a draft's config.json.
+    """The config of a target's family, made from a draft's config.json.
 
-    That is the target's own, with ``architectures`` ``["MTPDraftModel"]``; engines read the number
-    of modules, one, from ``num_nextn_predict_layers``.
+    config.json is the target's own, with ``architectures`` ``["MTPDraftModel"]``; engines read the
+    number of modules, one, from ``num_nextn_predict_layers``.
     """
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """The family's config.
+        """Return the family's config.
 
         Raises:
-            ValueError: transformers does not know the family, or a setting does not fit MTP.
+            ValueError: transformers does not know the family, a setting does not fit MTP, or the
+                target's last layer has a window.
         """
         family = config_dict.get("model_type")
         if family not in CONFIG_MAPPING:
@@ -50,16 +53,44 @@ class MTPConfig(PreTrainedConfig):
             if config_dict.get(name, wanted) != wanted:
                 raise ValueError(
                     f"{name}={config_dict[name]} must be {wanted}: an MTP draft is one module with "
-                    "the target's vocabulary, used once for each head"
+                    "the target's vocabulary, used once for each draft position"
                 )
         settings = {"num_nextn_predict_layers": 1, **config_dict}
-        # That of a target released in fp8. The module is trained and exported as ordinary numbers.
+        # Of a target released in fp8; the module is trained and exported as ordinary numbers.
         settings.pop("quantization_config", None)
-        return CONFIG_MAPPING[family].from_dict(settings, **options)
+        made = CONFIG_MAPPING[family].from_dict(settings, **options)
+        # With ``return_unused_kwargs`` a pair.
+        _refuse_window(made[0] if isinstance(made, tuple) else made)
+        return made
+
+
+def _refuse_window(config: PreTrainedConfig) -> None:
+    """Refuse a config whose last layer, the module's kind, sees a part of the text alone.
+
+    Training and decoding would give the module full attention without a word.
+
+    Raises:
+        ValueError: the last layer has a window that is shorter than the longest text.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds:
+        # Qwen2 and others have a window that none of their layers uses.
+        field, value, windowed = "layer_types[-1]", kinds[-1], kinds[-1] in _WINDOWED
+    else:
+        # Without types, as Mistral and Phi-3, all layers have the window if there is one.
+        field, value, windowed = "sliding_window", window, bool(window)
+    longest = getattr(config, "max_position_embeddings", None)
+    if windowed and not (window and longest and window >= longest):
+        raise ValueError(
+            f"{field}={value!r}: the target's last layer attends to a window of the text, but an "
+            "MTP module is trained and decoded with full attention; train another draft of this "
+            "target, such as eagle3 or medusa"
+        )
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a decoder that has the module's layer, the one behind the target's last."""
+    """Return the config of a decoder of one layer, the module's, behind the target's last."""
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
     for name in _PER_LAYER:
@@ -84,11 +115,11 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
         hub: settings of transformers' ``cached_file``, such as ``cache_dir``.
 
     Returns:
-        By the rest of their names; empty where there is no module.
+        The tensors by the rest of their names; none where there is no module.
 
     Raises:
         OSError: a file that should hold the module is missing.
-        ValueError: the module is quantised in another way.
+        ValueError: the module is quantized in another way.
     """
     config, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
     blocks = (config.get("quantization_config") or {}).get("weight_block_size")
@@ -114,7 +145,7 @@ def read_module(source: str | Path, prefix: str, **hub: Any) -> dict[str, torch.
 
 
 def _files(source: str | Path, prefix: str, hub: dict[str, Any]) -> list[Path]:
-    """The files that hold the module."""
+    """Return the files that hold the module."""
     names = {"model.safetensors"}
     if index := cached_file(source, _INDEX, _raise_exceptions_for_missing_entries=False, **hub):
         where = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

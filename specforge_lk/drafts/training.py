@@ -1,9 +1,9 @@
-"""One training model and one strategy for every draft that proposes a chain of heads."""
+"""One training model and one strategy for every draft of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from specforge.core.target_distribution import TargetDistribution
@@ -21,21 +21,24 @@ from torch import nn
 
 from specforge_lk.drafts.model import HeadDraftModel
 
-#: Weight of head k is HEAD_DECAY ** k unless ``training.ploss_decay`` is set, as in SpecForge's
-#: EAGLE-3 and in the paper (section 5).
+if TYPE_CHECKING:
+    from specforge.modeling.target.target_head import TargetHead
+
+#: Weight of draft position k is HEAD_DECAY ** k unless ``training.ploss_decay`` is set, as in
+#: SpecForge's EAGLE-3 and in the paper (section 5).
 HEAD_DECAY: Final = 0.8
 
 
 class HeadModel(nn.Module):
-    """Draft and loss: sum_k γ^k L_k, L_k the mean loss of head k over its supervised positions.
+    """Draft and loss: sum_k γ^k L_k, L_k the mean loss of draft position k where supervised.
 
-    Head k = 0, 1, ... of position t proposes token t + 2 + k. It is compared with the target's
-    distribution at t + 1 + k, and supervised where ``specforge.losses.supervision`` says so for
-    draft position k + 1.
+    Draft position k = 0, 1, ... of position t proposes token t + 2 + k. It is compared with the
+    target's distribution at t + 1 + k, and supervised where ``specforge.losses.supervision``,
+    which counts from 1, says so for k + 1.
 
     Args:
         draft_model: the draft.
-        heads: heads K to train.
+        heads: draft positions K to train.
         loss: a registered loss.
         loss_data_parallel: average the loss over all ranks.
     """
@@ -62,7 +65,9 @@ class HeadModel(nn.Module):
         target: TargetDistribution,
         decay: float,
     ) -> tuple[torch.Tensor, list[HeadLoss], list[torch.Tensor]]:
-        """Loss, heads, and per head whether the likeliest draft token is the target's, [B, L].
+        """Return the loss, that of every draft position, and whether each agrees, [B, L].
+
+        A draft position agrees where its likeliest token is the target's.
 
         Args:
             hidden: [B, L, H] the target's last hidden states.
@@ -94,8 +99,8 @@ class HeadTrainStrategy(DraftTrainStrategy):
         model: a `HeadModel`, wrapped by the backend.
         target_head: SpecForge's frozen ``TargetHead``.
         name: the algorithm's name.
-        ploss_decay: the weight of head k is ploss_decay ** k. SpecForge logs the loss as the sum
-            of the heads' losses with these weights.
+        ploss_decay: the weight of draft position k is ploss_decay ** k. SpecForge logs the loss as
+            the sum of their losses with these weights.
     """
 
     required_features: Final = {"input_ids", "attention_mask", "loss_mask", "hidden_state"}
@@ -104,7 +109,7 @@ class HeadTrainStrategy(DraftTrainStrategy):
         self,
         model: nn.Module,
         *,
-        target_head: nn.Module,
+        target_head: TargetHead,
         name: str,
         ploss_decay: float = HEAD_DECAY,
     ) -> None:
@@ -114,11 +119,11 @@ class HeadTrainStrategy(DraftTrainStrategy):
         self.ploss_decay = ploss_decay
 
     def trainable_module(self) -> nn.Module:
-        """The module whose parameters are trained."""
+        """Return the module whose parameters are trained."""
         return self.model
 
     def forward_loss(self, batch: TrainBatch, ctx: StepContext | None = None) -> StepOutput:
-        """Loss and metrics of one batch."""
+        """Return loss and metrics of one batch."""
         self.validate_batch(batch)
         device = next(self.model.parameters()).device
         tensors = {name: batch.tensors[name].to(device) for name in self.required_features}
@@ -161,14 +166,15 @@ class HeadTrainStrategy(DraftTrainStrategy):
         return TargetDistribution.from_hidden_states(hidden, self.target_head, draft.t2d)
 
     def checkpoint_state_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The draft's tensors, but for embeddings and heads that the target lends."""
+        """Return the draft's tensors, but for those that checkpoints omit."""
         prefix = "draft_model."
-        lent = _unwrapped(self.model).draft_model.lent
+        tied = _unwrapped(self.model).draft_model.tied_keys
         named = {
             name.split(prefix, 1)[1]: value for name, value in state_dict.items() if prefix in name
         }
-        return {name: value for name, value in named.items() if name not in lent}
+        return {name: value for name, value in named.items() if name not in tied}
 
 
-def _unwrapped(model: nn.Module) -> HeadModel:
+def _unwrapped(model: Any) -> HeadModel:
+    """Return the model in a backend's wrapper, if there is one."""
     return model if isinstance(model, HeadModel) else model.module

@@ -30,8 +30,9 @@ from specforge_lk.data.prompts import (
     user_turns,
 )
 from specforge_lk.decode.draft import Draft, DraftError
+from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.sampling import distribution
-from specforge_lk.decode.speculate import Generation, Prefills, generate
+from specforge_lk.decode.speculate import Generation, speculate
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, read_report, versions
 
@@ -234,7 +235,7 @@ def measure_benchmark(
         skipped += len(encoded) - len(usable)
         advance(0, (len(encoded) - len(usable)) * settings.max_new_tokens)
         for batch in _even_batches(sorted(usable, key=lambda i: len(usable[i])), settings):
-            generations = generate(
+            generations = speculate(
                 target,
                 draft,
                 [usable[index] for index in batch],

@@ -133,11 +133,11 @@ def test_cached_chain_equals_teacher_forcing(target, tmp_path):
             positions <= ends[:, None],
         )
     close = rounding(expected, torch.float32, *STEP_SUMS * HEADS)
-    hidden, rows = draft._hidden, torch.arange(BATCH)
+    (hidden, position), rows = draft._chain, torch.arange(BATCH)
     for head in range(HEADS):
         if head:
             known = tokens[rows, ends + 1 + head]
-            hidden = draft._extend(known[:, None], hidden, draft._position + head)
+            hidden = draft._extend(known[:, None], hidden, position + head)
         logits = draft._logits(hidden)[:, 0]
         where = [
             int(index)
@@ -188,7 +188,7 @@ def edit(path, config=None, drop=(), **tensors):
         ({"d2t": torch.zeros(96, dtype=torch.long)}, "d2t and t2d name different tokens"),
         ({"drop": ("d2t",)}, "d2t is missing"),
         ({"drop": ("fc.weight",)}, r"\['fc.weight'\] are missing"),
-        ({"config": {"vocab_size": 300}}, "the target's LM head has 264 rows"),
+        ({"config": {"vocab_size": 300}}, "vocab_size 300, but the target's is 264"),
         ({"config": {"architectures": ["Other"]}}, "'Other' is not a known draft"),
         ({"config": {"intermediate_size": 50}}, "config.json and safetensors disagree"),
         (

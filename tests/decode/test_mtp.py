@@ -32,7 +32,7 @@ def build(target: Target) -> MTPDraftModel:
     model = MTPDraftModel(MTPConfig.from_dict(mtp_draft_config(target.model.config.model_type)))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    model.borrow(weights(target))
+    model.tie_to_target(weights(target))
     return model.eval()
 
 
@@ -152,7 +152,7 @@ def test_starts_from_the_module_of_a_released_target(target, tmp_path):
             torch.testing.assert_close(logits, wanted[starts], rtol=1e-4, atol=1e-4)
 
     loaded = MTPDraftModel.from_pretrained(folder, config=model.config)
-    loaded.borrow(weights(target))
+    loaded.tie_to_target(weights(target))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, msg=name)
     tokens, features, _ = inputs()
@@ -242,7 +242,7 @@ def test_a_module_with_tensors_that_its_config_lacks_is_not_trained(tmp_path):
 def test_untrained_module_passes_the_state_on(target):
     config = mtp_draft_config(target.model.config.model_type) | {"initializer_range": 0.02}
     model = MTPDraftModel(MTPConfig.from_dict(config))
-    model.borrow(weights(target))
+    model.tie_to_target(weights(target))
     model.start_from(weights(target))
     tokens = torch.arange(LENGTH)[None]
     with torch.no_grad():
@@ -259,11 +259,37 @@ def test_untrained_module_passes_the_state_on(target):
         ({"model_type": "nothing"}, "'nothing' is no model family"),
         ({"draft_vocab_size": 40}, "draft_vocab_size=40 must be 264"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers=2 must be 1"),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 64,
+                "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+            },
+            r"layer_types\[-1\]='sliding_attention'.*train another draft",
+        ),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64.*train another draft"),
     ],
 )
 def test_configs_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         MTPConfig.from_dict({**mtp_draft_config("llama"), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 512},  # as long as the longest text
+        {
+            "model_type": "qwen3",
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        },
+    ],
+)
+def test_a_last_layer_that_sees_the_whole_text_is_taken(changes):
+    config = MTPConfig.from_dict({**mtp_draft_config("llama"), **changes})
+    assert config.model_type == changes["model_type"]
 
 
 def test_a_draft_that_does_not_fit_is_refused(tmp_path):

@@ -237,7 +237,7 @@ def test_medusa(layout, target, tmp_path):
     assert_same(load_draft(plain, target), load_draft(path, target))
 
 
-def test_medusa_may_keep_whole_unembeddings_beside_a_token_map(target, tmp_path):
+def test_medusa_may_keep_whole_lm_heads_beside_a_token_map(target, tmp_path):
     build("medusa", tmp_path / "plain")
     plain = tmp_path / "plain"
     weights = load_file(plain / "model.safetensors")
@@ -259,7 +259,7 @@ def test_medusa_may_keep_whole_unembeddings_beside_a_token_map(target, tmp_path)
 
 
 @pytest.mark.parametrize("held_by", ["lm_heads", "target"])
-def test_medusa_with_the_target_s_own_unembedding(held_by, target, tmp_path):
+def test_medusa_with_the_target_s_own_lm_head(held_by, target, tmp_path):
     build("medusa, the target's head", tmp_path / "plain", VOCAB_SIZE)
     plain, head = tmp_path / "plain", target.head.weight.detach().clone()
     with_head = rewrite(plain, tmp_path / "a", config_of(plain), **{"lm_head.weight": head})
@@ -270,7 +270,7 @@ def test_medusa_with_the_target_s_own_unembedding(held_by, target, tmp_path):
     assert_same(load_draft(with_head, target), load_draft(path, target))
 
 
-def test_medusa_reads_its_own_unembeddings_and_scales_logits(target, tmp_path):
+def test_medusa_reads_its_own_lm_heads_and_scales_logits(target, tmp_path):
     build("medusa", tmp_path / "plain", VOCAB_SIZE)
     plain = tmp_path / "plain"
     extra = {"lm_head.weight": torch.zeros(VOCAB_SIZE, HIDDEN_SIZE)}

@@ -8,8 +8,9 @@ from tiny_target import VOCAB_SIZE, build_model, build_tokenizer, save_draft
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specforge_lk.decode.draft import Proposal, load_draft
+from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.sampling import choose
-from specforge_lk.decode.speculate import Prefills, generate
+from specforge_lk.decode.speculate import speculate
 from specforge_lk.decode.target import Target
 
 HEADS = 3
@@ -80,7 +81,7 @@ class Oracle:
 
 
 def check_equal(target, draft, block, count=40):
-    results = generate(
+    results = speculate(
         target,
         draft,
         PROMPTS,
@@ -162,7 +163,7 @@ def test_nothing_counts_behind_the_end_of_sequence(target, block):
         eos_ids = frozenset([end])
 
     ending = Ending(target.model, target.tokenizer)
-    (result,) = generate(
+    (result,) = speculate(
         ending,
         oracle,
         [prompt],
@@ -182,7 +183,7 @@ def test_neither_blocks_nor_shared_prefills_change_the_record(target):
     oracle = Oracle([p + greedy_alone(target, p, 60) for p in PROMPTS])
     prefills = Prefills(target, oracle.capture_layers)
     first, *others = (
-        generate(
+        speculate(
             target,
             oracle,
             PROMPTS,
@@ -233,7 +234,7 @@ def test_exact_alpha_agrees_with_the_acceptances(greedy):
         layer.self_attn.o_proj.weight.data *= 0.1
         layer.mlp.down_proj.weight.data *= 0.1
     target = Endless(model, build_tokenizer())
-    results = generate(
+    results = speculate(
         target,
         Bigram(target),
         PROMPTS * 12,

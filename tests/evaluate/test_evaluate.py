@@ -184,11 +184,11 @@ def by_hand(target, draft, tokens, t, temperature, sampling):
         span = torch.arange(t + 1)[None]
         known = torch.ones_like(span).bool()
         draft.observe(tokens[1 : t + 2][None], output.features[:, : t + 1], span, known)
-        hidden, alphas, coverages = draft._hidden, [], []
+        (hidden, position), alphas, coverages = draft._chain, [], []
         for head in range(HEADS):
             if head:
                 token = tokens[t + 1 + head][None, None]
-                hidden = draft._extend(token, hidden, draft._position + head)
+                hidden = draft._extend(token, hidden, position + head)
             q_logits = draft._logits(hidden)[0, 0]
             scattered = torch.full((264,), float("-inf"))
             scattered[draft.draft_ids] = q_logits

@@ -224,7 +224,7 @@ def test_serving_samples_as_training_assumes(target, draft) -> None:
             "num_speculative_tokens": 6 if draft.algorithm == "medusa" else 7,
             **({} if draft.algorithm == "medusa" else sampled),
         }
-        # Its loader knows truncated MEDUSA heads as one unembedding only, with its check off.
+        # Its loader knows truncated MEDUSA heads as one LM head only, with its check off.
         needs = draft.algorithm == "medusa"
         assert ("--model-loader-extra-config" in vllm and "original_lm_head" in vllm) == needs
     if sglang:

@@ -266,7 +266,7 @@ def test_medusa_starts_from_the_target_with_its_scale() -> None:
     for shared in (False, True):
         sizes = {"hidden_size": 32, "vocab_size": VOCAB, "num_heads": 2}
         draft = MedusaModel(MedusaConfig(**sizes, original_lm_head=shared))
-        draft.borrow(scaled)
+        draft.tie_to_target(scaled)
         draft.start_from(scaled)
         mask = torch.ones(1, 5, dtype=torch.long)
         for logits in draft.head_logits(hidden, mask, mask, 2):
@@ -281,7 +281,7 @@ def test_what_engines_leave_out_of_a_lent_head_is_said_or_refused() -> None:
         with pytest.warns(UserWarning, match=f"the target's {name} "):
             assert weights.scaled_head(torch.ones(VOCAB, dtype=torch.bool)).equal(head)
         with pytest.raises(ValueError, match=f"head has a {name}: an MTP module"):
-            MTPDraftModel.borrow(None, weights)
+            MTPDraftModel.tie_to_target(None, weights)
 
 
 class Recorder:

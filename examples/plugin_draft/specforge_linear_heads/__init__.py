@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from specforge.plugins import Plugin
 
 from specforge_lk.drafts.algorithms import HeadAlgorithm
 
-ALGORITHM = HeadAlgorithm(
-    name="linear_heads",
-    architecture="LinearHeadsModel",
-    # Imported by whoever trains with it, not by every command that looks for plug-ins.
-    module="specforge_linear_heads.model",
-)
+if TYPE_CHECKING:
+    from specforge_lk.drafts.model import HeadDraftModel
+
+
+def load() -> type[HeadDraftModel]:
+    """Import the draft: only who trains with it does, not every command that looks for plug-ins."""
+    from specforge_linear_heads.model import LinearHeadsModel
+
+    return LinearHeadsModel
+
+
+ALGORITHM = HeadAlgorithm(name="linear_heads", architecture="LinearHeadsModel", load=load)
 
 
 def create_plugin() -> Plugin:

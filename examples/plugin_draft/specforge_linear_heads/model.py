@@ -60,7 +60,7 @@ class LinearHeadsModel(HeadDraftModel):
         return len(self.matrices)
 
     @torch.no_grad()
-    def borrow(self, target: TargetWeights) -> None:
+    def tie_to_target(self, target: TargetWeights) -> None:
         """Copy the target's LM head; the draft vocabulary is known by now."""
         self.lm_head.weight.copy_(target.scaled_head(self.t2d))
 

@@ -1,0 +1,175 @@
+"""The files of an exported draft, and the checks that loaders share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from specforge_lk.decode.target import Target
+from specforge_lk.drafts.table import ARCHITECTURES, DraftType, draft_type
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_EXPORT = "`specforge export --to hf`"
+
+
+class DraftError(ValueError):
+    """A draft checkpoint that cannot be evaluated; the message says what to change."""
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], DraftType]:
+    """Return the config.json in a draft's folder, and the type of draft it is of.
+
+    Raises:
+        DraftError: there is no config.json, or it is of no known draft.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise DraftError(
+            f"draft {path}: no config.json; export the checkpoint with {_EXPORT} and give the "
+            "exported directory"
+        )
+    config = json.loads(file.read_text(encoding="utf-8"))
+    kind = draft_type(config)
+    if kind is None:
+        named = (config.get("architectures") or [None])[0]
+        raise DraftError(
+            f"{file}: architectures {named!r} is not a known draft; "
+            f"known are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return config, kind
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors in a draft's folder, from safetensors or torch files, sharded or not.
+
+    Raises:
+        DraftError: there is no such file, or a shard is missing.
+    """
+    from safetensors.torch import load_file
+
+    def load_torch(file: Path) -> dict[str, torch.Tensor]:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+    files = sorted(path.glob("*.safetensors"))
+    if index := next(path.glob("*.safetensors.index.json"), None):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [path / name for name in sorted(shards)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise DraftError(
+                f"draft {path}: {', '.join(missing)} of {index.name} is missing; "
+                "export or download the draft again"
+            )
+    load: Callable[[Path], dict[str, torch.Tensor]] = load_file
+    if not files:
+        files, load = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt")]), load_torch
+    if not files:
+        raise DraftError(
+            f"draft {path}: no *.safetensors file; export the checkpoint with {_EXPORT} and give "
+            "the exported directory"
+        )
+    return {name: tensor for file in files for name, tensor in load(file).items()}
+
+
+def require_sizes(path: Path, sizes: Mapping[str, int | None], target: Target) -> None:
+    """Check a config's sizes against the target's LM head.
+
+    Args:
+        path: the draft's folder.
+        sizes: by their names in config.json, the size of the vocabulary, and then the hidden size
+            if the draft's is to be the target's.
+        target: the target.
+
+    Raises:
+        DraftError: a size is another.
+    """
+    for (name, size), wanted in zip(sizes.items(), target.head.weight.shape, strict=False):
+        if size != wanted:
+            raise DraftError(
+                f"{path / 'config.json'}: {name} {size}, but the target's is {wanted}; give the "
+                "target the draft was trained for"
+            )
+
+
+def refuse_layers(path: Path, algorithm: str, layers: tuple[int, ...] | None) -> None:
+    """Refuse ``--aux-layers`` for a draft that captures no decoder layers.
+
+    Raises:
+        DraftError: layers are given.
+    """
+    if layers is not None:
+        raise DraftError(
+            f"draft {path}: {algorithm} reads the target's last hidden state, not layers "
+            f"{list(layers)}; leave out --aux-layers"
+        )
+
+
+def draft_vocabulary(
+    path: Path, weights: Mapping[str, torch.Tensor], rows: int, vocab_size: int
+) -> torch.Tensor | None:
+    """Return the target ids [V_d] of a draft vocabulary; None for the whole one in order.
+
+    SpecForge stores ``d2t`` as OFFSETS (target id - draft index) and ``t2d`` as a mask over the
+    target vocabulary; vLLM's MEDUSA has the ids themselves in ``token_map``.
+
+    Args:
+        path: the draft's folder.
+        weights: its tensors.
+        rows: rows of its LM head, V_d.
+        vocab_size: V.
+
+    Raises:
+        DraftError: these tensors disagree with the LM head, the target or one another.
+    """
+
+    def refuse(message: str) -> DraftError:
+        return DraftError(
+            f"draft {path}: {message}; export again with the vocabulary mapping the draft was "
+            f"trained with ({_EXPORT} … --vocab-mapping FILE)"
+        )
+
+    if "token_map" in weights:
+        name, ids = "token_map", weights["token_map"].long()
+    elif "d2t" in weights:
+        name, ids = "d2t", weights["d2t"].long() + torch.arange(weights["d2t"].numel())
+    elif rows == vocab_size:
+        return None
+    else:
+        raise refuse(f"d2t is missing, the LM head has {rows} rows of {vocab_size}")
+    if ids.numel() != rows:
+        raise refuse(f"{name} has {ids.numel()} entries, the LM head {rows} rows")
+    if ids.min() < 0 or ids.max() >= vocab_size or ids.unique().numel() != rows:
+        raise refuse(f"{name} does not map to {rows} distinct ids below {vocab_size}")
+    if "t2d" in weights:
+        t2d = weights["t2d"].bool()
+        if t2d.numel() != vocab_size:
+            raise refuse(f"t2d has {t2d.numel()} entries, the target vocabulary {vocab_size}")
+        if t2d.sum() != rows:
+            raise refuse(f"t2d selects {int(t2d.sum())} tokens, the LM head has {rows} rows")
+        if not t2d[ids].all():
+            raise refuse(f"{name} and t2d name different tokens")
+    return None if torch.equal(ids, torch.arange(vocab_size)) else ids
+
+
+def fill(
+    draft: _Module, weights: Mapping[str, torch.Tensor], path: Path, target: Target
+) -> _Module:
+    """Give a draft its weights and put it beside the target.
+
+    Raises:
+        DraftError: the tensors are not those that its config asks for.
+    """
+    try:
+        draft.load_state_dict(weights)
+    except RuntimeError as error:
+        raise disagreement(path, error) from error
+    return target.place(draft)
+
+
+def disagreement(path: Path, found: object) -> DraftError:
+    """Return the error of a folder whose config.json and tensors do not fit one another."""
+    return DraftError(f"draft {path}: config.json and safetensors disagree ({found}); export again")
