@@ -3,9 +3,9 @@
     python configs/recipes.py
 
 This script writes every file in configs/<target>/ but target-facts.json, from the facts there, the
-tables below and `specforge_lk.drafts.configs`; tests/experiments/test_recipes.py asserts that they are up to date. `make pages`
-writes the tables of README.md. Losses have no files of their own: `training.loss` on the command
-line is all that differs between them.
+tables below and `specforge_lk.drafts.configs`; tests/experiments/test_recipes.py asserts that they
+are up to date. `make pages` writes the tables of README.md. Losses have no files of their own:
+`training.loss` on the command line is all that differs between them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 from specforge.optimizer import BF16Optimizer
 from specforge.training.model_loading import load_draft_config_source
 from specforge.training.schedule import validate_fixed_accumulation_plan
-from tiny_target import HIDDEN_SIZE, draft_config, head_draft_config, mtp_draft_config
+from tiny_target import HIDDEN_SIZE, draft_config, mtp_draft_config
 from torch.utils.flop_counter import FlopCounterMode
 from training_run import HEADS, prepare_with_features
 from typer.testing import CliRunner
@@ -28,10 +28,9 @@ ROOT = Path(__file__).parent.parent
 BATCH, LENGTH, KEPT = 2, 24, 96
 DRAFTS = {
     "eagle3": draft_config(KEPT),
-    "medusa": head_draft_config("medusa", KEPT, HEADS),
-    "mlp_speculator": head_draft_config("mlp_speculator", KEPT, HEADS),
-    "mlp_speculator, tied": head_draft_config("mlp_speculator", KEPT, HEADS)
-    | {"tie_weights": True},
+    "medusa": draft_config(KEPT, "medusa", HEADS),
+    "mlp_speculator": draft_config(KEPT, "mlp_speculator", HEADS),
+    "mlp_speculator, tied": draft_config(KEPT, "mlp_speculator", HEADS) | {"tie_weights": True},
     "mtp": mtp_draft_config("llama"),
     "mtp, experts": mtp_draft_config("deepseek_v3"),
 }

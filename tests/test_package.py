@@ -17,12 +17,10 @@ from tiny_target import VOCAB_SIZE, build_model, save_target
 from training_run import HEADS, algorithm_settings, write_rows
 
 import specforge_lk
+from specforge_lk.drafts.table import DRAFTS
 from specforge_lk.evaluate.report import read_report
 
-ALGORITHMS = (
-    *("eagle3", "peagle", "dflash", "domino", "dspark"),
-    *("medusa", "mlp_speculator", "mtp"),
-)
+ALGORITHMS = tuple(DRAFTS)
 #: What trains: everything else decodes, evaluates or prepares data.
 TRAINING = ("specforge_lk.drafts.",)
 KERNELS = "specforge_lk.overlap.triton_kernels"
@@ -62,7 +60,7 @@ def modules() -> list[str]:
     ids=["extra data", "no extra", "the top alone"],
 )
 def test_modules_import_without(without: tuple[str, ...], left_out: tuple[str, ...] | None) -> None:
-    names = ["specforge_lk", "specforge_lk.cli", "specforge_lk.patching"]
+    names = [f"specforge_lk{part}" for part in ("", ".cli", ".patching", ".drafts.table")]
     if left_out is not None:
         names = [name for name in modules() if name not in left_out]
     code = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"

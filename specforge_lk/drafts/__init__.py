@@ -1,6 +1,7 @@
-"""Draft architectures that SpecForge lacks: MEDUSA, the MLP speculator and MTP.
+"""The drafts: `table` has a row for each, whoever trains it.
 
-All three read the target's last hidden state and propose a chain, head by head. They share one
-training model (`training`), one base class (`model`) and one form of registration (`algorithms`);
-each brings its module and its config. Registering them imports neither torch nor transformers.
+MEDUSA, the MLP speculator and MTP are architectures that SpecForge lacks. All three read the
+target's last hidden state and propose a chain. They share one training model (`training`), one base
+class (`model`) and one form of registration (`algorithms`); each brings its module and its config.
+Registering them imports neither torch nor transformers.
 """

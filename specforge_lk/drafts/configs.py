@@ -143,4 +143,4 @@ def mlp_speculator(target: Mapping[str, Any], draft_vocab_size: int | None, head
 
 def mtp(target: Mapping[str, Any], draft_vocab_size: int | None, heads: int) -> Config:
     """Return the target's own config."""
-    return {"architectures": ["MTPDraftModel"], **target}
+    return {"architectures": [], **target} | {"architectures": ["MTPDraftModel"]}

@@ -11,7 +11,7 @@ from tiny_target import (
     VOCAB_SIZE,
     build_model,
     build_tokenizer,
-    head_draft_config,
+    draft_config,
 )
 
 from specforge_lk.decode.draft import DraftError, load_draft
@@ -83,7 +83,7 @@ def test_names_and_shapes_are_the_engine_s(tmp_path):
 
 
 def test_untrained_medusa_predicts_as_the_target_did(target):
-    config = MedusaConfig.from_dict(head_draft_config("medusa", DRAFT_VOCAB, HEADS))
+    config = MedusaConfig.from_dict(draft_config(DRAFT_VOCAB, "medusa", HEADS))
     draft = MedusaModel(config)
     draft.start_from(TargetWeights(target.head.weight.detach(), {}.__getitem__, ""))
     features = inputs()[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, head_draft_config
+from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config
 
 from specforge_lk.drafts.medusa import MedusaConfig, MedusaModel
 from specforge_lk.drafts.mlp_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -48,7 +48,7 @@ def build(variant, path, draft_vocab=DRAFT_VOCAB):
     """A draft with random weights, as `specforge export` saves it."""
     algorithm, changes = VARIANTS[variant]
     config, model = CLASSES[algorithm]
-    settings = {**head_draft_config(algorithm, draft_vocab, HEADS), **changes}
+    settings = {**draft_config(draft_vocab, algorithm, HEADS), **changes}
     torch.manual_seed(0)
     draft = model(config.from_dict(settings))
     for parameter in draft.parameters():

@@ -22,9 +22,11 @@ from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model
 from torch.overrides import TorchFunctionMode
 from training_run import DRAFT_VOCAB_SIZE, algorithm_settings
 
-BUILT_IN = ("eagle3", "peagle", "dflash", "domino", "dspark")
-ALGORITHMS = (*BUILT_IN, "medusa", "mlp_speculator", "mtp")
-WHOLE_VOCABULARY = ("dflash", "domino", "dspark", "mtp")
+from specforge_lk.drafts.table import DRAFTS
+
+BUILT_IN = tuple(name for name, draft in DRAFTS.items() if draft.trainer is None)
+ALGORITHMS = tuple(DRAFTS)
+WHOLE_VOCABULARY = tuple(name for name, draft in DRAFTS.items() if draft.whole_vocabulary)
 SHARDINGS = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
 LENGTH, ROWS = 14, 2
 #: Three captured layers for EAGLE-3's family, two for DFlash's.

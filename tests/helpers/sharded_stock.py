@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fsdp_cpu import install
-from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, block_draft_config, draft_config
+from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config
 
 LENGTH, DRAFT_VOCAB_SIZE = 14, 96
 BLOCKS = ("dflash", "domino", "dspark")
@@ -63,7 +63,9 @@ def model(algorithm: str, directory: Path) -> tuple[Any, Any]:
     if algorithm in BLOCKS:
         from specforge.algorithms.common import dflash_family_model as family
 
-        built = draft(path, block_draft_config(algorithm, 4))
+        built = draft(
+            path, draft_config(algorithm=algorithm, block_size=4)
+        )
         kind = {"dflash": "DFlash", "domino": "Domino", "dspark": "DSpark"}[algorithm]
         head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
         embedding = torch.nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)

@@ -1,11 +1,14 @@
-"""A tiny random Llama target with a byte tokenizer, and a tiny random EAGLE-3 draft for it."""
+"""A tiny random Llama target with a byte tokenizer, and tiny random drafts for it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from specforge_lk.drafts.table import DRAFTS
 
 VOCAB_SIZE = 264
 HIDDEN_SIZE = 32
@@ -73,81 +76,6 @@ def save_target(path: Path, layers: int = 6, seed: int = 0) -> Path:
     return path
 
 
-def draft_config(draft_vocab_size: int, **changes) -> dict:
-    """config.json of a tiny EAGLE-3 draft, as `specforge export` writes it."""
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "vocab_size": VOCAB_SIZE,
-        "draft_vocab_size": draft_vocab_size,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]},
-        **changes,
-    }
-
-
-def peagle_draft_config(draft_vocab_size: int) -> dict:
-    """config.json of a tiny P-EAGLE draft of two layers."""
-    return draft_config(
-        draft_vocab_size, architectures=["PEagleDraftModel"], num_hidden_layers=2, ptd_token_id=0
-    )
-
-
-def block_draft_config(algorithm: str, block_size: int) -> dict:
-    """config.json of a tiny DFlash, Domino or DSpark draft of one layer."""
-    architecture, options = {
-        "dflash": ("DFlashDraftModel", {}),
-        "domino": ("DominoDraftModel", {"emb_dim": 8, "gru_hidden_dim": 16}),
-        "dspark": ("DSparkDraftModel", {"markov_rank": 8, "confidence_head_alpha": 1.0}),
-    }[algorithm]
-    return {
-        "architectures": [architecture],
-        "model_type": "qwen3",
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "layer_types": ["full_attention"],
-        "block_size": block_size,
-        "num_target_layers": 6,
-        "dflash_config": {"target_layer_ids": [1, 3], "mask_token_id": 0, **options},
-    }
-
-
-def head_draft_config(algorithm: str, draft_vocab_size: int, heads: int) -> dict:
-    """config.json of a tiny MEDUSA draft or MLP speculator."""
-    architecture, options = {
-        "medusa": ("MedusaModel", {"hidden_size": HIDDEN_SIZE, "num_heads": heads}),
-        "mlp_speculator": (
-            "MLPSpeculatorPreTrainedModel",
-            {"emb_dim": HIDDEN_SIZE, "inner_dim": 48, "n_predict": heads, "scale_input": True},
-        ),
-    }[algorithm]
-    return {
-        "architectures": [architecture],
-        "model_type": algorithm,
-        "vocab_size": VOCAB_SIZE,
-        "draft_vocab_size": draft_vocab_size,
-        **options,
-    }
-
-
 #: Families of MTP targets: a dense layer; one with latent attention and experts; one with experts.
 MTP_FAMILIES = ("llama", "deepseek_v3", "glm4_moe")
 _EXPERTS = {
@@ -209,9 +137,38 @@ def build_family(family: str, layers: int = 3):
 
 def mtp_draft_config(family: str, layers: int = 3) -> dict:
     """config.json of a tiny MTP draft: its target's own."""
-    return {**family_config(family, layers), "architectures": ["MTPDraftModel"]} | {
+    return DRAFTS["mtp"].config(family_config(family, layers), None, 1) | {
         "draft_vocab_size": VOCAB_SIZE
     }
+
+
+_EAGLE = {
+    "initializer_range": 0.02,
+    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]},
+}
+_BLOCK = {"target_layer_ids": [1, 3], "mask_token_id": 0}
+#: What tiny drafts have other than `specforge_lk.drafts.configs` gives them.
+_CHANGES = {
+    "eagle3": _EAGLE,
+    "peagle": {**_EAGLE, "ptd_token_id": 0},
+    "dflash": {"dflash_config": _BLOCK},
+    "domino": {"dflash_config": {**_BLOCK, "emb_dim": 8, "gru_hidden_dim": 16}},
+    "dspark": {"dflash_config": {**_BLOCK, "markov_rank": 8, "confidence_head_alpha": 1.0}},
+    "mlp_speculator": {"inner_dim": 48, "tie_weights": False},
+}
+
+
+def draft_config(
+    draft_vocab_size: int = VOCAB_SIZE, algorithm: str = "eagle3", heads: int = 3, **changes: Any
+) -> dict:
+    """config.json of a tiny draft, as `specforge export` writes it."""
+    target = family_config("llama", layers=6) | {
+        "head_dim": 8,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+    }
+    made = DRAFTS[algorithm].config(target, draft_vocab_size, heads)
+    return made | _CHANGES.get(algorithm, {}) | changes
 
 
 def save_draft(

@@ -16,15 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_target import (
-    block_draft_config,
-    build_model,
-    build_tokenizer,
-    draft_config,
-    head_draft_config,
-    peagle_draft_config,
-)
+from tiny_target import build_model, build_tokenizer, draft_config
 from typer.testing import CliRunner
+
+from specforge_lk.drafts.table import DRAFTS
 
 BIN = Path(sys.executable).parent
 DRAFT_VOCAB_SIZE = 96
@@ -197,23 +192,28 @@ class Setup:
         return torch.load(path, weights_only=True)["draft_state_dict"]
 
 
+_BLOCK = {"num_anchors": 8, "objective_chunk_blocks": 3}
+#: What the training section needs beside the shared settings.
+_TRAINING = {
+    "eagle3": {"ttt_length": HEADS},
+    "peagle": {"batch_size": 1, "accumulation_steps": BATCH_SIZE, "num_depths": HEADS},
+    "dflash": _BLOCK,
+    "domino": _BLOCK,
+    "dspark": _BLOCK,
+    "mtp": {"ttt_length": HEADS},
+}
+
+
 def algorithm_settings(algorithm: str, target_config: dict) -> tuple[dict, dict, dict]:
     """A draft's config.json, and what the run config's model and training sections add."""
-    if algorithm == "eagle3":
-        return draft_config(DRAFT_VOCAB_SIZE), {}, {"ttt_length": HEADS}
-    if algorithm == "peagle":
-        training = {"batch_size": 1, "accumulation_steps": BATCH_SIZE, "num_depths": HEADS}
-        return peagle_draft_config(DRAFT_VOCAB_SIZE), {}, training
-    if algorithm in ("medusa", "mlp_speculator"):
-        return head_draft_config(algorithm, DRAFT_VOCAB_SIZE, HEADS), {}, {}
-    # These draft from the whole vocabulary, through the target's own head.
-    whole = {"vocab_mapping_path": ""}
+    model: dict = {"vocab_mapping_path": ""} if DRAFTS[algorithm].whole_vocabulary else {}
+    if algorithm in ("dflash", "domino", "dspark"):
+        model["target_head_dtype"] = None
     if algorithm == "mtp":
-        config = {**target_config, "architectures": ["MTPDraftModel"]}
-        return config, whole, {"ttt_length": HEADS}
-    block = HEADS if algorithm == "dspark" else HEADS + 1
-    training = {"num_anchors": 8, "objective_chunk_blocks": 3}
-    return block_draft_config(algorithm, block), {**whole, "target_head_dtype": None}, training
+        draft = DRAFTS["mtp"].config(target_config, None, HEADS)
+    else:
+        draft = draft_config(DRAFT_VOCAB_SIZE, algorithm, HEADS)
+    return draft, model, _TRAINING.get(algorithm, {})
 
 
 def prepare(root: Path, algorithm: str = "eagle3") -> Setup:

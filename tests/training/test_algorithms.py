@@ -23,11 +23,10 @@ from training_run import (
     run,
 )
 
+from specforge_lk.drafts.table import DRAFTS
 from specforge_lk.evaluate.report import read_report
 
-ALGORITHMS = ("peagle", "dflash", "domino", "dspark", "medusa", "mlp_speculator", "mtp")
-BLOCKS = ("dflash", "domino", "dspark")
-WHOLE_VOCABULARY = (*BLOCKS, "mtp")
+ALGORITHMS = tuple(name for name in DRAFTS if name != "eagle3")
 STEPS = 3 * EPOCH
 LAMBDA = "training.loss=lk_lambda"
 #: More anchors than a sample has positions, and no depth thinned out.
@@ -66,7 +65,7 @@ def test_loss_falls_and_metrics_are_acceptance_rates(trained: Trained) -> None:
         for head in range(HEADS):
             alpha, coverage = metrics[f"alpha_{head}"], metrics[f"coverage_{head}"]
             assert 0 <= alpha <= coverage * (1 + 1e-6) <= 1 + 1e-6
-            if trained.algorithm in WHOLE_VOCABULARY:
+            if DRAFTS[trained.algorithm].whole_vocabulary:
                 assert coverage == pytest.approx(1, abs=1e-6)
             if trained.algorithm != "peagle":
                 # P-EAGLE's are means over micro-batches, each with a lambda of its own.

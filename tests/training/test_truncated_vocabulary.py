@@ -16,7 +16,7 @@ from specforge.algorithms.eagle3.model import OnlineEagle3Model
 from specforge.algorithms.peagle import model as peagle
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 from specforge.modeling.draft.peagle import PEagleDraftModel
-from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config, peagle_draft_config
+from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config
 from transformers import LlamaConfig
 
 from specforge_lk.losses import LOSSES
@@ -102,7 +102,7 @@ def train_eagle3(loss: str, monkeypatch: pytest.MonkeyPatch) -> Trained:
 
 
 def train_peagle(loss: str, monkeypatch: pytest.MonkeyPatch) -> Trained:
-    draft, logits = build_draft(PEagleDraftModel, peagle_draft_config(DRAFT_VOCAB))
+    draft, logits = build_draft(PEagleDraftModel, draft_config(DRAFT_VOCAB, "peagle"))
     built = RECORDS[loss].build(RECORDS[loss].options())
     model = peagle.OnlinePEagleModel(
         draft, mask_token_id=0, num_depths=HEADS, attention_backend="sdpa", loss=built

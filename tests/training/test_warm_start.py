@@ -9,16 +9,16 @@ import torch
 from specforge.export.to_hf import export_to_hf
 from specforge.modeling.auto import AutoDraftModel
 from specforge.training.model_loading import load_draft_config_source, warm_start_draft_model
-from tiny_target import VOCAB_SIZE, head_draft_config, mtp_draft_config
+from tiny_target import VOCAB_SIZE, draft_config, mtp_draft_config
 
 HEADS, TRUNCATED = 3, 40
 DRAFTS = {
-    "medusa": head_draft_config("medusa", TRUNCATED, HEADS),
-    "medusa, whole vocabulary": head_draft_config("medusa", VOCAB_SIZE, HEADS),
-    "medusa, the target's head": head_draft_config("medusa", TRUNCATED, HEADS)
+    "medusa": draft_config(TRUNCATED, "medusa", HEADS),
+    "medusa, whole vocabulary": draft_config(VOCAB_SIZE, "medusa", HEADS),
+    "medusa, the target's head": draft_config(TRUNCATED, "medusa", HEADS)
     | {"original_lm_head": True},
-    "mlp_speculator": head_draft_config("mlp_speculator", TRUNCATED, HEADS),
-    "mlp_speculator, tied": head_draft_config("mlp_speculator", VOCAB_SIZE, HEADS)
+    "mlp_speculator": draft_config(TRUNCATED, "mlp_speculator", HEADS),
+    "mlp_speculator, tied": draft_config(VOCAB_SIZE, "mlp_speculator", HEADS)
     | {"tie_weights": True},
     "mtp": mtp_draft_config("llama"),
     "mtp, experts": mtp_draft_config("deepseek_v3"),

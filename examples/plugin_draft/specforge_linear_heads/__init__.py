@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def load() -> type[HeadDraftModel]:
     """Import the draft: only who trains with it does, not every command that looks for plug-ins."""
-    from specforge_linear_heads.model import LinearHeadsModel
+    from .model import LinearHeadsModel
 
     return LinearHeadsModel
 

@@ -67,8 +67,8 @@ class LinearHeadsModel(HeadDraftModel):
     @torch.no_grad()
     def start_from(self, target: TargetWeights) -> None:
         """Start as the target itself: every matrix is 0."""
-        for matrix in self.matrices:
-            nn.init.zeros_(matrix.weight)
+        for matrix in self.matrices.parameters():
+            nn.init.zeros_(matrix)
 
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
