@@ -63,9 +63,7 @@ def model(algorithm: str, directory: Path) -> tuple[Any, Any]:
     if algorithm in BLOCKS:
         from specforge.algorithms.common import dflash_family_model as family
 
-        built = draft(
-            path, draft_config(algorithm=algorithm, block_size=4)
-        )
+        built = draft(path, draft_config(algorithm=algorithm, block_size=4))
         kind = {"dflash": "DFlash", "domino": "Domino", "dspark": "DSpark"}[algorithm]
         head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
         embedding = torch.nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
