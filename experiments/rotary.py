@@ -25,13 +25,13 @@ from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, execute
 from specforge_lk.data.conversations import tokenize
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.runner import (
+from specforge_lk.evaluate.held_out import (
     ChainStarts,
-    Settings,
     expected_tau,
     measure_held_out,
     paired_difference,
 )
+from specforge_lk.evaluate.settings import Settings
 from specforge_lk.files import write_text
 from specforge_lk.markdown import markdown_table
 from tools.levels import FIXES, SERIES, Levels

@@ -10,12 +10,7 @@ from typing import Annotated
 
 import typer
 
-
-class DraftSampling(StrEnum):
-    """How draft tokens are chosen above temperature 0."""
-
-    PROBABILISTIC = "probabilistic"
-    GREEDY = "greedy"
+from specforge_lk.evaluate.settings import DraftSampling, Settings
 
 
 class Dtype(StrEnum):
@@ -154,7 +149,7 @@ def run(
         from specforge_lk.cli.progress import ProgressBar
         from specforge_lk.decode.draft import load_draft
         from specforge_lk.decode.target import Target
-        from specforge_lk.evaluate import runner as evaluate
+        from specforge_lk.evaluate import runner
         from specforge_lk.evaluate.render import write_all
     except ImportError as error:
         errors.print(
@@ -172,9 +167,9 @@ def run(
             f"[red]--device {place} cannot be used here ({_escape(reason)})[/red]", soft_wrap=True
         )
         raise typer.Exit(1) from error
-    settings = evaluate.Settings(
+    settings = Settings(
         heads=heads,
-        draft_sampling=draft_sampling.value,
+        draft_sampling=draft_sampling,
         max_new_tokens=max_new_tokens,
         limit=limit,
         held_out_limit=held_out_limit,
@@ -188,10 +183,10 @@ def run(
             target, getattr(torch, dtype.value), place, trust_remote_code=trust_remote_code
         )
         drafts = [
-            evaluate.LoadedDraft(loss, number, path, load_draft(path, model, layers))
+            runner.LoadedDraft(loss, number, path, load_draft(path, model, layers))
             for loss, number, path in specs
         ]
-        report = evaluate.run(
+        report = runner.run(
             model,
             target,
             drafts,

@@ -18,19 +18,21 @@ from specforge_lk.data.prompts import (
 )
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.report import read_report
-from specforge_lk.evaluate.runner import (
-    ChainStarts,
+from specforge_lk.evaluate.benchmarks import (
     Drafted,
-    Settings,
-    bootstrap_ratio,
-    chain_starts,
     measure_benchmark,
-    measure_held_out,
     paired_benchmark_difference,
-    paired_difference,
     pooled_tau,
 )
+from specforge_lk.evaluate.held_out import (
+    ChainStarts,
+    chain_starts,
+    measure_held_out,
+    paired_difference,
+)
+from specforge_lk.evaluate.intervals import bootstrap_ratio
+from specforge_lk.evaluate.report import read_report
+from specforge_lk.evaluate.settings import Settings
 
 HEADS = 3
 
@@ -133,7 +135,7 @@ def test_held_out_figures_do_not_depend_on_batching(target, tmp_path, monkeypatc
     results = []
     # All at once; and 12 * 12 * 2 attention scores, so that only the two of 12 tokens fit together.
     for scores in (1 << 22, 300):
-        monkeypatch.setattr("specforge_lk.evaluate.runner._SCORES", scores)
+        monkeypatch.setattr("specforge_lk.evaluate.held_out.SCORES", scores)
         settings = Settings(heads=HEADS)
         results.append(measure_held_out(target, [(draft, [1.0])], conversations, settings)[0][1.0])
     np.testing.assert_array_equal(results[0].position, results[1].position)

@@ -21,8 +21,8 @@ from training_run import (
     run,
 )
 
+from specforge_lk.evaluate.held_out import ChainStarts
 from specforge_lk.evaluate.report import Result, read_report
-from specforge_lk.evaluate.runner import ChainStarts
 
 # One group: the runs are shared.
 pytestmark = pytest.mark.xdist_group("training_cli")

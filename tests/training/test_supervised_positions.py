@@ -23,7 +23,7 @@ from tiny_target import HIDDEN_SIZE, VOCAB_SIZE
 from training_run import DRAFT_VOCAB_SIZE, HEADS, prepare
 
 from specforge_lk.data.vocabulary import save_mapping, vocabulary_mapping
-from specforge_lk.evaluate.runner import chain_starts
+from specforge_lk.evaluate.held_out import chain_starts
 
 BLOCKS = ("dflash", "domino", "dspark")
 LAST_STATE_ALONE = ("medusa", "mlp_speculator", "mtp")
