@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specforge_lk.cli.progress import ProgressBar
+from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
+from specforge_lk.evaluate.published import PUBLISHED, find_target
 from specforge_lk.evaluate.settings import DraftSampling, Settings
 
-
-class Dtype(StrEnum):
-    """Weights and arithmetic of target and draft."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
+if TYPE_CHECKING:
+    from specforge_lk.evaluate.report import Report
 
 EXAMPLE = (
     "specforge-lk eval --target Qwen/Qwen3-8B --draft lk_lambda=drafts/lk "
@@ -27,6 +23,7 @@ EXAMPLE = (
 )
 
 
+@errors(memory="lower --batch-size or --max-length")
 def run(
     target: Annotated[str, typer.Option(help="Target model: a directory or a hub id.")],
     draft: Annotated[
@@ -60,7 +57,7 @@ def run(
         list[float] | None,
         typer.Option(min=0, help="Sampling temperature; repeatable. [default: 0 and 1]"),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Drafted tokens per target step, K.")] = 7,
+    heads: Annotated[int, typer.Option(min=1, help="Drafted tokens per verification step, K.")] = 7,
     draft_sampling: Annotated[
         DraftSampling,
         typer.Option(
@@ -103,9 +100,7 @@ def run(
     dtype: Annotated[
         Dtype, typer.Option(help="Use float32 for figures to report.")
     ] = Dtype.FLOAT32,
-    device: Annotated[
-        str | None, typer.Option(help="Torch device. [default: cuda where there is one]")
-    ] = None,
+    device: Annotated[str, device_option()] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the target.")
     ] = False,
@@ -113,60 +108,22 @@ def run(
     """Measure how many drafted tokens a target accepts.
 
     Drafts a chain of K tokens, verifies it with rejection sampling that leaves the target's output
-    distribution unchanged, and reports τ (tokens per target step) with a confidence interval, and
-    the acceptance rate α of every head. Rerunning with the same --out continues: measurements made
-    with the same models, data and settings are kept.
+    distribution unchanged, and reports τ (tokens per verification step) with a confidence interval,
+    and the acceptance rate α of every draft position. Rerunning with the same --out continues:
+    measurements made with the same models, data and settings are kept.
     """
-    named = [_named(value, "--draft", "LOSS=DIR") for value in draft]
-    specs = [(*_loss_and_seed(name), path) for name, path in named]
-    if len({spec[:2] for spec in specs}) < len(specs):
-        raise typer.BadParameter("two drafts have the same name; add @SEED to tell them apart")
+    specs = _drafts(draft)
     benchmarks = dict(_named(value, "--benchmark", "NAME=PATH") for value in benchmark or [])
     if len(benchmarks) < len(benchmark or []) or "held_out" in benchmarks:
         raise typer.BadParameter("--benchmark names must differ, and not be held_out")
     if not benchmarks and held_out is None:
         raise typer.BadParameter("nothing to measure: give --benchmark or --held-out")
-    try:
-        layers = tuple(int(layer) for layer in aux_layers.split(",")) if aux_layers else None
-    except ValueError:
-        raise typer.BadParameter(f"--aux-layers {aux_layers!r} is not like 1,14,26") from None
-
-    from specforge_lk.evaluate.published import PUBLISHED, find_target
-
+    layers = _layers(aux_layers)
     published = find_target(compare_with or target)
     if compare_with and published is None:
         raise typer.BadParameter(
             f"--compare-with {compare_with!r} is none of {', '.join(PUBLISHED)}"
         )
-
-    from rich.console import Console
-
-    errors = Console(stderr=True)
-    try:
-        import torch
-        import transformers
-
-        from specforge_lk.cli.progress import ProgressBar
-        from specforge_lk.decode.draft import load_draft
-        from specforge_lk.decode.target import Target
-        from specforge_lk.evaluate import runner
-        from specforge_lk.evaluate.render import write_all
-    except ImportError as error:
-        errors.print(
-            f"[red]{error}; install with: pip install 'specforge-lk\\[data]'[/red]", soft_wrap=True
-        )
-        raise typer.Exit(1) from error
-
-    transformers.utils.logging.disable_progress_bar()
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        errors.print(
-            f"[red]--device {place} cannot be used here ({_escape(reason)})[/red]", soft_wrap=True
-        )
-        raise typer.Exit(1) from error
     settings = Settings(
         heads=heads,
         draft_sampling=draft_sampling,
@@ -178,39 +135,62 @@ def run(
         turns=turns,
         seed=seed,
     )
-    try:
-        model = Target.load(
-            target, getattr(torch, dtype.value), place, trust_remote_code=trust_remote_code
-        )
-        drafts = [
-            runner.LoadedDraft(loss, number, path, load_draft(path, model, layers))
-            for loss, number, path in specs
-        ]
-        report = runner.run(
-            model,
-            target,
-            drafts,
-            benchmarks=benchmarks,
-            held_out=held_out,
-            temperatures=list(dict.fromkeys(temperature or [0.0, 1.0])),
-            settings=settings,
-            out=out,
-            track=lambda what, total: ProgressBar(what, total, "tok/s"),
-            command=["specforge-lk", *map(shlex.quote, sys.argv[1:])],
-            published=published,
-        )
-    except torch.OutOfMemoryError as error:
-        errors.print("[red]out of memory: lower --batch-size or --max-length[/red]")
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
-        errors.print(f"[red]{_escape(str(error))}[/red]", soft_wrap=True)
-        raise typer.Exit(1) from error
+
+    import torch
+    import transformers
+
+    from specforge_lk.decode.draft import load_draft
+    from specforge_lk.decode.target import Target
+    from specforge_lk.evaluate import runner
+    from specforge_lk.evaluate.render import write_all
+
+    transformers.utils.logging.disable_progress_bar()
+    model = Target.load(
+        target,
+        getattr(torch, dtype.value),
+        find_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    drafts = [
+        runner.LoadedDraft(loss, number, path, load_draft(path, model, layers))
+        for loss, number, path in specs
+    ]
+    report = runner.run(
+        model,
+        target,
+        drafts,
+        benchmarks=benchmarks,
+        held_out=held_out,
+        temperatures=list(dict.fromkeys(temperature or [0.0, 1.0])),
+        settings=settings,
+        out=out,
+        track=lambda what, total: ProgressBar(what, total, "tok/s"),
+        command=["specforge-lk", *map(shlex.quote, sys.argv[1:])],
+        published=published,
+    )
     _print(report)
-    written = write_all(report, out)
-    Console().print(f"wrote {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+    say(f"wrote {', '.join(map(str, write_all(report, out)))}")
+
+
+def _drafts(values: list[str]) -> list[tuple[str, int, str]]:
+    """Return loss, training seed and folder of every ``--draft``."""
+    named = [_named(value, "--draft", "LOSS=DIR") for value in values]
+    specs = [(*_loss_and_seed(name), path) for name, path in named]
+    if len({spec[:2] for spec in specs}) < len(specs):
+        raise typer.BadParameter("two drafts have the same name; add @SEED to tell them apart")
+    return specs
+
+
+def _layers(value: str | None) -> tuple[int, ...] | None:
+    """Return the layers of ``--aux-layers``."""
+    try:
+        return tuple(int(layer) for layer in value.split(",")) if value else None
+    except ValueError:
+        raise typer.BadParameter(f"--aux-layers {value!r} is not like 1,14,26") from None
 
 
 def _named(value: str, option: str, form: str) -> tuple[str, str]:
+    """Return both sides of the first ``=``."""
     name, equals, path = value.partition("=")
     if not (name and equals and path):
         raise typer.BadParameter(f"{option} {value!r} is not of the form {form}")
@@ -218,6 +198,7 @@ def _named(value: str, option: str, form: str) -> tuple[str, str]:
 
 
 def _loss_and_seed(name: str) -> tuple[str, int]:
+    """Return the loss of LOSS or LOSS@SEED, and its seed, 0 by default."""
     loss, _, seed = name.partition("@")
     if seed and not seed.isdigit():
         raise typer.BadParameter(f"--draft {name!r}: the seed after @ is not a number")
@@ -226,15 +207,10 @@ def _loss_and_seed(name: str) -> tuple[str, int]:
     return loss, int(seed or 0)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _print(report: object) -> None:
+def _print(report: Report) -> None:
     """Print the report's tables."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from specforge_lk.evaluate.tables import paired_rows, published_rows, result_rows
@@ -249,7 +225,7 @@ def _print(report: object) -> None:
     if report.paired:
         tables.append(("Paired differences", paired_rows(report)))
     for title, (header, rows) in tables:
-        table = Table(*map(_escape, header), title=title)
+        table = Table(*map(escape, header), title=title)
         for row in rows:
-            table.add_row(*map(_escape, row))
+            table.add_row(*map(escape, row))
         console.print(table)

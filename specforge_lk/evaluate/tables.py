@@ -209,10 +209,10 @@ def gain_rows(report: Report) -> Table:
         )
         for temperature, loss in drafts:
             pair = [(algorithm, loss), (algorithm, published.GAIN_BASELINE)]
-            theirs = [paper.get(draft, {}).get(temperature) for draft in pair]
+            theirs, kl = (paper.get(draft, {}).get(temperature) for draft in pair)
             row = [f"{temperature:g}", f"{algorithm} {loss}"]
             for base in (0, 1):
-                row.append(_published_gain(*theirs, base))
+                row.append(_published_gain(theirs, kl, base))
             for held_out, base in ((True, 0), (True, 1), (False, 0)):
                 a, b = (_tau_by_seed(report, draft, temperature, held_out) for draft in pair)
                 gains = [_percent(a[seed], b[seed], base) for seed in a if seed in b]

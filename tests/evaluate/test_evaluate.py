@@ -32,7 +32,7 @@ from specforge_lk.evaluate.held_out import (
 )
 from specforge_lk.evaluate.intervals import bootstrap_ratio
 from specforge_lk.evaluate.report import read_report
-from specforge_lk.evaluate.settings import Settings
+from specforge_lk.evaluate.settings import DraftSampling, Settings
 
 HEADS = 3
 
@@ -148,60 +148,69 @@ def test_chain_starts_need_every_head_supervised():
     assert chain_starts(response, 3).nonzero()[:, 1].tolist() == [1, 2]
 
 
-def test_expected_tau_is_the_definition(target, tmp_path):
+def test_expected_tau_is_the_definition(target, tmp_path, monkeypatch):
     """Against a loop over chain starts, with the cached draft and full-vocabulary vectors."""
     drafts = [load_draft(save_draft(tmp_path / str(s), seed=s), target) for s in range(2)]
     generator = torch.Generator().manual_seed(5)
+    # Responses of tokens that both drafts can propose, so that they can draft them.
+    both = drafts[0].draft_ids[torch.isin(drafts[0].draft_ids, drafts[1].draft_ids)]
     conversations = []
     for length in (11, 19):
-        tokens = torch.randint(264, (length,), generator=generator)
-        conversations.append(Tokens(tokens.tolist(), [int(i > 4) for i in range(length)]))
-    for sampling in ("probabilistic", "greedy"):
+        prompt = torch.randint(264, (5,), generator=generator)
+        response = both[torch.randint(len(both), (length - 5,), generator=generator)]
+        tokens = torch.cat([prompt, response]).tolist()
+        conversations.append(Tokens(tokens, [int(i > 4) for i in range(length)]))
+    for sampling in DraftSampling:
         settings = Settings(heads=HEADS, draft_sampling=sampling, batch_size=2)
         wanted = [(draft, [0.0, 0.7]) for draft in drafts]
         for draft, measured in zip(
             drafts, measure_held_out(target, wanted, conversations, settings), strict=True
         ):
-            for temperature, starts in measured.items():
-                index = 0
-                for number, conversation in enumerate(conversations):
-                    tokens = torch.tensor(conversation.input_ids)
-                    for t in range(4, len(conversation.input_ids) - HEADS - 1):
+            index = 0
+            for number, conversation in enumerate(conversations):
+                tokens = torch.tensor(conversation.input_ids)
+                for t in range(4, len(conversation.input_ids) - HEADS - 1):
+                    logits = chain_logits(target, draft, tokens, t, monkeypatch)
+                    for temperature, starts in measured.items():
                         assert (starts.conversation[index], starts.position[index]) == (number, t)
-                        alpha, coverage = by_hand(target, draft, tokens, t, temperature, sampling)
+                        alpha, coverage = by_hand(*logits, temperature, sampling)
                         np.testing.assert_allclose(starts.alpha[index], alpha, atol=1e-5)
                         np.testing.assert_allclose(starts.coverage[index], coverage, atol=1e-5)
-                        index += 1
+                    index += 1
+            for starts in measured.values():
                 assert index == len(starts.position)
                 product = np.cumprod(starts.alpha, 1)
                 np.testing.assert_allclose(starts.tau, 1 + product.sum(1), rtol=1e-5)
 
 
-def by_hand(target, draft, tokens, t, temperature, sampling):
-    """α and coverage of every head of one chain, from full-vocabulary vectors."""
-    with torch.inference_mode():
-        output = target.forward(tokens[None], layers=draft.capture_layers)
-        logits = target.model(tokens[None]).logits[0]
-        draft.start(1, len(tokens))
-        span = torch.arange(t + 1)[None]
-        known = torch.ones_like(span).bool()
-        draft.observe(tokens[1 : t + 2][None], output.features[:, : t + 1], span, known)
-        (hidden, position), alphas, coverages = draft._chain, [], []
-        for head in range(HEADS):
-            if head:
-                token = tokens[t + 1 + head][None, None]
-                hidden = draft._extend(token, hidden, position + head)
-            q_logits = draft._logits(hidden)[0, 0]
-            scattered = torch.full((264,), float("-inf"))
-            scattered[draft.draft_ids] = q_logits
-            hot = temperature or 1e-6
-            p = torch.softmax(logits[t + 1 + head].double() / hot, -1)
-            q = torch.softmax(scattered.double() / hot, -1)
-            if sampling == "greedy":
-                q = torch.nn.functional.one_hot(q.argmax(), 264)
-            alphas.append(float(torch.minimum(p, q).sum()))
-            coverages.append(float(p[draft.draft_ids].sum()))
-    return alphas, coverages
+@torch.inference_mode()
+def chain_logits(target, draft, tokens, t, monkeypatch):
+    """[K, V] each of one chain, target's and draft's, the latter -inf outside its vocabulary."""
+    output = target.forward(tokens[None], layers=draft.capture_layers)
+    p_logits = target.model(tokens[None]).logits[0, t + 1 : t + 1 + HEADS]
+    draft.start(1, len(tokens))
+    span = torch.arange(t + 1)[None]
+    known = torch.ones_like(span).bool()
+    draft.observe(tokens[1 : t + 2][None], output.features[:, : t + 1], span, known)
+    chain = tokens[t + 2 : t + 2 + HEADS]
+    # The draft takes the response's tokens, whatever its logits.
+    choices = iter((draft.draft_ids == token).nonzero() for token in chain)
+    monkeypatch.setattr("specforge_lk.decode.eagle3.choose", lambda *arguments: next(choices))
+    proposal = draft.propose(HEADS, 1.0, False, None)
+    assert proposal.tokens[0].tolist() == chain.tolist()
+    q_logits = torch.full((HEADS, 264), float("-inf"))
+    q_logits[:, draft.draft_ids] = proposal.logits[0]
+    return p_logits, q_logits, draft.draft_ids
+
+
+def by_hand(p_logits, q_logits, draft_ids, temperature, sampling):
+    """α and coverage of every draft position of one chain, from full-vocabulary vectors."""
+    hot = temperature or 1e-6
+    p = torch.softmax(p_logits.double() / hot, -1)
+    q = torch.softmax(q_logits.double() / hot, -1)
+    if sampling == "greedy":
+        q = torch.nn.functional.one_hot(q.argmax(-1), 264)
+    return torch.minimum(p, q).sum(-1), p[:, draft_ids].sum(-1)
 
 
 # Reading data
