@@ -24,7 +24,8 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specforge_lk.data.conversations import Tokens, read_rows, tokenize
+from specforge_lk.data.conversations import Tokens, tokenize
+from specforge_lk.data.jsonl import read_jsonl
 from specforge_lk.files import atomic_write, write_text
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def read_samples(
     from specforge.data.loss_mask import has_supervised_position
 
     kept, truncated, skipped = [], 0, 0
-    for index, row in enumerate(read_rows(responses)):
+    for index, row in enumerate(read_jsonl(responses)):
         if limit is not None and index >= limit:
             break
         tokens = tokenize(row, tokenizer)

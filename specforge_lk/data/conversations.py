@@ -9,11 +9,7 @@ the same text, and training on the latter would not be on-policy.
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 #: One chat message, ``{"role": ..., "content": ...}``.
@@ -31,29 +27,6 @@ class Tokens:
 
     input_ids: list[int]
     loss_mask: list[int]
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the JSON objects of a .jsonl or .jsonl.gz file, one per line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object; the message has file and line.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {line.strip()[:40]}")
-            yield row
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -125,4 +98,4 @@ def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: b
     )
 
 
-__all__ = ["Message", "Tokens", "prompt_ids", "read_rows", "tokenize"]
+__all__ = ["Message", "Tokens", "prompt_ids", "tokenize"]

@@ -1,4 +1,4 @@
-"""JSONL files that are written over hours and continued after any crash, nothing lost or doubled.
+"""JSONL files: read them, and write them over hours, with nothing lost or doubled by a crash.
 
 Rows are on disk when `LineFile.append` returns. When the file is opened again, a line that a crash
 tore is cut off. The settings that the rows depend on are kept beside the file; they must then be
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,29 @@ from typing import Any
 from specforge_lk.files import write_text
 
 _BLOCK = 1 << 20
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the JSON objects of a .jsonl or .jsonl.gz file, one per line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object; the message has file and line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number} must be a JSON object, got {line.strip()[:40]}")
+            yield row
 
 
 class LineFile:
@@ -119,4 +143,4 @@ def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
     write_text(path, json.dumps(settings, indent=2) + "\n", durable=True)
 
 
-__all__ = ["LineFile", "open_lines"]
+__all__ = ["LineFile", "open_lines", "read_jsonl"]

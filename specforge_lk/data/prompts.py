@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specforge_lk.data import conversations
+from specforge_lk.data.jsonl import read_jsonl
 
-#: How a benchmark names a dataset of the Hugging Face hub instead of a file.
+#: How a benchmark names a data set of the Hugging Face hub instead of a file.
 HUB_PREFIX = "hub:"
 
 
@@ -21,7 +21,7 @@ def read_prompts(path: Path) -> list[dict[str, str]]:
         ValueError: a row has no prompt text, or an id occurs twice.
     """
     prompts: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(conversations.read_rows(path)):
+    for number, row in enumerate(read_jsonl(path)):
         key = str(row.get("id", number))
         if not isinstance(row.get("prompt"), str):
             raise ValueError(
@@ -38,7 +38,15 @@ def read_prompts(path: Path) -> list[dict[str, str]]:
 
 
 def read_rows(source: str) -> list[dict]:
-    """Rows of a JSONL file (also gzipped), or of a hub dataset ``hub:REPO[:CONFIG][@SPLIT]``."""
+    """Read the rows of a benchmark.
+
+    Args:
+        source: A JSONL file (also gzipped), or a hub data set ``hub:REPO[:CONFIG][@SPLIT]``.
+
+    Raises:
+        DataError: there is no such file, or it has no rows.
+        ValueError: a line is not a JSON object.
+    """
     if source.startswith(HUB_PREFIX):
         from datasets import load_dataset
 
@@ -46,7 +54,7 @@ def read_rows(source: str) -> list[dict]:
         repo, _, config = name.partition(":")
         return [dict(row) for row in load_dataset(repo, config or None, split=split or "test")]
     try:
-        rows = list(conversations.read_rows(Path(source)))
+        rows = list(read_jsonl(Path(source)))
     except FileNotFoundError as error:
         raise DataError(f"{error}; give a JSONL file or hub:REPO[:CONFIG][@SPLIT]") from error
     if not rows:

@@ -9,8 +9,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from specforge_lk.data.conversations import read_rows
-from specforge_lk.data.jsonl import LineFile
+from specforge_lk.data.jsonl import LineFile, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ResponseFile:
 
     def __init__(self, lines: LineFile) -> None:
         self._lines = lines
-        self.answered = {row["id"]: StoredResponse.of(row) for row in read_rows(lines.path)}
+        self.answered = {row["id"]: StoredResponse.of(row) for row in read_jsonl(lines.path)}
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; when this returns they survive a crash."""

@@ -16,7 +16,8 @@ from tiny_target import build_tokenizer
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import read_rows, tokenize
+from specforge_lk.data.conversations import tokenize
+from specforge_lk.data.jsonl import read_jsonl
 from specforge_lk.data.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def run(*args) -> str:
 
 
 def read(path: Path) -> list[dict]:
-    return list(read_rows(path))
+    return list(read_jsonl(path))
 
 
 @pytest.mark.parametrize("name", ["set.parquet", "set.jsonl"])

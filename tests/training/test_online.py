@@ -36,7 +36,8 @@ from training_run import (
     write_rows,
 )
 
-from specforge_lk.data.conversations import read_rows, tokenize
+from specforge_lk.data.conversations import tokenize
+from specforge_lk.data.jsonl import read_jsonl
 
 pytestmark = pytest.mark.online
 
@@ -169,11 +170,11 @@ def online(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     algorithm = request.param
     setup = prepare(tmp_path_factory.mktemp(algorithm), algorithm)
     if algorithm == "peagle":
-        first = next(iter(read_rows(setup.responses)))
+        first = next(iter(read_jsonl(setup.responses)))
         write_rows(setup.responses, [{**first, "id": str(i)} for i in range(SAMPLES)])
     run("specforge-lk", *capture_arguments(setup), LAMBDA)
     tokenizer = build_tokenizer()
-    samples = [tokenize(row, tokenizer) for row in read_rows(setup.responses)]
+    samples = [tokenize(row, tokenizer) for row in read_jsonl(setup.responses)]
     rows = [{"input_ids": s.input_ids, "loss_mask": s.loss_mask} for s in samples]
     prompts = setup.root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
