@@ -45,7 +45,7 @@ def _random(y: torch.Tensor, noise: torch.Tensor) -> Logits:
 
 
 def _peaked(y: torch.Tensor, noise: torch.Tensor) -> Logits:
-    """Most of the mass on a few tokens, at logits near 60."""
+    """Put most of the mass on a few tokens, at logits near 60."""
     return _covered(12 * y + 5 * noise, 15 * y)
 
 

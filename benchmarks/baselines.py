@@ -117,7 +117,7 @@ class Inputs:
 
     @cached_property
     def gradient(self) -> torch.Tensor:
-        """Where the floor writes."""
+        """Memory that the floor writes to."""
         return torch.zeros_like(self.y)
 
     @cached_property

@@ -37,14 +37,14 @@ LONG_SECONDS: Final = 5.0
 
 
 def repeats_for(seconds: float, budget: float) -> int:
-    """How often to time a call of ``seconds``, given ``budget`` seconds for it."""
+    """Return how often to time a call of ``seconds``, given ``budget`` seconds for it."""
     if seconds > LONG_SECONDS:
         return 1
     return max(MINIMUM_REPEATS, min(MAXIMUM_REPEATS, int(budget / max(seconds, 1e-9))))
 
 
 def shuffled_rounds(wanted: Mapping[str, int]) -> Iterator[str]:
-    """Names in turn, each as often as wanted.
+    """Yield names in turn, each as often as wanted.
 
     A round has a random order: what a call leaves behind, in caches and in the kernel's free
     memory, is not to meet the same other every time.
@@ -65,7 +65,7 @@ def touch(size: int) -> None:
 
 
 def timed(call: Call) -> float:
-    """Seconds of one call, during which Python collects no garbage."""
+    """Return the seconds of one call, during which Python collects no garbage."""
     gc.disable()
     try:
         begun = time.perf_counter()
@@ -76,7 +76,7 @@ def timed(call: Call) -> float:
 
 
 def distribution(seconds: list[float]) -> dict[str, Any]:
-    """Raw times with their median and quartiles, as results files have them."""
+    """Return raw times with their median and quartiles, as results files have them."""
     first, _, third = statistics.quantiles(
         seconds * 2 if len(seconds) == 1 else seconds, n=4, method="inclusive"
     )
@@ -91,8 +91,11 @@ def distribution(seconds: list[float]) -> dict[str, Any]:
 
 
 def peak_allocated(call: Call) -> int:
-    """Most bytes that torch's CPU allocator had given out at once during ``call``, less those
-    at its start. Memory that C++ code takes for itself is not seen; `peak_resident` sees it."""
+    """Return the most bytes that torch's CPU allocator had given out at once during ``call``.
+
+    Bytes given out before are not counted. Memory that C++ code takes for itself is not seen;
+    `peak_resident` sees it.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -122,7 +125,7 @@ def _status(field: str) -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that the machine has."""
+    """Return the bytes of memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -143,13 +146,13 @@ def limited_memory() -> Iterator[int]:
 
 
 def memory_limit() -> int:
-    """Bytes that the process may hold."""
+    """Return the bytes that the process may hold."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return total_memory() if limit == resource.RLIM_INFINITY else limit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python could not allocate."""
+    """Return whether torch or Python could not allocate."""
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
@@ -157,7 +160,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on and a reader can compare, without any name of this machine."""
+    """Describe the machine as far as figures depend on it; no name of it is among the facts."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -173,7 +176,7 @@ def machine() -> dict[str, Any]:
 
 
 def compiles() -> bool:
-    """Whether torch.compile is on; TORCHDYNAMO_DISABLE=1 turns it off."""
+    """Return whether torch.compile is on; TORCHDYNAMO_DISABLE=1 turns it off."""
     return os.environ.get("TORCHDYNAMO_DISABLE", "0") == "0"
 
 
@@ -184,13 +187,13 @@ def _cpu_model() -> str:
 
 
 def _huge_pages() -> str:
-    """Who gets them: everybody ("always"), who asks ("madvise") or nobody ("never")."""
+    """Return who gets them: everybody ("always"), who asks ("madvise") or nobody ("never")."""
     path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else "never"
 
 
 def _caches() -> dict[str, int]:
-    """Bytes of the first core's data caches by level, such as {"L2": 524288}."""
+    """Return the bytes of the first core's data caches by level, such as {"L2": 524288}."""
     sizes = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((index / name).read_text().strip() for name in _CACHE_FILES)
@@ -212,7 +215,7 @@ class Results:
         sources: modules of this repository, by their dotted names, that the section's figures
             depend on, besides the overlap operation, the losses and this module.
         fresh: discard what is there.
-        notes: further facts for the head of the file.
+        notes: further facts for the top of the file.
     """
 
     def __init__(self, path: Path, *sources: str, fresh: bool, **notes: Any) -> None:

@@ -167,7 +167,7 @@ _COMPILERS: Final = ("c++", "g++", "clang++")
 
 @cache
 def available() -> bool:
-    """Whether `library` can be loaded; if not, the reason is logged, once."""
+    """Return whether `library` can be loaded; if not, the reason is logged, once."""
     try:
         library()
     except CompilerError as error:

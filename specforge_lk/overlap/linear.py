@@ -96,7 +96,7 @@ class _LinearOverlap(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         if ctx.needs_input_grad[1]:
-            # Many chunks are added up: in the precision of the terms, whatever the head has.
+            # Many chunks are added up: in the precision of the terms, whatever the LM head has.
             grad_head = torch.zeros_like(head, dtype=dtype)
         # Operands were cast in forward; without autocast the recomputed logits are identical.
         with torch.autocast(hidden.device.type, enabled=False):

@@ -96,10 +96,10 @@ def test_the_highest_logit_comes_late(overlap_case):
         assert_exact((late, y, log_z), above if above < 69 else 0.0)
 
 
-@pytest.mark.parametrize("masked", [slice(0, 1024), slice(1024, 2048), slice(5, 2500)])
-def test_blocks_of_masked_tokens(overlap_case, masked):
+@pytest.mark.parametrize("excluded", [slice(0, 1024), slice(1024, 2048), slice(5, 2500)])
+def test_blocks_of_excluded_tokens(overlap_case, excluded):
     z, y, log_z = (t.detach() for t in overlap_case(4, 3000, dtype=torch.float32))
-    z[:, masked] = y[:, masked] = -torch.inf
+    z[:, excluded] = y[:, excluded] = -torch.inf
     assert_exact((z, y, log_z))
 
 

@@ -1,4 +1,4 @@
-"""The overlap of hidden states and heads: equal to that of their logits, without the logits."""
+"""The overlap of hidden states and LM heads: equal to that of their logits, without the logits."""
 
 import pytest
 import torch
