@@ -130,15 +130,20 @@ class MTPDraftModel(HeadDraftModel):
     def start_from(self, target: TargetWeights) -> None:
         """Initialize near the identity: g_t = h_t plus the layer's residual.
 
-        W is [0, 1]. h_t has been scaled by the weight of the target's final norm: norm_h undoes
-        that, norm does it again.
+        W is [0, 1]. h_t has been scaled by the target's final norm: norm_h undoes that, norm does
+        it again.
         """
         size = self.config.hidden_size
-        scale = target.read(target.embedding_key.replace("embed_tokens", "norm"))
-        self._layer.shared_head.norm.weight.copy_(scale)
-        # Where the weight is about 0 there is nothing to undo.
+        weight = target.read(target.embedding_key.replace("embed_tokens", "norm"))
+        self._layer.shared_head.norm.weight.copy_(weight)
+        # The norms of some families scale by 1 + weight: what one of weight 0 does says so.
+        self._layer.hnorm.weight.zero_()
+        probe = self._layer.hnorm.weight.new_ones(size)
+        offset = self._layer.hnorm(probe).round()
+        scale = weight.to(offset) + offset
+        # Where the scale is about 0 there is nothing to undo.
         undone = torch.where(scale.abs() > 1e-2, scale, torch.ones_like(scale)).reciprocal()
-        self._layer.hnorm.weight.copy_(undone)
+        self._layer.hnorm.weight.copy_(undone - offset)
         self._layer.eh_proj.weight[:, :size] = 0
         self._layer.eh_proj.weight[:, size:] = torch.eye(size)
 

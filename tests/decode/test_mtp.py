@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from head_drafts import BATCH, HEADS, LENGTH, inputs, trained_logits
 from safetensors.torch import load_file, save_file
 from tiny_target import (
+    HIDDEN_SIZE,
     MTP_FAMILIES,
+    VOCAB_SIZE,
     build_family,
     build_tokenizer,
     mtp_draft_config,
@@ -251,6 +253,29 @@ def test_untrained_module_passes_the_state_on(target):
     expected = target.head(features)
     # What the layer adds is small, not nothing.
     assert torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text"], ids=["by its weight", "by 1 + its weight"]
+)
+def test_the_scale_of_the_final_norm_is_undone_and_done_again(family: str) -> None:
+    """Whatever a family's norm makes of its weight, which is far from 1 and about 0 here."""
+    model = MTPDraftModel(MTPConfig.from_dict(mtp_draft_config("llama") | {"model_type": family}))
+    weight = torch.rand(HIDDEN_SIZE) * 3 + 0.2
+    weight[:4] = torch.tensor([0.02, -0.3, 0.05, -0.5])
+    state = {
+        "model.norm.weight": weight,
+        "model.embed_tokens.weight": model._embedding.weight,
+    }
+    head = torch.zeros(VOCAB_SIZE, HIDDEN_SIZE)
+    model.start_from(TargetWeights(head, state.__getitem__, "model.embed_tokens.weight"))
+    layer = model._layer
+    final = layer.shared_head.norm
+    with torch.no_grad():
+        expected = final(torch.randn(5, HIDDEN_SIZE))
+        embedded = layer.enorm(torch.randn(5, HIDDEN_SIZE))
+        mixed = layer.eh_proj(torch.cat([embedded, layer.hnorm(expected)], dim=-1))
+        torch.testing.assert_close(final(mixed), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
