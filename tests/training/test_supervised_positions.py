@@ -183,6 +183,27 @@ def batches(names: Iterable[str], algorithm: str) -> list[list[str]]:
     return [[name] for name in names] if algorithm == "peagle" else [list(names)]
 
 
+@pytest.mark.parametrize(
+    "mask", [[0] * 12, [1, 1] + [0] * 10, [0, 1, 0, 1] * 3], ids=["none", "first", "alone"]
+)
+def test_a_sample_without_a_supervised_position_is_a_step(
+    training: Training, mask: list[int]
+) -> None:
+    """A response behind data.max_length. One rank must not leave while the others wait for it."""
+    batch = training.batch([training.features(mask, 0)], "files")
+    module = training.strategy.trainable_module()
+    module.zero_grad()
+    tensors = TrainBatch(["0"], training.algorithm, batch, {"target_repr": "hidden_state"})
+    output = training.strategy.forward_loss(tensors)
+    assert output.loss.item() == 0 and output.must_be_finite
+    assert not output.ratio_metrics["kl"][1].any()
+    if training.algorithm in BLOCKS:
+        assert [int(part) for part in output.ratio_metrics["unsupervised"]] == [1, 1]
+    output.loss.backward()
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    assert all(g is not None and not g.any() for g in gradients)
+
+
 @pytest.mark.parametrize("source", ["files", "a server"])
 def test_the_target_states_of_every_draft_position(training: Training, source: str) -> None:
     for names in batches(SAMPLES, training.algorithm):

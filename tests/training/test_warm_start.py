@@ -22,7 +22,21 @@ DRAFTS = {
     | {"tie_weights": True},
     "mtp": mtp_draft_config("llama"),
     "mtp, experts": mtp_draft_config("deepseek_v3"),
+    "eagle3": draft_config(TRUNCATED),
+    "peagle": draft_config(TRUNCATED, "peagle"),
+    **{name: draft_config(VOCAB_SIZE, name) for name in ("dflash", "domino", "dspark")},
 }
+#: Draft, what its export has, what the run asks for, and a tensor that differs.
+MISFITS = [
+    ("medusa", {"num_hidden_layers": 2}, {"num_hidden_layers": 1}, "blocks.0.layers.1.weight"),
+    ("medusa", {"num_heads": 3}, {"num_heads": 2}, "lm_heads.2.weight"),
+    ("medusa", {"medusa_fc_bias": True}, {"medusa_fc_bias": False}, "blocks.0.layers.0.bias"),
+    ("medusa", {"draft_vocab_size": 40}, {"draft_vocab_size": 48}, "lm_heads.0.weight"),
+    ("medusa", {"draft_vocab_size": 40}, {"draft_vocab_size": VOCAB_SIZE}, "lm_heads.0.weight"),
+    ("mlp_speculator", {"n_predict": 3}, {"n_predict": 2}, "speculator.head.2.weight"),
+    ("eagle3", {"draft_vocab_size": 40}, {"draft_vocab_size": 48}, "lm_head.weight"),
+    ("peagle", {"num_hidden_layers": 2}, {"num_hidden_layers": 1}, "layers.1.mlp.up_proj.weight"),
+]
 
 
 def build(config: dict, folder: Path, seed: int) -> torch.nn.Module:
@@ -39,7 +53,7 @@ def build(config: dict, folder: Path, seed: int) -> torch.nn.Module:
 def test_exported_draft_is_loaded_whole(name: str, tmp_path: Path) -> None:
     config = DRAFTS[name]
     trained = build(config, tmp_path, seed=0)
-    if config["draft_vocab_size"] < VOCAB_SIZE:
+    if config.get("draft_vocab_size", VOCAB_SIZE) < VOCAB_SIZE:
         ids = torch.randperm(VOCAB_SIZE)[:TRUNCATED].sort().values
         trained.d2t.copy_(ids - torch.arange(TRUNCATED))
         trained.t2d.zero_()[ids] = True
@@ -58,6 +72,34 @@ def test_exported_draft_is_loaded_whole(name: str, tmp_path: Path) -> None:
     assert not report.missing_keys
     for key, value in trained.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "here", "tensor"), MISFITS, ids=lambda value: str(value).strip("{}")
+)
+def test_export_of_another_architecture_is_refused(
+    name: str, there: dict, here: dict, tensor: str, tmp_path: Path
+) -> None:
+    state = {
+        "draft_state_dict": build(DRAFTS[name] | there, tmp_path, seed=0).state_dict(),
+        "strategy": name,
+    }
+    torch.save(state, tmp_path / "training_state.pt")
+    export_to_hf(str(tmp_path), str(tmp_path / "draft.json"), str(tmp_path / "export"))
+    fresh = build(DRAFTS[name] | here, tmp_path, seed=1)
+    config = load_draft_config_source(str(tmp_path / "draft.json"))
+    with pytest.raises(ValueError, match="does not match this draft model") as refused:
+        warm_start_draft_model(
+            fresh,
+            str(tmp_path / "export"),
+            draft_config=config,
+            strategy=name,
+            allow_missing_embedding=True,
+        )
+    ((field, wanted),) = here.items()
+    said = f"{field} is {there[field]} in the source, {wanted} in this run's draft config"
+    for part in (said, tensor, str(tmp_path / "export"), "Leave out model.draft_model_config"):
+        assert part in str(refused.value)
 
 
 def test_bfloat16_rounds_neither_positions_nor_routing(tmp_path: Path) -> None:
