@@ -69,7 +69,7 @@ def test_round_trip_and_rendering(tmp_path):
     assert written[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_seeds_are_summarised(tmp_path):
+def test_seeds_are_summarized(tmp_path):
     held_out = {"benchmark": "held_out", "tau": None, "tau_ci": None, "alpha_per_head": [0.4, 0.2]}
     results, paired = [], []
     for algorithm in ("eagle3", "dflash"):
