@@ -101,6 +101,7 @@ def test_devices():
         ("data --source none.jsonl --out {out}", "datasets", "data"),
         (f"{GENERATE} --target x", "transformers", "data"),
         (f"{GENERATE} --server http://localhost:9", "httpx", "data"),
+        ("eval --target x --draft kl=y --held-out z --out {out}", "transformers", "data"),
     ],
     ids=lambda value: value.split()[0],
 )
