@@ -73,7 +73,9 @@ def main(
     drafts = {ROUNDED: rounded, EXACT: exact}
     target = Target.load(str(assets.target), torch.float32, "cpu")
     with gzip.open(HELD_OUT, "rt") as rows:
-        held_out = [tokenize(json.loads(row), target.tokenizer) for row in rows][:conversations]
+        held_out = [tokenize(json.loads(row), target.tokenizer, target.eos_ids) for row in rows][
+            :conversations
+        ]
     kinds = [(trained, used) for trained in drafts for used in (ROUNDED, EXACT)]
     measured = measure_held_out(
         target,

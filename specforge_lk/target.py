@@ -140,9 +140,31 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a response: the generation config's, or else the tokenizer's."""
-    ids = model.generation_config.eos_token_id
+def load_eos_ids(target: str, tokenizer: Any, *, trust_remote_code: bool = False) -> frozenset[int]:
+    """Return `eos_ids` of a target whose weights are not loaded.
+
+    Raises:
+        ValueError: there is no such target.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(target)
+    except OSError:
+        # As transformers does with a model that has no generation_config.json.
+        own = load_target_config(target, trust_remote_code=trust_remote_code)
+        config = GenerationConfig.from_model_config(own)
+    return eos_ids(config, tokenizer)
+
+
+def eos_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a response: the generation config's, or else the tokenizer's.
+
+    The end-of-turn token is among them. It need not be the tokenizer's end-of-sequence token: that
+    is ``<eos>`` in Gemma and ``<|endoftext|>`` in Phi-4, where turns end with ``<end_of_turn>`` and
+    ``<|im_end|>``.
+    """
+    ids = generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
     listed = ids if isinstance(ids, list) else [ids]
@@ -191,6 +213,7 @@ __all__ = [
     "LAYER_IDS_OF_INPUTS",
     "eos_ids",
     "layer_ids_are_inputs",
+    "load_eos_ids",
     "load_target",
     "load_target_config",
     "load_tokenizer",

@@ -67,7 +67,7 @@ def run(
     from specforge.application.composition import resolve_run
 
     from specforge_lk.data import capture
-    from specforge_lk.target import load_tokenizer
+    from specforge_lk.target import load_eos_ids, load_tokenizer
 
     run, target_config = _load(config, out, overrides)
     algorithm = resolve_run(run).algorithm
@@ -80,9 +80,12 @@ def run(
             f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "
             "leave out --vocab-mapping"
         )
+    target, trusted = run.model.target_model_path, run.model.trust_remote_code
+    tokenizer = load_tokenizer(target, trust_remote_code=trusted)
     samples = capture.read_samples(
         responses,
-        load_tokenizer(run.model.target_model_path, trust_remote_code=run.model.trust_remote_code),
+        tokenizer,
+        load_eos_ids(target, tokenizer, trust_remote_code=trusted),
         place,
         vocab_size=vocab_size,
         max_length=run.data.max_length,

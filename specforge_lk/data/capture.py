@@ -18,7 +18,7 @@ import json
 import pickle
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import compress
 from pathlib import Path
@@ -86,6 +86,7 @@ class Samples:
 def read_samples(
     responses: Path,
     tokenizer: Any,
+    eos_ids: Collection[int],
     directory: Path,
     *,
     vocab_size: int,
@@ -98,6 +99,7 @@ def read_samples(
     Args:
         responses: Conversation JSONL, see :mod:`specforge_lk.data.conversations`.
         tokenizer: The target's tokenizer.
+        eos_ids: The tokens that end a response, see `specforge_lk.target.eos_ids`.
         directory: Where feature files go; their names are the rows' numbers.
         vocab_size: Size of the target vocabulary.
         max_length: Longest sample in tokens; longer ones are cut.
@@ -113,7 +115,7 @@ def read_samples(
     for index, row in enumerate(read_jsonl(responses)):
         if limit is not None and index >= limit:
             break
-        tokens = tokenize(row, tokenizer)
+        tokens = tokenize(row, tokenizer, eos_ids)
         if not all(0 <= token < vocab_size for token in tokens.input_ids):
             raise ValueError(
                 f"{responses}: row {row.get('id', index)!r} has token id {max(tokens.input_ids)}, "

@@ -9,6 +9,7 @@ the same text, and training on the latter would not be on-policy.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,17 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
-def tokenize(row: dict[str, Any], tokenizer: Any) -> Tokens:
+def tokenize(row: dict[str, Any], tokenizer: Any, eos_ids: Collection[int]) -> Tokens:
     """Tokenize a conversation row and mark what the assistant said.
 
     Every assistant message is supervised. Where the row has ``response_ids`` they are the last
-    message; otherwise the chat template and the tokenizer decide its tokens.
+    message; otherwise the chat template and the tokenizer decide its tokens, up to the first of
+    ``eos_ids``: generation stops there, so the target is asked for nothing that follows.
+
+    Args:
+        row: See the module.
+        tokenizer: The target's tokenizer.
+        eos_ids: The tokens that end a response, see `specforge_lk.target.eos_ids`.
 
     Raises:
         ValueError: the row has no assistant message, or the chat template renders a
@@ -65,26 +72,24 @@ def tokenize(row: dict[str, Any], tokenizer: Any) -> Tokens:
             response = list(row["response_ids"])
         else:
             finished = row.get("finished", True) or not last
-            response = _response(tokenizer, messages[: index + 1], prompt, finished=finished)
+            response = _rendered(tokenizer, messages[: index + 1], prompt)
+            end = next((i for i, token in enumerate(response) if token in eos_ids), None)
+            if end is not None:
+                response = response[: end + finished]
         loss_mask += [0] * (len(prompt) - len(input_ids)) + [1] * len(response)
         input_ids = prompt + response
     return Tokens(input_ids, loss_mask)
 
 
-def _response(
-    tokenizer: Any, messages: list[Message], prompt: list[int], *, finished: bool
-) -> list[int]:
-    """Return the last message's tokens, with its end-of-turn token if finished, nothing after."""
+def _rendered(tokenizer: Any, messages: list[Message], prompt: list[int]) -> list[int]:
+    """Return the tokens of the last message and of what the chat template puts behind it."""
     rendered = _render(tokenizer, messages, add_generation_prompt=False)
     if rendered[: len(prompt)] != prompt:
         raise ValueError(
             "the chat template renders the assistant's turn differently from the prompt that "
             "asks for it; give the rows response_ids, as specforge-lk generate does"
         )
-    response = rendered[len(prompt) :]
-    if tokenizer.eos_token_id in response:
-        response = response[: response.index(tokenizer.eos_token_id) + finished]
-    return response
+    return rendered[len(prompt) :]
 
 
 def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool) -> list[int]:

@@ -61,7 +61,9 @@ def sample_responses(
                 f"{sampling.max_new_tokens} exceeds the target's context of {context}"
             )
     keys = [prompt["id"] for prompt in prompts]
-    responses = _sample(model, encoded, keys, sampling, sorted(eos_ids(model, tokenizer)), advance)
+    responses = _sample(
+        model, encoded, keys, sampling, sorted(eos_ids(model.generation_config, tokenizer)), advance
+    )
     texts = [
         tokenizer.decode(
             response.ids[:-1] if response.finished else response.ids,

@@ -153,7 +153,7 @@ class Target:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a response."""
-        return eos_ids(self.model, self.tokenizer)
+        return eos_ids(self.model.generation_config, self.tokenizer)
 
     @property
     def max_positions(self) -> int:

@@ -184,7 +184,7 @@ class _Evaluation:
         ]
         if not wanted:
             return
-        encoded = [tokenize(row, self.target.tokenizer) for row in source.rows]
+        encoded = [tokenize(row, self.target.tokenizer, self.target.eos_ids) for row in source.rows]
         longest = min(self.settings.max_length, self.target.max_positions - self.settings.heads)
         fitting = [c for c in encoded if len(c.input_ids) <= longest]
         began = time.monotonic()

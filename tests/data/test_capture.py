@@ -109,7 +109,7 @@ def test_features_equal_a_plain_forward(
     aux_name, last_name = FEATURES["dspark" if with_loss else algorithm]
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     for row, record in zip(rows, records(tmp_path), strict=True):
-        tokens = tokenize(row, tokenizer)
+        tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
         assert record["input_ids"].tolist() == tokens.input_ids
         assert record["loss_mask"].tolist() == tokens.loss_mask
         with torch.inference_mode():
@@ -170,7 +170,7 @@ def test_rows_that_train_nothing_are_skipped_and_counted(target: Path, tmp_path:
     assert f"1 samples (1 new, 1 cut to {cut} tokens, 2 skipped), 2 supervised tokens" in output
 
     model = resolve_run(load_config(str(config), ["training.loss=kl"])).algorithm.providers.model
-    masks = [tokenize(row, tokenizer).loss_mask[:cut] for row in rows]
+    masks = [tokenize(row, tokenizer, {tokenizer.eos_token_id}).loss_mask[:cut] for row in rows]
     assert [model.loss_mask_filter(mask) for mask in masks] == [False, False, True]
 
     path.write_text(json.dumps(rows[0]) + "\n")
@@ -203,7 +203,7 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     end = tokenizer.eos_token_id
     supervised = []
     for row in map(json.loads, responses.read_text().splitlines()):
-        tokens = tokenize(row, tokenizer)
+        tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
         pairs = zip(tokens.input_ids, tokens.loss_mask, strict=True)
         supervised.append([token for token, mask in pairs if mask])
     text = tokenizer.encode
@@ -212,8 +212,31 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     assert supervised[2] == [*text("world"), end, *text("text"), end]
     assert supervised[3] == text("cut")
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
-    first = tokenize(json.loads(responses.read_text().splitlines()[0]), tokenizer)
+    first = tokenize(
+        json.loads(responses.read_text().splitlines()[0]), tokenizer, {tokenizer.eos_token_id}
+    )
     assert first.input_ids == [*prompt, 30, 31, end]
+
+
+def test_a_turn_ends_where_the_target_stops(target: Path, responses: Path, tmp_path: Path):
+    """Also where the tokenizer's end of sequence is another token, as in Gemma and Phi-4."""
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(other)
+    generation = {"eos_token_id": [tokenizer.eos_token_id, end]}
+    (other / "generation_config.json").write_text(json.dumps(generation))
+    found = []
+    for path in (target, other):
+        directory = tmp_path / f"of {path.name}"
+        directory.mkdir()
+        run(run_config(path, directory), responses)
+        found.append(records(directory))
+    for expected, record in zip(*found, strict=True):
+        for name in ("input_ids", "loss_mask"):
+            assert record[name].tolist() == expected[name].tolist()
 
 
 def test_interrupted_capture_continues(target: Path, responses: Path, tmp_path: Path):

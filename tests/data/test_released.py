@@ -78,7 +78,7 @@ def test_rows_become_conversations_that_capture_reads(name: str, tmp_path: Path)
     assert "30 rows read, 30 new conversations, 0 left out" in run(save(rows, tmp_path / name), out)
     assert read(out) == wanted(rows)
     tokenizer = build_tokenizer()
-    tokens = tokenize(read(out)[3], tokenizer)
+    tokens = tokenize(read(out)[3], tokenizer, {tokenizer.eos_token_id})
     supervised = [t for t, m in zip(tokens.input_ids, tokens.loss_mask, strict=True) if m]
     assert tokenizer.decode(supervised) == rows[3]["generated_message"]["content"] + "<|im_end|>"
 

@@ -98,7 +98,7 @@ def test_greedy_equals_transformers():
     )
     ids = prompt_ids(tokenizer, row["conversations"][:1])
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
-    assert tokenize(row, tokenizer).input_ids == expected.tolist()
+    assert tokenize(row, tokenizer, {tokenizer.eos_token_id}).input_ids == expected.tolist()
 
 
 def test_killed_run_continues_with_nothing_lost_or_doubled(

@@ -105,7 +105,7 @@ def test_plain_openai_servers_give_rows_that_capture_tokenizes(server, tmp_path:
     tokenizer = build_tokenizer()
     for row in rows(tmp_path):
         assert "response_ids" not in row and row["finished"] is False
-        tokens = tokenize(row, tokenizer)
+        tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
         said = [t for t, mask in zip(tokens.input_ids, tokens.loss_mask, strict=True) if mask]
         assert tokenizer.decode(said) == answer(row["conversations"][0]["content"])
 

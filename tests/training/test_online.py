@@ -174,7 +174,9 @@ def online(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         write_rows(setup.responses, [{**first, "id": str(i)} for i in range(SAMPLES)])
     run("specforge-lk", *capture_arguments(setup), LAMBDA)
     tokenizer = build_tokenizer()
-    samples = [tokenize(row, tokenizer) for row in read_jsonl(setup.responses)]
+    samples = [
+        tokenize(row, tokenizer, {tokenizer.eos_token_id}) for row in read_jsonl(setup.responses)
+    ]
     rows = [{"input_ids": s.input_ids, "loss_mask": s.loss_mask} for s in samples]
     prompts = setup.root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
