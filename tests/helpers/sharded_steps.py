@@ -342,6 +342,18 @@ def broken(algorithm: str, sharding: str, root: Path, rank: int) -> tuple[str, b
     return "", False
 
 
+def unsupervised(algorithm: str, root: Path, rank: int) -> dict[str, torch.Tensor]:
+    """Loss and gradients where no position of rank 1 is supervised."""
+    case = Case(algorithm, "bfloat16", "float32")
+    built = build(case, "SHARD_GRAD_OP", root)
+    batch = built.batch(case, rank)
+    if rank:
+        batch.tensors["loss_mask"].zero_()
+    out = built.strategy.forward_loss(batch)
+    built.backend.backward(out.loss)
+    return {"loss": out.loss.detach()} | _gradients(built.strategy.trainable_module())
+
+
 def _gradients(wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Whole gradients by the names of the draft's parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -374,6 +386,7 @@ def main(root: Path, rank: int, world: int) -> None:
     if world == 1:
         results["reads"] = {name: reads(name, root, rank) for name in ALGORITHMS}
     else:
+        results["unsupervised"] = {name: unsupervised(name, root, rank) for name in ALGORITHMS}
         results["broken"] = {
             (name, sharding): broken(name, sharding, root, rank)
             for name in ALGORITHMS

@@ -147,3 +147,15 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(results: Results) -> None:
         assert (message, unchanged) == second[key], key
         assert unchanged, key
         assert "not finite at samples ['1b'] of rank 1:" in message, (key, message)
+
+
+def test_a_rank_without_a_supervised_position_goes_along(results: Results) -> None:
+    """It has no loss of its own, and the gradient of the other; none waits in a collective."""
+    first, second = (results[2, rank]["unsupervised"] for rank in range(2))
+    for algorithm in ALGORITHMS:
+        assert first[algorithm]["loss"] > 0, algorithm
+        assert second[algorithm].pop("loss") == 0, algorithm
+        for name, gradient in second[algorithm].items():
+            assert gradient.isfinite().all(), (algorithm, name)
+            assert torch.equal(gradient, first[algorithm][name]), (algorithm, name)
+        assert any(gradient.any() for gradient in second[algorithm].values()), algorithm
