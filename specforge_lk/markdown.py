@@ -16,12 +16,11 @@ def markdown_table(
         tight: Write the line under the header as ``|---|---|`` and an empty title as one space.
             Some committed pages have it so, and a table is compared with them byte for byte.
     """
-    lines = [" | ".join(line) for line in (header, *rows)]
-    first = f"| {lines[0]} |"
-    rule = f"| {' | '.join(['---'] * len(header))} |"
+    lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
     if tight:
-        first, rule = first.replace("|  |", "| |"), "|---" * len(header) + "|"
-    return "\n".join([first, rule, *(f"| {line} |" for line in lines[1:])])
+        titles = "|".join(f" {title} " if title else " " for title in header)
+        lines[:2] = [f"|{titles}|", "|---" * len(header) + "|"]
+    return "\n".join(lines)
 
 
 __all__ = ["markdown_table"]

@@ -142,7 +142,7 @@ def test_held_out_figures_do_not_depend_on_batching(target, tmp_path, monkeypatc
     np.testing.assert_allclose(results[0].alpha, results[1].alpha, atol=1e-5)
 
 
-def test_chain_starts_need_every_head_supervised():
+def test_chain_starts_need_every_position_supervised():
     response = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 1, 1]]).bool()
     # Tokens 2..6 are a response: with K = 3, t + 1 … t + 4 fit for t = 1 and t = 2 only.
     assert chain_starts(response, 3).nonzero()[:, 1].tolist() == [1, 2]
