@@ -32,6 +32,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST = OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest
 # What `types`, `docs` and pre-commit need beside that: nobody else waits for it.
 DEV_READY := $(VENV)/.dev-ready
 # The supported release is the folder's name.
@@ -53,7 +54,7 @@ LOWEST_TESTS := $(addprefix tests/,decode evaluate losses/test_options.py losses
                 data/test_sample_server.py test_package.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-online test-lowest serve-check upstream-tests defects \
+.PHONY: help setup demo test test-fast test-online test-lowest serve-check upstream-tests defects \
         algorithms paper bench lint types docs pages dev clean force
 
 help: ## list the targets
@@ -86,11 +87,14 @@ demo: $(READY) ## fine-tune an EAGLE-3 draft of SmolLM2-135M with each of LOSSES
 	@$(BIN)/python -m experiments.demo --losses "$(LOSSES)" --seeds "$(SEEDS)" $(DEMO)
 
 test: $(READY) ## run the test suite
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(PYTEST) -n $(JOBS) --dist loadgroup --durations=15
+
+test-fast: $(READY) ## run the tests that neither train nor need a network; under two minutes
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not slow and not network and not online"
 
 test-online: $(READY) ## test server-streamed training, with a real Mooncake on loopback
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m online
+	$(PYTEST) -m online
 
 test-lowest: ## test with the lowest versions of what this package needs
 	@test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)

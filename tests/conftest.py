@@ -36,25 +36,31 @@ from specforge_lk import overlap  # noqa: E402
 from specforge_lk.overlap import IMPLEMENTATIONS  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that fetch a wheel."""
+    for item in items:
+        if "pristine_wheel" in getattr(item, "fixturenames", ()):
+            item.add_marker("network")
+
+
 @pytest.fixture(scope="session")
 def pristine_wheel(request) -> Callable[[str], Path]:
-    """Path of the wheel of a requirement such as ``specforge==0.2.0``.
+    """Return a function from a requirement, such as ``specforge==0.2.0``, to its wheel's path.
 
     It comes from the variable SPECFORGE_WHEEL (a path) or, once, from ``pip download``; workers
     that run in parallel may both download. Only without a network is the test skipped.
     """
+    root = request.config.rootpath
+    wheels = (root if os.access(root, os.W_OK) else Path(os.environ[_CACHE])) / "runs" / "wheels"
 
     def get(requirement: str) -> Path:
         name = requirement.partition("==")[0]
         variable = f"{name.upper()}_WHEEL"
         if given := os.environ.get(variable):
             return Path(given)
-        # Kept from run to run, unless pytest is told to keep nothing.
-        if cache := getattr(request.config, "cache", None):
-            folder = cache.mkdir(f"{requirement}-wheel")
-        else:
-            folder = Path(os.environ[_CACHE]) / f"{requirement}-wheel"
-            folder.mkdir(exist_ok=True)
+        folder = wheels / requirement
+        folder.mkdir(parents=True, exist_ok=True)
         if not (cached := list(folder.glob("*.whl"))):
             with tempfile.TemporaryDirectory(dir=folder) as fresh:
                 pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", fresh]

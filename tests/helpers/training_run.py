@@ -1,21 +1,27 @@
 """A tiny target with its features, and `specforge` and `specforge-lk` run on them as a user does.
 
-Every command is a subprocess of the console script beside the running interpreter.
+Every command is a process of its own. It enters at the function of its console script, in a fork
+of a process that has imported SpecForge, unless it is to start from nothing.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+from forks import Forks
 from tiny_target import build_model, build_tokenizer, draft_config
 from typer.testing import CliRunner
 
@@ -96,21 +102,64 @@ def _lines(output: str) -> list[tuple[int, dict[str, float]]]:
     return [(int(step), ast.literal_eval(line)) for step, line in found]
 
 
-def run(script: str, *args: object, check: bool = True, **env: str) -> Finished:
-    """Run a console script of this environment to its end, on one thread, without the network."""
-    done = subprocess.run(
-        [str(BIN / script), *map(str, args)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-        | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    finished = Finished(done.returncode, done.stdout)
-    assert not check or not done.returncode, f"{script} {args}\n{finished.tail(40)}"
+#: What the commands import, but for plug-ins of other packages.
+LIBRARIES = (
+    "specforge.cli",
+    "specforge.algorithms.builtin",
+    "specforge.application",
+    "specforge.export.to_hf",
+    "specforge.launch",
+    "specforge.launch_plan",
+    "specforge.modeling.auto",
+    "specforge.modeling.draft",
+    "specforge.training.assembly",
+    "specforge.training.profiling",
+    "accelerate.utils",
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+)
+#: What is read while they are imported: one thread, nothing compiled, no network.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@functools.lru_cache(maxsize=2)
+def _forks(python_path: str | None) -> Forks:
+    """One for each PYTHONPATH; the last two are kept, since each holds some 500 MB."""
+    path = {} if python_path is None else {"PYTHONPATH": python_path}
+    return Forks(LIBRARIES, os.environ | ENVIRONMENT | path)
+
+
+def run(
+    script: str, *args: object, check: bool = True, fresh: bool = False, **env: str
+) -> Finished:
+    """Run a console script of this environment to its end, on one thread, without the network.
+
+    Args:
+        script: its name.
+        args: its arguments.
+        check: fail where it does.
+        fresh: run the script itself, in an interpreter that has imported nothing.
+        env: further variables of its environment.
+    """
+    command = [str(BIN / script), *map(str, args)]
+    environment = os.environ | ENVIRONMENT | env
+    with tempfile.NamedTemporaryFile("r") as output:
+        into = Path(output.name)
+        returncode = (_run_fresh if fresh else _run_forked)(command, into, environment)
+        finished = Finished(returncode, output.read())
+    assert not check or not finished.returncode, f"{script} {args}\n{finished.tail(40)}"
     return finished
+
+
+def _run_forked(command: list[str], output: Path, env: Mapping[str, str]) -> int:
+    (script,) = entry_points(group="console_scripts", name=Path(command[0]).name)
+    return _forks(env.get("PYTHONPATH")).run(script.value, command, output, env)
+
+
+def _run_fresh(command: list[str], output: Path, env: Mapping[str, str]) -> int:
+    with output.open("w") as file:
+        streams = {"stdout": file, "stderr": subprocess.STDOUT}
+        return subprocess.run(command, env=env, **streams, timeout=900).returncode
 
 
 def conversations(count: int) -> list[dict]:
@@ -176,10 +225,12 @@ class Setup:
     def output(self, name: str) -> Path:
         return self.root / "runs" / name
 
-    def train(self, name: str, *overrides: str, check: bool = True, **env: str) -> Finished:
-        """`specforge train` into ``output(name)``."""
-        into = f"output_dir={self.output(name)}"
-        return run("specforge", "train", "-c", self.config, into, *overrides, check=check, **env)
+    def train(
+        self, name: str, *overrides: str, check: bool = True, fresh: bool = False, **env: str
+    ) -> Finished:
+        """`specforge train` into ``output(name)``; the rest is of `run`."""
+        command = ("train", "-c", self.config, f"output_dir={self.output(name)}", *overrides)
+        return run("specforge", *command, check=check, fresh=fresh, **env)
 
     def checkpoint(self, name: str, step: int) -> Path:
         """The directory of a checkpoint of a run."""

@@ -7,10 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from patch_helpers import tree_hashes
 from series_tree import ALL_SERIES, SERIES, VERSION, apply_until, unpack
 
@@ -18,8 +19,30 @@ from specforge_lk import patching
 from specforge_lk.patching import Series
 from tools.cover_letter import number, with_needs
 
-#: How a package's tests run; SGLang's dependencies are stubbed.
-UNITTEST = {"sglang": [str(Path(__file__).parents[1] / "helpers" / "sglang_stubs.py")]}
+pytestmark = pytest.mark.xdist_group("series")
+
+#: SGLang's tests run beside stubs of its dependencies.
+STUBS = str(Path(__file__).parents[1] / "helpers" / "sglang_stubs.py")
+#: What SpecForge's tests import of others.
+LIBRARIES = (
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+    "accelerate.utils",
+    "datasets",
+    "pydantic",
+)
+#: Without plug-ins: this project's needs the whole series.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "SPECFORGE_PLUGINS": ""}
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Processes that have imported what SpecForge needs, and nothing of SpecForge."""
+    found = Forks(LIBRARIES, os.environ | ENVIRONMENT)
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -36,7 +59,7 @@ def tree(series: Series, pristine_wheel: Callable[[str], Path], tmp_path: Path) 
         for patch in series.patches
     ],
 )
-def test_patch_compiles_and_passes_its_own_tests(tree, series, patch):
+def test_patch_compiles_and_passes_its_own_tests(tree, series, patch, forks, tmp_path):
     """On top of the patches before it and without those after it."""
     apply_until(tree, series, patch)
     for path in patch.changes:
@@ -56,13 +79,28 @@ def test_patch_compiles_and_passes_its_own_tests(tree, series, patch):
     # The tree comes first, so that it shadows an installed package.
     source = str(tree / series.package.source)
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Without plug-ins: this project's needs the whole series.
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SPECFORGE_PLUGINS": ""}
-    runner = UNITTEST.get(series.package.name, ["-m", "unittest"])
-    command = [sys.executable, *runner, *tests]
-    run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, f"{patch.name}: {' '.join(tests)} failed\n{run.stdout}{run.stderr}"
-    assert "Ran 0 tests" not in run.stderr, f"{patch.name}: {' '.join(tests)} holds no tests"
+    env = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
+    output = tmp_path / "output"
+    if series.package.name == "sglang":
+        command = [sys.executable, STUBS, *tests]
+        with output.open("w") as file:
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
+            code = subprocess.run(command, cwd=tree, env=env, timeout=600, **streams).returncode
+    else:
+        # As `python -m unittest`, which runs this module, with both directories first in its path.
+        code = forks.run(
+            "unittest.__main__:main",
+            ["python -m unittest", *tests],
+            output,
+            env,
+            path=(str(tree), source),
+            cwd=tree,
+            timeout=600,
+        )
+    said = output.read_text()
+    assert code == 0, f"{patch.name}: {' '.join(tests)} failed\n{said}"
+    assert "Ran 0 tests" not in said, f"{patch.name}: {' '.join(tests)} holds no tests"
+    assert re.search(r"^Ran \d+ tests?", said, re.MULTILINE), said
 
 
 def test_what_a_patch_needs_is_in_the_series_data(pristine_wheel, tmp_path):

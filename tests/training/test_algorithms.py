@@ -26,6 +26,8 @@ from training_run import (
 from specforge_lk.drafts.table import DRAFTS
 from specforge_lk.evaluate.report import read_report
 
+pytestmark = pytest.mark.slow
+
 ALGORITHMS = tuple(name for name in DRAFTS if name != "eagle3")
 STEPS = 3 * EPOCH
 LAMBDA = "training.loss=lk_lambda"

@@ -1,4 +1,7 @@
-"""Capture, training, resume, export and evaluation, each through its command line."""
+"""Capture, training, resume, export and evaluation, each through its command line.
+
+One run of each starts from nothing, as a user's does; the rest may share their imports.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from specforge_lk.evaluate.held_out import ChainStarts
 from specforge_lk.evaluate.report import Result, read_report
 
 # One group: the runs are shared.
-pytestmark = pytest.mark.xdist_group("training_cli")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training_cli")]
 
 STEPS = 3 * EPOCH
 LAMBDA = "training.loss=lk_lambda"
@@ -37,7 +40,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     setup = prepare(tmp_path_factory.mktemp("training"))
     with setup.responses.open("a") as file:
         file.write(setup.held_out.read_text())
-    run("specforge-lk", *capture_arguments(setup))
+    run("specforge-lk", *capture_arguments(setup), fresh=True)
     setup.held_out_features.mkdir()
     for path in sorted(setup.features.glob("*.ckpt"))[-HELD_OUT:]:
         path.rename(setup.held_out_features / path.name)
@@ -58,7 +61,7 @@ def kl_run(setup: Setup) -> Finished:
 
 @pytest.fixture(scope="module")
 def lambda_run(setup: Setup) -> Finished:
-    return setup.train("lk_lambda", LAMBDA, *evaluating(setup))
+    return setup.train("lk_lambda", LAMBDA, *evaluating(setup), fresh=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +77,14 @@ def evaluations(setup: Setup, lambda_run: Finished) -> list[Path]:
     draft = setup.root / "export"
     paths = ["--checkpoint", setup.checkpoint("lk_lambda", STEPS), "--output-dir", draft]
     config = ["--draft-config", setup.draft_config, "--vocab-mapping", setup.mapping]
-    run("specforge", "export", "--to", "hf", *paths, *config, "--embedding-source", setup.target)
+    source = ["--embedding-source", setup.target]
+    run("specforge", "export", "--to", "hf", *paths, *config, *source, fresh=True)
     models = ["--target", setup.target, "--draft", f"lk_lambda={draft}"]
     settings = ["--temperature", 1, "--held-out", setup.held_out]
     reports = [setup.root / f"report-{heads}.json" for heads in range(1, HEADS + 1)]
     for heads, report in enumerate(reports, start=1):
-        run("specforge-lk", "eval", *models, *settings, "--heads", heads, "--out", report)
+        several = ["--heads", heads, "--out", report]
+        run("specforge-lk", "eval", *models, *settings, *several, fresh=heads == HEADS)
     return reports
 
 

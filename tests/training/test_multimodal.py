@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from specforge_lk.cli import app
 from specforge_lk.evaluate.report import read_report
 
+pytestmark = pytest.mark.slow
+
 _TEXT = {
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 48,

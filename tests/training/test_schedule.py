@@ -9,6 +9,8 @@ import pytest
 import torch
 from training_run import HEADS, Finished, Setup, prepare, prepare_with_features
 
+pytestmark = pytest.mark.slow
+
 LEARNING_RATE, WARMUP_STEPS, BETAS, DECAY = 2e-2, 4, (0.9, 0.95), 0.5
 WARMUP = f"training.warmup_steps={WARMUP_STEPS}"
 ADAM = f"training.adam_betas={list(BETAS)}"

@@ -9,6 +9,8 @@ import pytest
 import torch
 from training_run import BATCH_SIZE, EPOCH, HEADS, Setup, prepare_with_features, run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3 * EPOCH
 TESTS = Path(__file__).parents[1] / "helpers"
 #: Every Python process of a command lets FSDP wrap modules on a CPU.

@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 import torch
 from series_tree import SERIES, unpack
-from training_run import EPOCH, Finished, Setup, prepare_with_features
+from training_run import ENVIRONMENT, EPOCH, Finished, Setup, prepare_with_features
 
 from specforge_lk.patching import git_apply
 from tools.cover_letter import entries, number
+
+# One group: the unpatched tree and what has imported it are shared.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stock")]
 
 #: P-EAGLE cannot train offline before the patches; its loss is compared instead.
 ALGORITHMS = ("eagle3", "dflash", "domino", "dspark")
@@ -46,12 +49,7 @@ def unpatched(
     return tree
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f"stock_{name}")) for name in ALGORITHMS
-    ],
-)
+@pytest.fixture(scope="module", params=ALGORITHMS)
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """In bfloat16, like the unpatched target head, and without settings that only patches add."""
     setup = prepare_with_features(
@@ -119,60 +117,33 @@ def test_stock_checkpoint_does_not_resume_with_a_loss(setup: Setup, before: Fini
     assert "training_loss=None" in refused.tail() and "training_loss=lk_lambda" in refused.tail()
 
 
-@pytest.mark.xdist_group("stock_eagle3")
-def test_sharded_step_is_the_same(unpatched: Path, tmp_path: Path) -> None:
-    """Loss and gradients under SHARD_GRAD_OP: FSDP cast the model's inputs before the patches."""
-    script = Path(__file__).parents[1] / "helpers" / "sharded_stock.py"
-    saved = []
+@pytest.fixture(scope="module")
+def steps(unpatched: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    """What stock_steps.py saves with the unpatched SpecForge and with the patched one."""
+    script = Path(__file__).parents[1] / "helpers" / "stock_steps.py"
+    root, saved = tmp_path_factory.mktemp("steps"), []
     for name, path in (("before", [str(unpatched)]), ("after", [])):
-        file = tmp_path / f"{name}.pt"
-        environment = {
-            "PYTHONPATH": os.pathsep.join([*path, str(script.parent)]),
-            "TORCHDYNAMO_DISABLE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(script), str(tmp_path), str(file)]
+        file = root / f"{name}.pt"
+        environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([*path, str(script.parent)])}
+        command = [sys.executable, str(script), str(root), str(file)]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         assert not done.returncode, done.stderr[-4000:]
         saved.append(torch.load(file, weights_only=True))
     old, new = saved
-    assert len(old) == 5 and old.keys() == new.keys()
-    for name, result in old.items():
-        assert len(result) > 5 and result.keys() == new[name].keys()
-        for key, value in result.items():
-            assert torch.equal(value, new[name][key]), (name, key)
+    return old, new
 
 
-PEAGLE_LOSS = """
-import sys
-import torch
-from specforge.algorithms.peagle.model import compute_peagle_metrics, generate_cod_sample_indices
-
-torch.manual_seed(0)
-vocabulary, length = 40, 30
-mask = (torch.rand(1, length) < 0.8).long()
-t2d = torch.arange(vocabulary) % 3 > 0
-anchors, depth = generate_cod_sample_indices(length, mask, 5)
-logits = torch.randn(1, len(anchors), int(t2d.sum()), requires_grad=True)
-loss, metrics = compute_peagle_metrics(
-    logits=2 * logits, targets=3 * torch.randn(1, length, vocabulary), loss_mask=mask,
-    anchor_pos=anchors, depth=depth, num_depths=5, t2d=t2d,
+@pytest.mark.parametrize(
+    "name",
+    [f"sharded {algorithm}" for algorithm in (*ALGORITHMS, "eagle3-compact")] + ["loss of peagle"],
 )
-loss.backward()
-torch.save({"loss": loss.detach(), "gradient": logits.grad, **metrics}, sys.argv[1])
-"""
+def test_a_step_is_the_same(steps: tuple[dict, dict], name: str) -> None:
+    """Loss and gradients under SHARD_GRAD_OP: FSDP cast the model's inputs before the patches.
 
-
-@pytest.mark.xdist_group("stock_eagle3")
-def test_peagle_loss_gradient_and_metrics_are_the_same(unpatched: Path, tmp_path: Path) -> None:
-    saved = []
-    for name, path in (("before", {"PYTHONPATH": str(unpatched)}), ("after", {})):
-        file = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", PEAGLE_LOSS, str(file)]
-        env = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} | path
-        subprocess.run(command, env=env, check=True, capture_output=True)
-        saved.append(torch.load(file, weights_only=True))
-    old, new = saved
-    assert old.keys() == new.keys() and old["gradient"].any()
-    for name in old:
-        assert torch.equal(old[name], new[name]), name
+    P-EAGLE, which does not train on a CPU without them, has its loss and metrics compared.
+    """
+    old, new = (saved[name] for saved in steps)
+    assert len(old) > 5 and old.keys() == new.keys()
+    assert any(value.any() for key, value in old.items() if key != "loss")
+    for key, value in old.items():
+        assert torch.equal(value, new[key]), key

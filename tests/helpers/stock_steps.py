@@ -1,6 +1,6 @@
-"""One sharded step of SpecForge's own algorithms, with what 0.2.0 has and nothing of the patches.
+"""Single steps of SpecForge's own algorithms, with what 0.2.0 has and nothing of the patches.
 
-usage: sharded_stock.py DIRECTORY FILE
+usage: stock_steps.py DIRECTORY FILE
 """
 
 from __future__ import annotations
@@ -128,13 +128,41 @@ def step(name: str, directory: Path) -> dict[str, torch.Tensor]:
     return {"loss": out.loss.detach(), **gradients}
 
 
+def peagle_loss() -> dict[str, torch.Tensor]:
+    """P-EAGLE's loss with its gradient and metrics, from random logits."""
+    from specforge.algorithms.peagle.model import (
+        compute_peagle_metrics,
+        generate_cod_sample_indices,
+    )
+
+    torch.manual_seed(0)
+    vocabulary, length = 40, 30
+    mask = (torch.rand(1, length) < 0.8).long()
+    t2d = torch.arange(vocabulary) % 3 > 0
+    anchors, depth = generate_cod_sample_indices(length, mask, 5)
+    logits = torch.randn(1, len(anchors), int(t2d.sum()), requires_grad=True)
+    loss, metrics = compute_peagle_metrics(
+        logits=2 * logits,
+        targets=3 * torch.randn(1, length, vocabulary),
+        loss_mask=mask,
+        anchor_pos=anchors,
+        depth=depth,
+        num_depths=5,
+        t2d=t2d,
+    )
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": logits.grad, **metrics}
+
+
 def main(directory: Path, file: str) -> None:
-    """Every algorithm that 0.2.0 trains on a CPU, and EAGLE-3 with the compact teacher."""
+    """Every algorithm that 0.2.0 trains on a CPU, EAGLE-3 with the compact teacher, and P-EAGLE."""
     install()
     store = dist.FileStore(f"{file}.store", 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     names = ("eagle3", "eagle3-compact", *BLOCKS)
-    torch.save({name: step(name, directory) for name in names}, file)
+    saved = {f"sharded {name}": step(name, directory) for name in names}
+    saved["loss of peagle"] = peagle_loss()
+    torch.save(saved, file)
     dist.destroy_process_group()
 
 
