@@ -23,19 +23,29 @@ def test_content_is_replaced_whole_and_folders_are_made(tmp_path: Path):
 def test_a_failure_leaves_the_old_content_and_no_temporary_file(tmp_path: Path, failure: type):
     path = tmp_path / "note.json"
     write_text(path, "old")
-    with pytest.raises(failure), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise failure
+
+    def write_half() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise failure
+
+    with pytest.raises(failure):
+        write_half()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["note.json"]
 
 
 def test_a_folder_is_written_whole_or_removed(tmp_path: Path):
     path = tmp_path / "model"
-    with pytest.raises(ValueError), atomic_write(path) as temporary:
-        temporary.mkdir()
-        (temporary / "config.json").touch()
-        raise ValueError
+
+    def write_half() -> None:
+        with atomic_write(path) as temporary:
+            temporary.mkdir()
+            (temporary / "config.json").touch()
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        write_half()
     assert os.listdir(tmp_path) == []
     with atomic_write(path) as temporary:
         temporary.mkdir()

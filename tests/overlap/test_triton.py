@@ -161,7 +161,7 @@ def test_rows_further_apart_than_32_bits_reach():
 
 
 def test_cpu_tensors_are_told_where_to_go(overlap_case):
+    z, y, log_z = overlap_case(2, 3)
+    rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), False)
     with pytest.raises(ValueError, match=r"GPU.*impl='closed_form'"):
-        z, y, log_z = overlap_case(2, 3)
-        rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), False)
         triton_kernels.forward(z, y, rows)
