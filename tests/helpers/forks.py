@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -46,9 +47,12 @@ class Forks:
         *,
         path: tuple[str, ...] = (),
         cwd: Path | None = None,
+        ranks: int = 1,
         timeout: float = 900,
     ) -> int:
         """Run ``module:function`` as a console script does; return its exit code.
+
+        Several ranks run it in a fork each; their code is the first that is not 0.
 
         Args:
             function: takes no arguments; what it returns is the argument of `sys.exit`.
@@ -57,6 +61,7 @@ class Forks:
             env: the environment.
             path: what comes first in `sys.path`.
             cwd: the directory that it runs in.
+            ranks: how many run it; each but a single one finds its number in RANK and LOCAL_RANK.
             timeout: seconds after which it is killed.
 
         Raises:
@@ -69,22 +74,26 @@ class Forks:
             "env": dict(env),
             "path": path,
             "cwd": str(cwd or Path.cwd()),
+            "ranks": ranks,
         }
+        output.write_bytes(b"")
         self._channel.settimeout(None)
         self._channel.sendall(json.dumps(request).encode() + b"\n")
-        child = self._reply()
+        children = self._reply()
         self._channel.settimeout(timeout)
         try:
-            return self._reply()
+            return next(filter(None, self._reply()), 0)
         except TimeoutError:
-            os.killpg(child, signal.SIGKILL)
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
             self.close()
             raise subprocess.TimeoutExpired(arguments, timeout) from None
 
-    def _reply(self) -> int:
+    def _reply(self) -> list[int]:
         line = self._replies.readline()
         assert line, f"the process that imports ended with {self._server.wait()}"
-        return int(line)
+        return json.loads(line)
 
     def close(self) -> None:
         """End the process."""
@@ -94,24 +103,41 @@ class Forks:
 
 
 def _serve(channel: socket.socket, modules: list[str]) -> dict | None:
-    """Fork for every request; return it in the fork, and None in the end."""
+    """Fork for every rank of every request; return it in the fork, and None in the end."""
     for module in modules:
         importlib.import_module(module)
     gc.freeze()  # a fork that looks for garbage would copy all pages
     for line in channel.makefile("r"):
-        child = os.fork()
-        if not child:
-            return json.loads(line)
-        channel.sendall(b"%d\n" % child)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        channel.sendall(b"%d\n" % code)
+        request, children = json.loads(line), []
+        for rank in range(request["ranks"]):
+            child = os.fork()
+            if not child:
+                if request["ranks"] > 1:
+                    request["env"] |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                return request
+            children.append(child)
+        channel.sendall(json.dumps(children).encode() + b"\n")
+        channel.sendall(json.dumps(_ended(children)).encode() + b"\n")
     return None
+
+
+def _ended(children: list[int]) -> list[int]:
+    """Exit codes in the order of their end; where one fails, the others are killed."""
+    running, codes = set(children), []
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return codes
 
 
 def _become(request: dict) -> None:
     """Take over what a process is started with."""
     os.setsid()
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

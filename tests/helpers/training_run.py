@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import torch
 from forks import Forks
@@ -130,7 +132,12 @@ def _forks(python_path: str | None) -> Forks:
 
 
 def run(
-    script: str, *args: object, check: bool = True, fresh: bool = False, **env: str
+    script: str,
+    *args: object,
+    check: bool = True,
+    fresh: bool = False,
+    ranks: int = 1,
+    **env: str,
 ) -> Finished:
     """Run a console script of this environment to its end, on one thread, without the network.
 
@@ -139,27 +146,41 @@ def run(
         args: its arguments.
         check: fail where it does.
         fresh: run the script itself, in an interpreter that has imported nothing.
+        ranks: how many processes run it as one group, as torchrun would start them.
         env: further variables of its environment.
     """
     command = [str(BIN / script), *map(str, args)]
     environment = os.environ | ENVIRONMENT | env
+    if ranks > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **address}
     with tempfile.NamedTemporaryFile("r") as output:
         into = Path(output.name)
-        returncode = (_run_fresh if fresh else _run_forked)(command, into, environment)
+        if fresh:
+            returncode = _run_fresh(command, into, environment)
+        else:
+            returncode = _run_forked(command, into, environment, ranks)
         finished = Finished(returncode, output.read())
     assert not check or not finished.returncode, f"{script} {args}\n{finished.tail(40)}"
     return finished
 
 
-def _run_forked(command: list[str], output: Path, env: Mapping[str, str]) -> int:
+def _run_forked(command: list[str], output: Path, env: Mapping[str, str], ranks: int) -> int:
     (script,) = entry_points(group="console_scripts", name=Path(command[0]).name)
-    return _forks(env.get("PYTHONPATH")).run(script.value, command, output, env)
+    return _forks(env.get("PYTHONPATH")).run(script.value, command, output, env, ranks=ranks)
 
 
 def _run_fresh(command: list[str], output: Path, env: Mapping[str, str]) -> int:
     with output.open("w") as file:
         streams = {"stdout": file, "stderr": subprocess.STDOUT}
         return subprocess.run(command, env=env, **streams, timeout=900).returncode
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def conversations(count: int) -> list[dict]:
@@ -225,12 +246,10 @@ class Setup:
     def output(self, name: str) -> Path:
         return self.root / "runs" / name
 
-    def train(
-        self, name: str, *overrides: str, check: bool = True, fresh: bool = False, **env: str
-    ) -> Finished:
-        """`specforge train` into ``output(name)``; the rest is of `run`."""
-        command = ("train", "-c", self.config, f"output_dir={self.output(name)}", *overrides)
-        return run("specforge", *command, check=check, fresh=fresh, **env)
+    def train(self, name: str, *overrides: str, **how: Any) -> Finished:
+        """Run `specforge train` into ``output(name)``; `run` takes the other arguments."""
+        into = f"output_dir={self.output(name)}"
+        return run("specforge", "train", "-c", self.config, into, *overrides, **how)
 
     def checkpoint(self, name: str, step: int) -> Path:
         """The directory of a checkpoint of a run."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from training_run import (
     Finished,
     Setup,
     capture_arguments,
+    free_port,
     prepare,
     run,
     write_rows,
@@ -73,12 +73,6 @@ def whole_set(algorithm: str) -> list[str]:
         # Streamed P-EAGLE takes the tokenizer's unless told; captured, the draft config's.
         "model.mask_token_id=0",
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -48,8 +48,8 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_sharded_run_trains_resumes_and_exports(setup: Setup, site: Path) -> None:
-    env = {"PYTHONPATH": str(site)}
-    trained = setup.train("whole", **env)
+    ranks = {"ranks": 2, "PYTHONPATH": str(site)}
+    trained = setup.train("whole", **ranks)
     # FSDP says so where it does not shard.
     assert "FSDP is switching" not in trained.output
     assert sorted(trained.steps) == list(range(1, STEPS + 1))
@@ -60,9 +60,9 @@ def test_sharded_run_trains_resumes_and_exports(setup: Setup, site: Path) -> Non
             assert 0 <= metrics[f"alpha_{head}"] <= metrics[f"coverage_{head}"] * (1 + 1e-6)
 
     horizon, half = f"training.total_steps={STEPS}", STEPS // 2
-    setup.train("stopped", horizon, f"training.max_steps={half}", **env)
+    setup.train("stopped", horizon, f"training.max_steps={half}", **ranks)
     resume = f"training.resume_from={setup.checkpoint('stopped', half)}"
-    setup.train("resumed", horizon, resume, **env)
+    setup.train("resumed", horizon, resume, **ranks)
     weights, expected = setup.weights("resumed", STEPS), setup.weights("whole", STEPS)
     assert weights.keys() == expected.keys()
     for name in expected:
