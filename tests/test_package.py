@@ -86,6 +86,7 @@ def export(algorithm: str, folder: Path) -> Path:
     return folder / "export"
 
 
+@pytest.mark.slow
 def test_every_draft_is_evaluated_without_specforge(tmp_path: Path) -> None:
     target = save_target(tmp_path / "target")
     rows = [

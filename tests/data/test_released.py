@@ -124,6 +124,7 @@ def test_messages_keep_their_speakers(tmp_path: Path):
     assert prompts == [{"id": "0", "prompt": "no role, but alone"}]
 
 
+@pytest.mark.slow
 def test_killed_runs_continue_with_nothing_lost_or_doubled(tmp_path: Path):
     rows = released(8_000)
     source, out = save(rows, tmp_path / "set.parquet"), tmp_path / "out.jsonl"

@@ -101,6 +101,7 @@ def test_greedy_equals_transformers():
     assert tokenize(row, tokenizer, {tokenizer.eos_token_id}).input_ids == expected.tolist()
 
 
+@pytest.mark.slow
 def test_killed_run_continues_with_nothing_lost_or_doubled(
     target: Path, prompts: Path, tmp_path: Path
 ):

@@ -201,6 +201,7 @@ def test_refused_prompts_are_named(server, tmp_path: Path):
     assert {row["id"] for row in rows(tmp_path)} == {f"p{i}" for i in range(20)} - {"p7", "p17"}
 
 
+@pytest.mark.slow
 def test_killed_runs_continue_with_nothing_lost_or_doubled(server, tmp_path: Path):
     count = 400
     prompts(tmp_path, count)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from draft_inputs import BATCH, draft_inputs
+from specforge_forward import dflash_logits
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model, build_tokenizer
 
 from specforge_lk.decode.draft import DraftError, load_draft
 from specforge_lk.decode.target import Target
 
-BLOCK, BATCH, LENGTH, MASK = 5, 2, 19, 3
+BLOCK, LENGTH, MASK = 5, 19, 3
 SPARK = {"markov_rank": 6, "confidence_head_alpha": 1.0}
 VARIANTS = {
     "dflash": ("dflash", {}, {}),
@@ -71,61 +73,15 @@ def build(variant, path):
     return algorithm, model.eval()
 
 
-def wrapper(algorithm, model, target):
-    from specforge.algorithms.common import dflash_family_model as family
-
-    kind = {
-        "dflash": family.OnlineDFlashModel,
-        "domino": family.OnlineDominoModel,
-        "dspark": family.OnlineDSparkModel,
-    }[algorithm]
-    shift = {"shift_label": model.shift_label} if algorithm == "domino" else {}
-    return kind(
-        draft_model=model,
-        target_lm_head=target.head,
-        target_embed_tokens=target.model.get_input_embeddings(),
-        mask_token_id=MASK,
-        block_size=BLOCK,
-        attention_backend="sdpa",
-        **shift,
-    )
-
-
-def inputs():
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), generator=generator)
-    features = torch.randn(BATCH, LENGTH, 2 * HIDDEN_SIZE, generator=generator)
-    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    starts[0, 3 : LENGTH - BLOCK - 2] = True
-    starts[1, [6, 9]] = True
-    return tokens, features, starts
-
-
-def specforge_logits(model, tokens, features, starts):
-    """Logits [N, heads, V] of blocks whose anchors follow the chain starts."""
-    anchors = [row.nonzero().squeeze(1) + 1 for row in starts]
-    most = max(len(row) for row in anchors)
-    positions = torch.stack([torch.cat([a, a.new_zeros(most - len(a))]) for a in anchors])
-    keep = torch.arange(most) < torch.tensor([[len(a)] for a in anchors])
-    model._sample_anchor_positions = lambda *_: (positions, keep)
-    _, _, hidden = model._forward_draft_blocks(tokens, features, torch.ones_like(tokens))
-    hidden = hidden.view(BATCH, most, BLOCK, -1)
-    # Tokens from the anchor on: what Domino's and DSpark's heads are given in training.
-    chain = tokens[torch.arange(BATCH)[:, None, None], positions[..., None] + torch.arange(BLOCK)]
-    algorithm = model.draft_model.projector_type
-    head_inputs = {"domino": (chain, chain), "dspark": (chain,)}.get(algorithm, ())
-    return model._draft_logits(hidden, *head_inputs)[""][keep]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_training_forward_of_specforge(variant, target, tmp_path):
     algorithm, model = build(variant, tmp_path)
     draft = load_draft(tmp_path, target)
     assert draft.algorithm == algorithm
     assert draft.max_heads == BLOCK - draft.first_slot
-    tokens, features, starts = inputs()
+    tokens, features, starts = draft_inputs(LENGTH, BLOCK, layers=2)
     with torch.no_grad():
-        expected = specforge_logits(wrapper(algorithm, model, target), tokens, features, starts)
+        expected = dflash_logits(algorithm, model, target, tokens, features, starts)
         actual = list(draft.teacher_forced(tokens, features, starts, draft.max_heads))
     for head, logits in enumerate(actual):
         slot = draft.first_slot + head
@@ -139,7 +95,7 @@ def test_proposals_equal_teacher_forcing(variant, target, tmp_path, monkeypatch)
     """Observing ragged blocks, then drafting the true tokens, gives the same logits."""
     build(variant, tmp_path)
     draft = load_draft(tmp_path, target)
-    tokens, features, _ = inputs()
+    tokens, features, _ = draft_inputs(LENGTH, BLOCK, layers=2)
     ends = torch.tensor([9, 5])
     starts = torch.nn.functional.one_hot(ends, LENGTH).bool()
     heads = draft.max_heads

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from draft_inputs import BATCH, draft_inputs
 from rounding import rounding
+from specforge_forward import eagle3_logits
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model, build_tokenizer, save_draft
 
 from specforge_lk.decode.draft import DraftError, load_draft
 from specforge_lk.decode.target import Target
 
 HEADS = 4
-BATCH, LENGTH = 2, 17
+LENGTH = 17
 #: Terms of the sums of a step: projection, norm, attention of width 2 H, MLP, norm, head.
 STEP_SUMS = (
     3 * HIDDEN_SIZE,
@@ -46,41 +48,6 @@ def target():
     return Target(build_model(), build_tokenizer())
 
 
-def inputs(seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), generator=generator)
-    features = torch.randn(BATCH, LENGTH, 3 * HIDDEN_SIZE, generator=generator)
-    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    starts[0, 2 : LENGTH - HEADS - 1] = True
-    starts[1, 5 : LENGTH - HEADS - 3] = True
-    return tokens, features, starts
-
-
-def specforge_logits(model, tokens, features, steps):
-    """Per-step logits as SpecForge's OnlineEagle3Model computes them with `sdpa` attention.
-
-    Step i at position t reads token t + 1 + i; its data pipeline shifts by one before training,
-    and the training loop once more per step.
-    """
-    hidden = model.project_hidden_states(features)
-    mask = model.prepare_decoder_attention_mask(
-        torch.ones(BATCH, LENGTH, dtype=torch.bool), hidden, BATCH, LENGTH, 0
-    )
-    positions = torch.arange(LENGTH)[None]
-    cache, logits = [[], []], []
-    for _ in range(steps):
-        tokens = torch.cat([tokens[:, 1:], tokens.new_zeros(BATCH, 1)], 1)
-        hidden = model.backbone(
-            input_embeds=model.embed_input_ids(tokens),
-            hidden_states=hidden,
-            cache_hidden=cache,
-            attention_mask=mask,
-            position_ids=positions,
-        )
-        logits.append(model.compute_logits(hidden))
-    return logits
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_training_forward_of_specforge(variant, target, tmp_path):
     from specforge.modeling.draft import llama3_eagle
@@ -100,10 +67,10 @@ def test_equals_the_training_forward_of_specforge(variant, target, tmp_path):
 
     draft = load_draft(tmp_path / "draft", target)
     torch.testing.assert_close(draft.draft_ids, ids)
-    tokens, features, starts = inputs()
+    tokens, features, starts = draft_inputs(LENGTH, HEADS, layers=3)
     # SpecForge compiles its norms and rotary embedding; eager is the same arithmetic, sooner.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = specforge_logits(model, tokens, features, HEADS)
+        expected = eagle3_logits(model, tokens, features, HEADS)
         actual = list(draft.teacher_forced(tokens, features, starts, HEADS))
     close = rounding(torch.stack(expected), torch.float32, *STEP_SUMS * HEADS)
     for step in range(HEADS):
@@ -117,7 +84,7 @@ def test_equals_the_training_forward_of_specforge(variant, target, tmp_path):
 def test_cached_chain_equals_teacher_forcing(target, tmp_path):
     """Observing ragged blocks, then drafting the true tokens, gives the same logits."""
     draft = load_draft(save_draft(tmp_path), target)
-    tokens, features, starts = inputs()
+    tokens, features, starts = draft_inputs(LENGTH, HEADS, layers=3)
     expected = torch.stack(list(draft.teacher_forced(tokens, features, starts, HEADS)))
 
     draft.start(BATCH, LENGTH)
@@ -214,6 +181,6 @@ def test_missing_files_are_named(target, tmp_path):
 def test_a_diverged_draft_is_refused(target, tmp_path):
     edit(save_draft(tmp_path), **{"norm.weight": torch.full((HIDDEN_SIZE,), float("nan"))})
     draft = load_draft(tmp_path, target)
-    tokens, features, starts = inputs()
+    tokens, features, starts = draft_inputs(LENGTH, HEADS, layers=3)
     with pytest.raises(ValueError, match="the draft returned non-finite logits"):
         next(draft.teacher_forced(tokens, features, starts, HEADS))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from head_drafts import BATCH, DRAFT_VOCAB, HEADS, LENGTH, VARIANTS, build, inputs, trained_logits
+from draft_inputs import BATCH
+from head_drafts import DRAFT_VOCAB, HEADS, LENGTH, VARIANTS, build, inputs, trained_logits
 from safetensors.torch import load_file
 from tiny_target import (
     HIDDEN_SIZE,

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from head_drafts import BATCH, HEADS, LENGTH, inputs, trained_logits
+from draft_inputs import BATCH
+from head_drafts import HEADS, LENGTH, inputs, trained_logits
 from safetensors.torch import load_file, save_file
 from tiny_target import (
     HIDDEN_SIZE,

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
-from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model, build_tokenizer, draft_config
+from draft_inputs import BATCH, draft_inputs
+from specforge_forward import peagle_logits
+from tiny_target import VOCAB_SIZE, build_model, build_tokenizer, draft_config
 
 from specforge_lk.decode.draft import DraftError, load_draft
 from specforge_lk.decode.target import Target
 
-BATCH, LENGTH, HEADS, MASK, DRAFT_VOCAB = 2, 19, 4, 3, 40
+LENGTH, HEADS, MASK, DRAFT_VOCAB = 19, 4, 3, 40
 
 
 @pytest.fixture(scope="module")
@@ -37,65 +39,17 @@ def build(path, **changes):
     return model.eval()
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), generator=generator)
-    features = torch.randn(BATCH, LENGTH, 3 * HIDDEN_SIZE, generator=generator)
-    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    starts[0, 2 : LENGTH - HEADS - 1] = True
-    starts[1, [5, 8]] = True
-    return tokens, features, starts
-
-
-def specforge_logits(model, tokens, features, row):
-    """Logits of all depths of all chains of a row, {(start, depth): [V_d]}."""
-    from specforge.algorithms.peagle import model as peagle
-
-    samples = []
-
-    def all_chains(seq_length, **_):
-        starts = torch.arange(seq_length)
-        kept = [starts[: seq_length - depth] for depth in range(HEADS)]
-        anchors, depth = (
-            torch.cat(kept),
-            torch.cat([torch.full_like(k, depth) for depth, k in enumerate(kept)]),
-        )
-        samples.extend(zip(anchors.tolist(), depth.tolist(), strict=True))
-        return anchors, depth
-
-    logits = []
-    wrapper = peagle.OnlinePEagleModel(
-        model, mask_token_id=MASK, num_depths=HEADS, attention_backend="sdpa"
-    )
-    compute = model.compute_logits
-    model.compute_logits = lambda hidden: logits.append(compute(hidden)) or logits[0]
-    original, peagle.generate_cod_sample_indices = (
-        peagle.generate_cod_sample_indices,
-        all_chains,
-    )
-    try:
-        wrapper(
-            # The data pipeline shifts by one: position t reads token t + 1.
-            input_ids=tokens[row : row + 1].roll(-1, dims=1),
-            attention_mask=torch.ones(1, LENGTH, dtype=torch.long),
-            target=torch.zeros(1, LENGTH, VOCAB_SIZE),
-            loss_mask=torch.ones(1, LENGTH, dtype=torch.long),
-            hidden_states=features[row : row + 1],
-        )
-    finally:
-        peagle.generate_cod_sample_indices = original
-        del model.compute_logits
-    return dict(zip(samples, logits[0][0], strict=True))
-
-
 @pytest.mark.parametrize("first", [False, True])
 def test_equals_the_training_forward_of_specforge(first, target, tmp_path):
     model = build(tmp_path, norm_before_residual=first)
     draft = load_draft(tmp_path, target)
     assert draft.algorithm == "peagle" and len(draft.draft_ids) == DRAFT_VOCAB
-    tokens, features, starts = inputs()
+    tokens, features, starts = draft_inputs(LENGTH, HEADS, layers=3)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = [specforge_logits(model, tokens, features, row) for row in range(BATCH)]
+        expected = [
+            peagle_logits(model, tokens[row][None], features[row][None], HEADS, MASK)
+            for row in range(BATCH)
+        ]
         actual = list(draft.teacher_forced(tokens, features, starts, HEADS))
     for head, logits in enumerate(actual):
         wanted = torch.stack([expected[row][t, head] for row, t in starts.nonzero().tolist()])
@@ -108,7 +62,7 @@ def test_proposals_equal_teacher_forcing(target, tmp_path):
     """Observing ragged blocks gives the same logits; no depth needs the token before it."""
     build(tmp_path)
     draft = load_draft(tmp_path, target)
-    tokens, features, _ = inputs()
+    tokens, features, _ = draft_inputs(LENGTH, HEADS, layers=3)
     ends = torch.tensor([9, 5])
     starts = torch.nn.functional.one_hot(ends, LENGTH).bool()
     generator = torch.Generator().manual_seed(0)

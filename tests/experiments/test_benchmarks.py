@@ -64,6 +64,7 @@ def test_the_floor_reads_supervised_rows_and_writes_all_of_the_gradient():
     assert x.gradient[0, :4].any() and not x.gradient[0, 4:].any()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_reported_and_the_rest_is_measured(ours, tmp_path, monkeypatch):
     def too_large(x):
         torch.empty(1 << 50)

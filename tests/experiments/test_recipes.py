@@ -300,6 +300,7 @@ def release_with_module(model: Any, draft_config: dict[str, Any], folder: Path) 
     save_file(load_file(weights) | {k: v for k, v in added.items() if k.startswith(layer)}, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "algorithm"), SCALED_DOWN)
 def test_scaled_down_recipe_trains(name: str, algorithm: str, tmp_path: Path) -> None:
     """Capture and two steps with each of the paper's losses' settings, through the real CLI."""

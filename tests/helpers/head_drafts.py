@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config
+from draft_inputs import draft_inputs
+from tiny_target import VOCAB_SIZE, draft_config
 
 from specforge_lk.drafts.medusa import MedusaConfig, MedusaModel
 from specforge_lk.drafts.mlp_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from specforge_lk.drafts.model import HeadDraftModel
 
-BATCH, LENGTH, HEADS = 2, 15, 3
+LENGTH, HEADS = 15, 3
+inputs = functools.partial(draft_inputs, LENGTH, HEADS)
 DRAFT_VOCAB = 40
 CLASSES = {
     "medusa": (MedusaConfig, MedusaModel),
@@ -22,17 +26,6 @@ VARIANTS = {
     "mlp": ("mlp_speculator", {}),
     "mlp, tied": ("mlp_speculator", {"tie_weights": True, "scale_input": False}),
 }
-
-
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [B, L], features [B, L, H] and chain starts [B, L]."""
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), generator=generator)
-    features = torch.randn(BATCH, LENGTH, HIDDEN_SIZE, generator=generator)
-    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    starts[0, 2 : LENGTH - HEADS - 1] = True
-    starts[1, [5, 8]] = True
-    return tokens, features, starts
 
 
 @torch.no_grad()

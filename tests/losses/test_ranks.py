@@ -77,6 +77,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(directory / f"{rank}.pt") for rank in range(len(SPLIT))]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("losses_ranks")
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_in_chunks_equal_one(ranks, name):

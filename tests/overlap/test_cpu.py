@@ -238,6 +238,7 @@ def test_a_library_for_another_cpu_is_not_loaded(nothing_compiled, monkeypatch):
     assert built.read_bytes() == b"" and len(list(nothing_compiled.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_processes_may_compile_at_the_same_time(nothing_compiled):
     code = "from specforge_lk.overlap import fused_cpu; print(fused_cpu.available())"
     running = [

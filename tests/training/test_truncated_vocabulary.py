@@ -13,9 +13,10 @@ import pytest
 import torch
 from rounding import rounding
 from specforge.algorithms.eagle3.model import OnlineEagle3Model
-from specforge.algorithms.peagle import model as peagle
+from specforge.algorithms.peagle.model import OnlinePEagleModel
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 from specforge.modeling.draft.peagle import PEagleDraftModel
+from specforge_forward import recorded_logits, sampled_chains
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config
 from transformers import LlamaConfig
 
@@ -69,8 +70,8 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def build_draft(kind: type, config: dict) -> tuple[torch.nn.Module, list[torch.Tensor]]:
-    """A random draft with a truncated vocabulary, and the logits it will compute."""
+def build_draft(kind: type, config: dict) -> torch.nn.Module:
+    """A random draft with a truncated vocabulary."""
     torch.manual_seed(0)
     draft = kind(LlamaConfig.from_dict(config))
     for name, parameter in draft.named_parameters():
@@ -78,43 +79,31 @@ def build_draft(kind: type, config: dict) -> tuple[torch.nn.Module, list[torch.T
     ids = torch.randperm(VOCAB_SIZE)[:DRAFT_VOCAB].sort().values
     draft.d2t.copy_(ids - torch.arange(DRAFT_VOCAB))
     draft.t2d.zero_()[ids] = True
-    logits, compute = [], draft.compute_logits
-
-    def record(hidden: torch.Tensor) -> torch.Tensor:
-        output = compute(hidden)
-        logits.append(output.detach())
-        return output
-
-    draft.compute_logits = record
-    return draft, logits
+    return draft
 
 
-def train_eagle3(loss: str, monkeypatch: pytest.MonkeyPatch) -> Trained:
-    draft, logits = build_draft(LlamaForCausalLMEagle3, draft_config(DRAFT_VOCAB))
+def train_eagle3(loss: str) -> Trained:
+    draft = build_draft(LlamaForCausalLMEagle3, draft_config(DRAFT_VOCAB))
     built = RECORDS[loss].build(RECORDS[loss].options())
     model = OnlineEagle3Model(draft, HEADS, attention_backend="sdpa", loss=built)
     batch = inputs()
-    output = model(**{**batch, "loss_mask": batch["loss_mask"][..., None]})
+    with recorded_logits(draft) as logits:
+        output = model(**{**batch, "loss_mask": batch["loss_mask"][..., None]})
     # Head k of position t is compared with the target at t + k.
     at = torch.arange(LENGTH)
     heads = [(part[0, : LENGTH - k], at[k:]) for k, part in enumerate(logits)]
     return Trained(batch["target"][0], batch["loss_mask"][0], draft.t2d, heads, output[-1])
 
 
-def train_peagle(loss: str, monkeypatch: pytest.MonkeyPatch) -> Trained:
-    draft, logits = build_draft(PEagleDraftModel, draft_config(DRAFT_VOCAB, "peagle"))
+def train_peagle(loss: str) -> Trained:
+    draft = build_draft(PEagleDraftModel, draft_config(DRAFT_VOCAB, "peagle"))
     built = RECORDS[loss].build(RECORDS[loss].options())
-    model = peagle.OnlinePEagleModel(
+    model = OnlinePEagleModel(
         draft, mask_token_id=0, num_depths=HEADS, attention_backend="sdpa", loss=built
     )
-    sample, samples = peagle.generate_cod_sample_indices, []
-    monkeypatch.setattr(
-        peagle,
-        "generate_cod_sample_indices",
-        lambda **kwargs: samples.append(sample(**kwargs)) or samples[-1],
-    )
     batch = inputs()
-    _, metrics = model(**batch)
+    with recorded_logits(draft) as logits, sampled_chains() as samples:
+        _, metrics = model(**batch)
     ((anchors, depth),) = samples
     heads = [(logits[0][0, depth == k], (anchors + k)[depth == k]) for k in range(HEADS)]
     return Trained(
@@ -124,9 +113,9 @@ def train_peagle(loss: str, monkeypatch: pytest.MonkeyPatch) -> Trained:
 
 @pytest.mark.parametrize("train", [train_eagle3, train_peagle])
 @pytest.mark.parametrize("loss", ["kl", "lk_alpha", "lk_lambda"])
-def test_reported_alpha_is_the_overlap_with_the_whole_target(train, loss, monkeypatch):
+def test_reported_alpha_is_the_overlap_with_the_whole_target(train, loss):
     with torch.compiler.set_stance("force_eager"):
-        trained = train(loss, monkeypatch)
+        trained = train(loss)
     assert len(trained.heads) == HEADS
     # log p is a difference of logits, and p is off by the rounding of those.
     close = rounding(trained.target, torch.float32, 1)["atol"]
