@@ -138,7 +138,8 @@ def main(
         list[str] | None,
         typer.Option(
             help="NAME=SOURCE of a further benchmark, or of one of the study's: a JSONL file, or "
-            "hub:REPO[:CONFIG][@SPLIT]. `gsm8k` of the study `paper` comes from the hub."
+            "hub:REPO, a hub data set, with :CONFIG and @SPLIT after REPO where it has several. "
+            "`gsm8k` of the study `paper` comes from the hub."
         ),
     ] = None,
     to: Annotated[

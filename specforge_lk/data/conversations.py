@@ -39,13 +39,14 @@ def tokenize(row: dict[str, Any], tokenizer: Any, eos_ids: Collection[int]) -> T
     """Tokenize a conversation row and mark what the assistant said.
 
     Every assistant message is supervised. Where the row has ``response_ids`` they are the last
-    message; otherwise the chat template and the tokenizer decide its tokens, up to the first of
-    ``eos_ids``: generation stops there, so the target is asked for nothing that follows.
+    message; otherwise the chat template and the tokenizer decide its tokens, up to the first that
+    ends a response: one of ``eos_ids``, or the tokenizer's own, where servers stop too. The target
+    is asked for nothing that follows.
 
     Args:
         row: See the module.
         tokenizer: The target's tokenizer.
-        eos_ids: The tokens that end a response, see `specforge_lk.target.eos_ids`.
+        eos_ids: The tokens at which generation stops, see `specforge_lk.target.eos_ids`.
 
     Raises:
         ValueError: the row has no assistant message, or the chat template renders a
@@ -56,6 +57,7 @@ def tokenize(row: dict[str, Any], tokenizer: Any, eos_ids: Collection[int]) -> T
         raise ValueError(f"row {row.get('id')!r}: conversations must be a list of role and content")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"row {row.get('id')!r}: the last message must be the assistant's")
+    ends = {*eos_ids, tokenizer.eos_token_id}
     input_ids: list[int] = []
     loss_mask: list[int] = []
     for index, message in enumerate(messages):
@@ -73,7 +75,7 @@ def tokenize(row: dict[str, Any], tokenizer: Any, eos_ids: Collection[int]) -> T
         else:
             finished = row.get("finished", True) or not last
             response = _rendered(tokenizer, messages[: index + 1], prompt)
-            end = next((i for i, token in enumerate(response) if token in eos_ids), None)
+            end = next((i for i, token in enumerate(response) if token in ends), None)
             if end is not None:
                 response = response[: end + finished]
         loss_mask += [0] * (len(prompt) - len(input_ids)) + [1] * len(response)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,10 @@ def run(
     # Read all data first: a bad row should not surface after an hour of measuring.
     sources = [Source.read(name, path, settings.limit) for name, path in benchmarks.items()]
     responses = Source.read(HELD_OUT, held_out, settings.held_out_limit) if held_out else None
+    ends = sorted(target.eos_ids)
+    if responses is not None and ends != [target.tokenizer.eos_token_id]:
+        # Figures of responses that ended at the tokenizer's token alone are not continued.
+        responses = replace(responses, identity=f"{responses.identity}, ended by {ends}")
     prompts = [[user_turns(row, source.path) for row in source.rows] for source in sources]
     if responses is not None:
         evaluation.measure_held_out(responses)

@@ -212,10 +212,10 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     assert supervised[2] == [*text("world"), end, *text("text"), end]
     assert supervised[3] == text("cut")
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
-    first = tokenize(
-        json.loads(responses.read_text().splitlines()[0]), tokenizer, {tokenizer.eos_token_id}
-    )
-    assert first.input_ids == [*prompt, 30, 31, end]
+    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    assert tokenize(rows[0], tokenizer, {end}).input_ids == [*prompt, 30, 31, end]
+    # A generation config that does not name the tokenizer's end leaves it one.
+    assert all(tokenize(row, tokenizer, set()) == tokenize(row, tokenizer, {end}) for row in rows)
 
 
 def test_a_turn_ends_where_the_target_stops(target: Path, responses: Path, tmp_path: Path):

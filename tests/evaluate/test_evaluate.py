@@ -10,6 +10,7 @@ from tiny_target import build_model, build_tokenizer, save_draft, save_target
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
+from specforge_lk.cli.progress import ProgressBar
 from specforge_lk.data.conversations import Tokens
 from specforge_lk.data.prompts import (
     DataError,
@@ -32,6 +33,7 @@ from specforge_lk.evaluate.held_out import (
 )
 from specforge_lk.evaluate.intervals import bootstrap_ratio
 from specforge_lk.evaluate.report import read_report
+from specforge_lk.evaluate.runner import LoadedDraft, run
 from specforge_lk.evaluate.settings import DraftSampling, Settings
 
 HEADS = 3
@@ -302,6 +304,28 @@ def test_command_writes_a_report_and_continues_it(files, tmp_path):
     assert CliRunner().invoke(app, arguments(files, out)).exit_code == 0
     for new in read_report(out).results:
         assert (new in report.results) == (new.loss == "kl")
+
+
+def test_held_out_figures_belong_to_the_tokens_that_end_a_response(files, tmp_path):
+    path = str(files / "target")
+    target = Target.load(path, torch.float32, "cpu")
+    draft = LoadedDraft("kl", 0, str(files / "kl"), load_draft(files / "kl", target))
+    fingerprints = []
+    for ends in (target.tokenizer.eos_token_id, [target.tokenizer.eos_token_id, 7]):
+        target.model.generation_config.eos_token_id = ends
+        report = run(
+            target,
+            path,
+            [draft],
+            benchmarks={},
+            held_out=str(files / "held_out.jsonl"),
+            temperatures=[1.0],
+            settings=Settings(heads=HEADS),
+            out=tmp_path / "report.json",
+            track=lambda what, total: ProgressBar(what, total, "tok/s"),
+        )
+        fingerprints += [result.fingerprint for result in report.results]
+    assert len(fingerprints) == 2 == len(set(fingerprints))
 
 
 def test_command_drafts_greedily_when_asked(files, tmp_path):
