@@ -158,7 +158,8 @@ def test_checkpoint_resumes_with_its_own_loss_only(
 def test_two_processes_equal_one(setup: Setup, lambda_run: Finished) -> None:
     """Rank r takes every second sample, so two ranks of batch 1 see what one of batch 2 sees.
 
-    Without training.loss_data_parallel the weights differ by 0.04: samples differ in length.
+    Without training.loss_data_parallel the losses differ by some thousandths, since samples differ
+    in length, and the weights by two thirds of the way that they have gone.
     """
     together = setup.train(
         "two",
@@ -168,12 +169,18 @@ def test_two_processes_equal_one(setup: Setup, lambda_run: Finished) -> None:
         "deployment.trainer.nproc_per_node=2",
     )
     assert [step for step, _ in together.logged] == [s + 1 for s in range(STEPS) for _ in range(2)]
+    # Before the first update, a difference is one of rounding.
     for step, metrics in together.logged:
+        close = MEAN_ERROR if step == 1 else 1e-3
         for name in ("loss", "tau_expected", "alpha_2", "lambda_2", "coverage_2"):
-            assert metrics[name] == pytest.approx(lambda_run.steps[step][name], rel=1e-4)
-    weights, expected = setup.weights("two", STEPS), setup.weights("lk_lambda", STEPS)
-    for name in expected:
-        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-4)
+            assert metrics[name] == pytest.approx(lambda_run.steps[step][name], rel=close)
+    # AdamW moves a weight whose gradient is rounding alone by a whole learning rate, either way:
+    # single weights may be apart, and their distance as a whole may not be.
+    weights, expected, earlier = (
+        torch.cat([tensor.flatten().float() for _, tensor in sorted(setup.weights(*run).items())])
+        for run in (("two", STEPS), ("lk_lambda", STEPS), ("lk_lambda", EPOCH))
+    )
+    assert (weights - expected).norm() < 0.01 * (expected - earlier).norm()
 
 
 def report_result(path: Path) -> tuple[Result, ChainStarts]:
