@@ -228,7 +228,8 @@ def vllm_command(target: Target, draft: Draft) -> str | None:
         return " \\\n".join(lines)
     # It reads token_map, but does not count it as loaded.
     lines.append("  --model-loader-extra-config '{\"enable_weights_track\": false}'")
-    return "# Trained with original_lm_head: true, see above.\n" + " \\\n".join(lines)
+    needed = "# Only for an export trained with original_lm_head; see the note above.\n"
+    return needed + " \\\n".join(lines)
 
 
 def sglang_command(target: Target, draft: Draft) -> str | None:

@@ -10,24 +10,25 @@ from specforge_lk.evaluate.report import HELD_OUT, Paired, Report
 from specforge_lk.evaluate.tables import relative_difference
 from specforge_lk.markdown import markdown_table
 
-_TITLES = {
+#: Titles of the measurements, by the names that the report has for them.
+TITLES = {
     HELD_OUT: "held-out responses (exact)",
     "mt_bench": "MT-bench",
     "human_eval": "HumanEval",
 }
 
 
-def _measurements(report: Report) -> list[tuple[str, float]]:
+def measurements(report: Report) -> list[tuple[str, float]]:
     """Return benchmark and temperature of every row, those that losses are trained for first."""
     found = dict.fromkeys((r.benchmark, r.temperature) for r in report.results)
-    return sorted(found, key=lambda m: (-m[1], list(_TITLES).index(m[0])))
+    return sorted(found, key=lambda m: (-m[1], list(TITLES).index(m[0])))
 
 
-def _taus(report: Report, measurement: tuple[str, float], loss: str) -> list[float]:
+def taus(report: Report, measurement: tuple[str, float], loss: str) -> list[float]:
     """Return τ of every seed."""
     here = (r for r in report.results if (r.benchmark, r.temperature) == measurement)
-    taus = [r.tau_expected if r.benchmark == HELD_OUT else r.tau for r in here if r.loss == loss]
-    return [tau for tau in taus if tau is not None]
+    found = [r.tau_expected if r.benchmark == HELD_OUT else r.tau for r in here if r.loss == loss]
+    return [tau for tau in found if tau is not None]
 
 
 def _pairs(
@@ -62,12 +63,12 @@ def table(report: Report, losses: Sequence[str]) -> tuple[list[str], list[list[s
     baseline = losses[0]
     header = ["", "T", START, baseline, *(f"{loss} − {baseline}" for loss in losses[1:])]
     rows = []
-    for measurement in _measurements(report):
-        row = [_TITLES[measurement[0]], f"{measurement[1]:g}"]
+    for measurement in measurements(report):
+        row = [TITLES[measurement[0]], f"{measurement[1]:g}"]
         for loss in (START, *losses):
-            taus = _taus(report, measurement, loss)
+            found = taus(report, measurement, loss)
             pairs = _pairs(report, measurement, loss, baseline)
-            cell = f"{mean(taus):.3f}" if taus else ""
+            cell = f"{mean(found):.3f}" if found else ""
             if pairs and loss != START:
                 cell += f": {_gain(report, pairs)}"
                 cell += " *" if _beyond(pairs) else ""
@@ -88,14 +89,14 @@ def sentence(report: Report, losses: Sequence[str]) -> str:
         return f"Only `{baseline}` was trained: nothing to compare it with."
     best = max(gained, key=gained.__getitem__)
     parts = []
-    for measurement in _measurements(report):
+    for measurement in measurements(report):
         pairs = _pairs(report, measurement, best, baseline)
         if measurement[1] == 1 and pairs:
-            before, after = (mean(_taus(report, measurement, loss)) for loss in (baseline, best))
+            before, after = (mean(taus(report, measurement, loss)) for loss in (baseline, best))
             share = mean(relative_difference(report, p) or 0 for p in pairs)
             certain = "" if _beyond(pairs) else ", within the interval"
             parts.append(
-                f"{before:.3f} → {after:.3f} on {_TITLES[measurement[0]]} "
+                f"{before:.3f} → {after:.3f} on {TITLES[measurement[0]]} "
                 f"({100 * share:+.0f} % of what a draft adds{certain})"
             )
     cold = _pairs(report, (HELD_OUT, 0.0), best, baseline)
@@ -110,11 +111,11 @@ def sentence(report: Report, losses: Sequence[str]) -> str:
 def _sizes(report: Report) -> str:
     """Say what was measured on, by measurement."""
     parts = []
-    for benchmark, temperature in _measurements(report):
+    for benchmark, temperature in measurements(report):
         here = (benchmark, temperature)
         (first, *_) = [r for r in report.results if (r.benchmark, r.temperature) == here]
         if benchmark != HELD_OUT:
-            parts.append(f"{first.prompts} prompts of {_TITLES[benchmark]} at T = {temperature:g}")
+            parts.append(f"{first.prompts} prompts of {TITLES[benchmark]} at T = {temperature:g}")
         elif first.conversations and not parts:
             parts.append(
                 f"{first.chain_starts:,} chain starts of {first.conversations} held-out responses"

@@ -175,7 +175,7 @@ def main(
     try:
         plot(fits, out)
     except ImportError:
-        _fail("the figure needs matplotlib: pip install 'specforge-lk[plots]'")
+        _fail("the figure needs matplotlib: pip install '.[plots]' in the clone")
     except OSError as error:
         _fail(f"--out {out}: {error.strerror}")
     if as_json:

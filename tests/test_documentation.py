@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, Training
-from tools import pages
+from tools import gains, pages
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,25 +53,29 @@ def test_a_block_is_written_between_its_comments() -> None:
 def test_the_readme_names_what_every_loss_of_the_demo_gains(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In percent of what the baseline's draft adds to a verification step, over seeds."""
+    """As mean τ over seeds, with the options that the losses had."""
     report = Report()
     same = {"algorithm": "eagle3", "benchmark": HELD_OUT, "draft_sampling": "probabilistic"}
     for seed, temperature in itertools.product((0, 1), (0.0, 1.0)):
         here = same | {"seed": seed, "temperature": temperature}
-        for loss in ("start", "kl", "tv"):
-            tau = {"heads": 4, "tau_expected": 1.4, "alpha_per_head": [0.3], "coverage": 0.9}
-            report.results.append(Result(loss=loss, **here, **tau))
         gain = 0.04 * temperature + 0.02 * seed
+        for loss, tau in (("start", 1.3), ("kl", 1.4), ("tv", 1.4 + gain)):
+            fields = {"heads": 4, "alpha_per_head": [0.3], "coverage": 0.9}
+            report.results.append(Result(loss=loss, tau_expected=tau, **here, **fields))
         report.paired += [
             Paired(loss="tv", baseline=baseline, **here, difference=gain + more, ci=[0, 1])
             for baseline, more in (("kl", 0), ("start", 0.1))
         ]
     report.training = [
-        Training(algorithm="eagle3", loss=loss, seed=0, command="", steps=96)
-        for loss in ("start", "kl", "tv")
+        Training(algorithm="eagle3", loss=loss, seed=0, command=command, steps=96)
+        for loss, command in (
+            *(("start", ""), ("kl", "")),
+            ("tv", "specforge train training.loss=tv training.loss_options.eta=10"),
+        )
     ]
-    monkeypatch.setattr(pages, "read_report", lambda path: report)
-    expected = "over `kl`, in percent of τ − 1: T = 1: `tv` +12.5 %; T = 0: `tv` +2.5 %"
-    assert expected in pages.gains()
+    monkeypatch.setattr(gains, "read_report", lambda path: report)
+    for temperature, tau in ((1, "1.450"), (0, "1.410")):
+        expected = f"T = {temperature}: `kl` → `tv` (eta = 10) | held-out responses (exact) 1.400"
+        assert f"{expected} → {tau} |" in gains.gains()
     report.training = report.training[1:]
-    assert pages.demo() == "Not measured yet."
+    assert gains.demo() == "Not measured yet."

@@ -66,15 +66,17 @@ def with_needs(wanted: Iterable[str]) -> set[str]:
 
 
 def dependencies() -> str:
-    """Return the table of needs, and which patches have none."""
+    """Return the table of needs, which patches have none, and which change stock training."""
     rows = []
     for name, entry in entries().items():
         needs = [*entry.needs, *(f"{n} (neighboring lines)" for n in entry.neighbors)]
         rows.append([f"{name} {entry.title}", ", ".join(needs), entry.stock, entry.drop_when])
     alone = [name for name, entry in entries().items() if not (entry.needs or entry.neighbors)]
+    changed = [name for name, entry in entries().items() if "**changed**" in entry.stock]
     return (
         f"These {len(alone)} of {len(rows)} patches apply to the release by themselves: "
         f"{', '.join(alone)}.\n\n"
+        f"These {len(changed)} change training without `training.loss`: {', '.join(changed)}.\n\n"
         + markdown_table(["patch", "needs", "stock training", "drop when"], rows)
     )
 

@@ -15,7 +15,10 @@ from typing import Any, Final
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from specforge_lk.patching import SUPPORTED
+
 ROOT: Final = Path(__file__).resolve().parents[1]
+_SERIES: Final = {name: f"patches/{name}/{version}" for name, version in SUPPORTED.items()}
 
 #: Pages and pictures of the site that lie outside docs/, and where in the repository.
 ELSEWHERE: Final = {
@@ -23,9 +26,10 @@ ELSEWHERE: Final = {
     "changelog.md": "CHANGELOG.md",
     "recipes.md": "configs/README.md",
     "examples/plugin_loss.md": "examples/plugin_loss/README.md",
-    "patches/specforge.md": "patches/specforge/0.2.0/README.md",
-    "patches/migration.md": "patches/specforge/0.2.0/MIGRATION.md",
-    "patches/sglang.md": "patches/sglang/0.5.14/README.md",
+    "examples/plugin_draft.md": "examples/plugin_draft/README.md",
+    "patches/specforge.md": f"{_SERIES['specforge']}/README.md",
+    "patches/migration.md": f"{_SERIES['specforge']}/MIGRATION.md",
+    "patches/sglang.md": f"{_SERIES['sglang']}/README.md",
     "reports/benchmark.md": "benchmarks/results/summary.md",
     "reports/benchmark-how.md": "benchmarks/README.md",
     "reports/time.png": "benchmarks/results/time.png",

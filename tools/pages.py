@@ -17,88 +17,20 @@ from statistics import mean
 from typing import Any, Final
 
 from configs import recipes
-from experiments.demo_summary import preface
-from experiments.runner import START
 from experiments.serving.report import ServingReport
 from specforge_lk.cli.losses import Option, find_losses
-from specforge_lk.evaluate.report import HELD_OUT, Report, read_report
-from specforge_lk.evaluate.tables import gain_rows, relative_difference
+from specforge_lk.evaluate.report import HELD_OUT, read_report
+from specforge_lk.evaluate.tables import gain_rows
 from specforge_lk.losses import LOSSES
 from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import SUPPORTED
-from tools import cover_letter
+from tools import cover_letter, gains
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "experiments" / "results"
 
-#: Least and greatest gain of mean τ over the paper's six targets, in percent, by temperature
-#: (arXiv 2602.23881, table 2).
-PAPER_GAINS: Final = {1: (3.5, 8.2), 0: (0.5, 1.8)}
-_NOT_YET: Final = "Not measured yet."
-
 
 # ---------------------------------------------------------------------------- experiments
-
-
-def _demo() -> tuple[Report, list[str]] | None:
-    """The demo's report and its losses, baseline first; None if it is of an earlier demo."""
-    report = read_report(RESULTS / "demo.json")
-    drafts = list(dict.fromkeys(run.loss for run in report.training))
-    return (report, [loss for loss in drafts if loss != START]) if START in drafts else None
-
-
-def demo() -> str:
-    """What `make demo` measured, every measurement."""
-    found = _demo()
-    return preface(*found) if found else _NOT_YET
-
-
-def _demo_gain(report: Report, loss: str, baseline: str, temperature: float) -> str:
-    """Return the mean gain over the training seeds, on held-out responses."""
-    wanted = (loss, baseline, HELD_OUT, temperature)
-    shares = [
-        relative_difference(report, p) or 0
-        for p in report.paired
-        if (p.loss, p.baseline, p.benchmark, p.temperature) == wanted
-    ]
-    return f"`{loss}` {100 * mean(shares):+.1f} %"
-
-
-def gains() -> str:
-    """The README's table: what `lk_lambda` gains and costs."""
-    (low, high), (cold_low, cold_high) = PAPER_GAINS[1], PAPER_GAINS[0]
-    found = _demo()
-    here = _NOT_YET
-    if found:
-        report, (baseline, *losses) = found
-        here = "; ".join(
-            f"T = {t}: {', '.join(_demo_gain(report, loss, baseline, t) for loss in losses)}"
-            for t in (1, 0)
-        )
-        here = f"over `{baseline}`, in percent of τ − 1: {here}"
-    time, memory = (_target(f"lk_lambda over kl, {what}") for what in ("time", "memory"))
-    eager, inductor = (
-        _target(f"lk_lambda over specforge kl{how}, time") for how in ("", ", inductor")
-    )
-    return markdown_table(
-        ["", "`lk_lambda` in place of KL", "measured by"],
-        [
-            [
-                "τ, six targets of 8B to 685B",
-                f"+{low} to +{high} % at T = 1, +{cold_low} to +{cold_high} % at T = 0",
-                "the paper, on GPUs",
-            ],
-            ["τ, a small draft, held-out responses", here, "`make demo`, on a CPU"],
-            [
-                "time of the loss",
-                f"{time['median']:.2f} × ours of KL; "
-                f"{eager['measured']:.2f} × SpecForge's, eager, "
-                f"{inductor['measured']:.2f} × through inductor",
-                "`make bench`, on a CPU",
-            ],
-            ["memory of the loss", f"{memory['median']:.2f} ×", "`make bench`, on a CPU"],
-        ],
-    )
 
 
 def algorithms() -> str:
@@ -204,24 +136,20 @@ def options() -> str:
 # ------------------------------------------------------------------------------ benchmark
 
 
-def _summary() -> Mapping[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / "summary.json").read_text())
-
-
-def _target(name: str) -> Mapping[str, Any]:
-    return next(target for target in _summary()["targets"] if target["name"] == name)
-
-
 def bounds() -> str:
     """Every bound of the benchmark, and what was measured."""
+    words = {"target head": "the target's LM head", "4 heads": "4 draft positions"}
     rows = []
-    for target in _summary()["targets"]:
+    for target in gains.bench_summary()["targets"]:
         if target["bound"] is None:
             continue
+        name = target["name"]
+        for old, new in words.items():
+            name = name.replace(old, new)
         measured = f"{target['measured']:.3g}"
         rows.append(
             [
-                target["name"],
+                name,
                 f"{target['bound']:g}",
                 measured if target["met"] else f"**{measured}**",
                 f"{target['median']:.3g}",
@@ -323,8 +251,8 @@ def _requirement(text: str) -> tuple[str, str]:
 
 #: Page -> name of the block -> what stands in it.
 BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
-    "README.md": {"gains": gains},
-    "docs/results.md": {"demo": demo, "algorithms": algorithms, "paper": paper},
+    "README.md": {"gains": gains.gains},
+    "docs/results.md": {"demo": gains.demo, "algorithms": algorithms, "paper": paper},
     "docs/cost.md": {"operation": operation, "bounds": bounds},
     "docs/serving.md": {"vllm": vllm},
     "docs/install.md": {"versions": versions},
@@ -332,6 +260,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "docs/extending.md": {
         "loss": partial(source, "examples/plugin_loss/specforge_hellinger.py"),
         "draft": partial(source, "examples/plugin_draft/specforge_linear_heads/model.py"),
+        "registration": partial(source, "examples/plugin_draft/specforge_linear_heads/__init__.py"),
     },
     f"patches/specforge/{SUPPORTED['specforge']}/README.md": {
         "upstream": cover_letter.upstream,

@@ -25,13 +25,13 @@ def run(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of features. Default: data.hidden_states_path."),
+        typer.Option(help="Folder to write the features to. Default: data.hidden_states_path."),
     ] = None,
     vocab_mapping: Annotated[
         Path | None,
         typer.Option(
-            help="Also write the draft vocabulary here: the draft_vocab_size tokens most frequent "
-            "in these responses. Use it as model.vocab_mapping_path."
+            help="Also write the draft vocabulary to this file: the draft_vocab_size tokens that "
+            "are most frequent in the responses. model.vocab_mapping_path names it in training."
         ),
     ] = None,
     dtype: Annotated[
@@ -59,10 +59,10 @@ def run(
     captured and what the features are called. Run the same command again after an interruption:
     whole feature files of the same responses are kept.
 
-    In a streamed run, one with data.prompts_path, servers capture the features. This command then
-    loads no target: it writes to that file the tokens that the servers are asked for, with their
-    loss masks. They are the same tokens as those of feature files. SpecForge itself would make
-    other tokens from conversations, with the system prompt of data.chat_template.
+    A streamed run is one with data.prompts_path. Its features are captured by servers, so this
+    command loads no target. It writes tokens and loss masks to data.prompts_path, the same ones
+    that feature files have. SpecForge itself would make other tokens from conversations: it adds
+    the system prompt of data.chat_template.
     """
     from specforge.application.composition import resolve_run
 

@@ -35,8 +35,9 @@ def run(
 ) -> None:
     """Compute parameters, memory, steps, FLOPs and bytes of features from a run config.
 
-    Parameters are counted on the draft, built without memory; what is measured says so; the rest
-    are formulas. Nothing is downloaded and no target is loaded.
+    It knows EAGLE-3, MEDUSA, MLP speculator and MTP drafts. Parameters are counted on the draft,
+    which is built without memory. The other figures are formulas, unless the sheet says that they
+    were measured. Nothing is downloaded and no target is loaded.
     """
     from specforge_lk import cost
 

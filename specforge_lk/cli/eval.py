@@ -29,8 +29,9 @@ def run(
     draft: Annotated[
         list[str],
         typer.Option(
-            help="LOSS=DIR or LOSS@SEED=DIR: a draft exported with `specforge export --to hf` or "
-            "in vLLM's layout, the name of the loss it was trained with and its training seed. "
+            help="LOSS=DIR or LOSS@SEED=DIR: the loss that a draft was trained with, its training "
+            "seed, and its folder: an export by `specforge export --to hf`, a released draft in "
+            "vLLM's layout or that of the package speculators, or a target with an MTP layer. "
             "Repeatable; each is compared with the ones before it, so put baselines first."
         ),
     ],
@@ -41,8 +42,8 @@ def run(
         list[str] | None,
         typer.Option(
             help="NAME=PATH: prompts to decode speculatively, JSONL (.gz too) with `turns`, "
-            "`prompt` or `question`; or NAME=hub:REPO, a hub data set, with :CONFIG and @SPLIT "
-            "after REPO where it has several. Repeatable."
+            "`prompt` or `question`; or NAME=hub:REPO, a hub data set, with :CONFIG after "
+            "REPO where it has several, and @SPLIT for another split than `test`. Repeatable."
         ),
     ] = None,
     held_out: Annotated[
@@ -57,12 +58,19 @@ def run(
         list[float] | None,
         typer.Option(min=0, help="Sampling temperature; repeatable. [default: 0 and 1]"),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Drafted tokens per verification step, K.")] = 7,
+    heads: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Drafted tokens per verification step, K. MEDUSA heads and MLP speculators have "
+            "6 in the paper.",
+        ),
+    ] = 7,
     draft_sampling: Annotated[
         DraftSampling,
         typer.Option(
             help="`probabilistic` samples the draft from q, so that acceptance is Σ min(p, q); "
-            "`greedy` drafts argmax q as engines do by default, which accepts less at T > 0."
+            "`greedy` drafts argmax q as engines do by default, and accepts it with p(argmax q)."
         ),
     ] = DraftSampling.PROBABILISTIC,
     max_new_tokens: Annotated[
@@ -107,10 +115,10 @@ def run(
 ) -> None:
     """Measure how many drafted tokens a target accepts.
 
-    Drafts a chain of K tokens, verifies it with rejection sampling that leaves the target's output
-    distribution unchanged, and reports τ (tokens per verification step) with a confidence interval,
-    and the acceptance rate α of every draft position. Rerunning with the same --out continues:
-    measurements made with the same models, data and settings are kept.
+    A chain of K tokens is drafted and verified with rejection sampling, which leaves the target's
+    output distribution unchanged. The report has τ (tokens per verification step) with a confidence
+    interval, and the acceptance rate α of every draft position. Run the same command again after an
+    interruption: measurements with the same models, data and settings are kept.
     """
     specs = _drafts(draft)
     benchmarks = dict(_named(value, "--benchmark", "NAME=PATH") for value in benchmark or [])

@@ -42,10 +42,25 @@ def run(
     ] = None,
     temperature: Annotated[
         float,
-        typer.Option(help="1 samples the target's own distribution, 0 the most likely tokens."),
+        typer.Option(
+            min=0, help="1 samples the target's own distribution, 0 the most likely tokens."
+        ),
     ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 160,
-    seed: Annotated[int, typer.Option(help="Decides every response, with the prompt's id.")] = 0,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Longest response, in tokens. Longer ones are cut there, and a draft learns "
+            "nothing about what would follow.",
+        ),
+    ] = 160,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of the sampling. With local transformers it decides every response, "
+            "together with the prompt's id; a server may sample others."
+        ),
+    ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Responses sampled side by side.", rich_help_panel=_LOCAL)
@@ -118,14 +133,19 @@ def run(
     ] = True,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="OPENAI_API_KEY", show_default=False, rich_help_panel=_SERVER),
+        typer.Option(
+            envvar="OPENAI_API_KEY",
+            help="Key that the server asks for, sent as bearer token.",
+            show_default=False,
+            rich_help_panel=_SERVER,
+        ),
     ] = None,
 ) -> None:
     """Sample the target's responses to prompts, as training data for a draft.
 
-    A draft is trained to agree with the target on the target's own text, so responses come from
-    the target itself, at temperature 1. Rows are SpecForge conversations with the sampled token
-    ids. Run the same command again after an interruption: finished responses are kept.
+    A draft is trained on the target's own responses, sampled at temperature 1. Rows are SpecForge
+    conversations with the sampled token ids. Run the same command again after an interruption:
+    finished responses are kept.
     """
     from specforge_lk.data.jsonl import open_lines
     from specforge_lk.data.prompts import read_prompts

@@ -75,7 +75,7 @@ def run(
         say(f"{plugin}:\n")
         for loss in offered:
             _print(loss)
-    say("Without training.loss an algorithm trains with its own objective.")
+    say("Without training.loss an algorithm trains with its own loss.")
     if problem:
         say(problem, "yellow", stderr=True)
 

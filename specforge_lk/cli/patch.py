@@ -24,9 +24,9 @@ app = typer.Typer(
     help=(
         "Patch SpecForge, or with --package another: the installed one, or with --target a "
         "checkout or an unpacked wheel.\n\n"
-        "Exit codes: 0 done or nothing to do; 1 refused, nothing was written (a patch does not "
-        "apply, files hold foreign edits), or a file could not be written; 2 no package of a "
-        "known version, a bad patch series, or no git."
+        "Exit codes: 0: done, or nothing to do. 1: refused and nothing was written (a patch does "
+        "not apply, or somebody else edited the files), or a write failed (run apply again). "
+        "2: no package of a known version, a bad patch series, or no git."
     ),
 )
 # The members are the packages of the registry.
@@ -65,7 +65,7 @@ def show_status(
     target: TargetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the version, the state of the target and the patches of the series.
+    """Show the version and the state of the installation, and the patches of the series.
 
     The state is pristine, applied, partially applied (an apply or revert was interrupted: apply
     finishes it, revert takes it back) or foreign edits. Exit code 0 whatever the state.
@@ -105,7 +105,8 @@ def check(
 ) -> None:
     """Try the whole series on a copy and name each patch OK or failed. Writes nothing.
 
-    On a patched target the copy is of the original files. Exit code 1 if the series does not apply.
+    Of a patched installation, the copy has the original files. Exit code 1 if the series does not
+    apply.
     """
     with _errors():
         found, series = _find(package, target)
@@ -124,8 +125,8 @@ def apply(
 ) -> None:
     """Apply the whole series, or nothing.
 
-    Applying again does nothing. An older series in the target is reverted first, and so is what
-    an interrupted apply left.
+    Applying again does nothing. An older series in the installation is reverted first, and so is
+    what an interrupted apply left.
     """
     with _errors():
         found, series = _find(package, target)
@@ -179,5 +180,6 @@ def _errors() -> Iterator[None]:
             yield
         except OSError as error:
             raise OSError(
-                f"{error}; the target must be writable. If files were half written: apply again"
+                f"{error}; the installation must be writable. If files were half written, run "
+                "apply again"
             ) from error

@@ -107,7 +107,10 @@ def missing(error: ImportError) -> str:
     if find_spec(package) is None:
         # What no extra names is a dependency of SpecForge.
         extra = _extras().get(package, "specforge,data")
-        return f"{cause}; this command needs {package}: pip install 'specforge-lk[{extra}]'"
+        return (
+            f"{cause}; this command needs {package}: pip install '.[{extra}]' in a clone of "
+            "SpecForge-LK"
+        )
     if package == "specforge":
         from specforge_lk.patching import SUPPORTED
 

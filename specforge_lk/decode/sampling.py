@@ -74,7 +74,7 @@ def verify(
     """Accept a prefix of the drafted tokens so that the output follows the target exactly.
 
     x_i is accepted with probability min(1, p_i(x_i) / q_i(x_i)); the first rejection is replaced
-    by a sample from max(p - q, 0), normalised; if nothing is rejected the bonus token comes from
+    by a sample from max(p - q, 0), normalized; if nothing is rejected the bonus token comes from
     the p that follows. A greedy draft (q one-hot at x) accepts with p(x) and resamples from p
     without x.
 

@@ -5,12 +5,14 @@ the full vocabulary and never renormalized. Nothing is shared with the training 
 these figures are the check on it.
 
 A further rule of drafting or of verification is a function here, its name in `DraftSampling` and
-its row in `ACCEPTANCE`.
+its row in `ACCEPTANCE`. The row also says how benchmarks are decoded. A rule that
+`specforge_lk.decode.speculate` cannot decode is measured on held-out responses only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -20,7 +22,20 @@ from specforge_lk.evaluate.settings import DraftSampling
 
 #: From the target distribution p on the draft vocabulary [n, V_d], the draft's logits [n, V_d] and
 #: the temperature, above 0, to the probability [n] that the drafted token is accepted.
-Rule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+Probability = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to draft above temperature 0.
+
+    Attributes:
+        probability: of the acceptance of a drafted token.
+        greedy_draft: whether `speculate` drafts greedily; None where it cannot decode by this rule.
+    """
+
+    probability: Probability
+    greedy_draft: bool | None
 
 
 def of_sampled_token(p: torch.Tensor, logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -33,11 +48,11 @@ def of_likeliest_token(p: torch.Tensor, logits: torch.Tensor, temperature: float
     return p.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
 
 
-#: The acceptance probability above temperature 0, by how the draft chooses its token.
+#: The rules, by how the draft chooses its token.
 ACCEPTANCE: Mapping[DraftSampling, Rule] = MappingProxyType(
     {
-        DraftSampling.PROBABILISTIC: of_sampled_token,
-        DraftSampling.GREEDY: of_likeliest_token,
+        DraftSampling.PROBABILISTIC: Rule(of_sampled_token, greedy_draft=False),
+        DraftSampling.GREEDY: Rule(of_likeliest_token, greedy_draft=True),
     }
 )
 
@@ -61,4 +76,11 @@ def at_temperature_0(
     return ids[drafted] == best, torch.isin(best, ids)
 
 
-__all__ = ["ACCEPTANCE", "Rule", "at_temperature_0", "of_likeliest_token", "of_sampled_token"]
+__all__ = [
+    "ACCEPTANCE",
+    "Probability",
+    "Rule",
+    "at_temperature_0",
+    "of_likeliest_token",
+    "of_sampled_token",
+]

@@ -15,9 +15,10 @@ from specforge_lk.decode.draft import Draft
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.speculate import Generation, speculate
 from specforge_lk.decode.target import Target
+from specforge_lk.evaluate.acceptance import ACCEPTANCE
 from specforge_lk.evaluate.arrays import Arrays
 from specforge_lk.evaluate.intervals import bootstrap_ratio, percentiles, resamples
-from specforge_lk.evaluate.settings import Advance, DraftSampling, Settings, silent
+from specforge_lk.evaluate.settings import Advance, Settings, silent
 
 
 def pooled_tau(accepted: int, drafted: int, heads: int) -> float:
@@ -98,7 +99,14 @@ def measure_benchmark(
 
     Raises:
         DataError: no token was drafted.
+        ValueError: decoding does not know this way of drafting.
     """
+    greedy_draft = ACCEPTANCE[settings.draft_sampling].greedy_draft
+    if greedy_draft is None:
+        raise ValueError(
+            f"--draft-sampling {settings.draft_sampling} cannot be decoded, so no --benchmark can "
+            "be measured with it; measure --held-out, or choose another one"
+        )
     generator = torch.Generator(target.device).manual_seed(settings.seed)
     longest = target.max_positions - settings.max_new_tokens - settings.heads - 1
     longest = min(longest, settings.max_length)
@@ -119,7 +127,7 @@ def measure_benchmark(
                 [chat.ids for chat in batch],
                 heads=settings.heads,
                 temperature=temperature,
-                greedy_draft=settings.draft_sampling == DraftSampling.GREEDY,
+                greedy_draft=greedy_draft,
                 max_new_tokens=settings.max_new_tokens,
                 prefills=None if turn else prefills,
                 generator=generator,

@@ -281,7 +281,7 @@ def _measure(
         temperatures: of target and draft.
         settings: see `Settings`.
     """
-    rule = ACCEPTANCE[settings.draft_sampling]
+    probability = ACCEPTANCE[settings.draft_sampling].probability
     logits, normalizers, best = states.on(ids, temperatures)
     found: dict[float, tuple[list, list]] = {t: ([], []) for t in temperatures}
     for rows, q_logits in zip(states.rows, draft_logits, strict=True):
@@ -293,7 +293,7 @@ def _measure(
                 for row, q_part in zip(rows.split(ROWS), q_logits.split(ROWS), strict=True):
                     z = normalizers[temperature][row, None]
                     p = torch.exp(logits[row] / temperature - z)
-                    parts.append((rule(p, q_part, temperature), p.sum(-1)))
+                    parts.append((probability(p, q_part, temperature), p.sum(-1)))
                 alpha, coverage = (torch.cat(part) for part in zip(*parts, strict=True))
             alphas.append(alpha.float().cpu().numpy())
             coverages.append(coverage.float().cpu().numpy())

@@ -65,7 +65,7 @@ def test_without_specforge_the_own_losses_are_listed():
     done = losses(before="sys.modules['specforge'] = None")
     assert all(name in done.stdout for name in OWN)
     assert "only this package's losses" in done.stderr
-    assert "pip install 'specforge-lk[specforge]'" in done.stderr
+    assert "pip install '.[specforge]'" in done.stderr
 
 
 def test_an_unpatched_specforge_is_told_apart(tmp_path: Path):

@@ -69,7 +69,9 @@ def test_a_failed_import_names_the_smallest_extra(name: str, extra: str, monkeyp
     lazy = ImportError("transformers could not import it")
     lazy.__cause__ = ImportError("no module", name=name)
     for error in (lazy, lazy.__cause__):
-        assert shell.missing(error).endswith(f": pip install 'specforge-lk[{extra}]'")
+        assert shell.missing(error).endswith(
+            f": pip install '.[{extra}]' in a clone of SpecForge-LK"
+        )
 
 
 @pytest.mark.parametrize("error", [TypeError("a bug"), RuntimeError("a bug"), typer.Exit(5)])
@@ -117,7 +119,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     )
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert f"needs {without}: pip install 'specforge-lk[{extra}]'" in last
+    assert f"needs {without}: pip install '.[{extra}]' in a clone" in last
     assert "Traceback" not in done.stderr
 
 

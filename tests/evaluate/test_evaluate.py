@@ -19,6 +19,7 @@ from specforge_lk.data.prompts import (
 )
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
+from specforge_lk.evaluate.acceptance import ACCEPTANCE, Rule, of_sampled_token
 from specforge_lk.evaluate.benchmarks import (
     Drafted,
     measure_benchmark,
@@ -66,6 +67,22 @@ def test_tau_is_pooled_over_drafted_tokens(target, tmp_path):
     assert (counts.drafted.sum(), counts.accepted.sum()) == (fields["drafted"], fields["accepted"])
     assert fields["generated_tokens"] <= 3 * 24
     assert all(a is None or a <= 1 for a in fields["alpha_per_head"])
+
+
+def test_benchmarks_are_not_decoded_by_a_rule_that_decoding_does_not_know(
+    target, tmp_path, monkeypatch
+):
+    held_out_only = Rule(of_sampled_token, greedy_draft=None)
+    rules = {**ACCEPTANCE, DraftSampling.GREEDY: held_out_only}
+    monkeypatch.setattr("specforge_lk.evaluate.benchmarks.ACCEPTANCE", rules)
+    draft = load_draft(save_draft(tmp_path), target)
+    settings = Settings(heads=HEADS, draft_sampling=DraftSampling.GREEDY)
+    with pytest.raises(ValueError, match="--draft-sampling greedy cannot be decoded"):
+        measure_benchmark(target, draft, [["a short one"]], 1.0, settings)
+
+
+def test_every_way_of_drafting_has_a_rule():
+    assert ACCEPTANCE.keys() == set(DraftSampling)
 
 
 def test_bootstrap_interval_covers_at_its_level():
