@@ -48,7 +48,7 @@ class Forks:
         path: tuple[str, ...] = (),
         cwd: Path | None = None,
         ranks: int = 1,
-        timeout: float = 900,
+        timeout: float = 600,
     ) -> int:
         """Run ``module:function`` as a console script does; return its exit code.
 

@@ -173,7 +173,7 @@ def _run_forked(command: list[str], output: Path, env: Mapping[str, str], ranks:
 def _run_fresh(command: list[str], output: Path, env: Mapping[str, str]) -> int:
     with output.open("w") as file:
         streams = {"stdout": file, "stderr": subprocess.STDOUT}
-        return subprocess.run(command, env=env, **streams, timeout=900).returncode
+        return subprocess.run(command, env=env, **streams, timeout=600).returncode
 
 
 def free_port() -> int:
