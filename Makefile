@@ -89,7 +89,7 @@ demo: $(READY) ## fine-tune an EAGLE-3 draft of SmolLM2-135M with each of LOSSES
 test: $(READY) ## run the test suite
 	$(PYTEST) -n $(JOBS) --dist loadgroup --durations=15
 
-test-fast: $(READY) ## run the tests that neither train nor need a network; under two minutes
+test-fast: $(READY) ## run the tests that neither train nor need a network
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not slow and not network and not online"
 
 test-online: $(READY) ## test server-streamed training, with a real Mooncake on loopback

@@ -109,7 +109,12 @@ def overlap_case() -> Callable[..., OverlapCase]:
     return make
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "triton" else ())
+        for name in IMPLEMENTATIONS
+    ]
+)
 def impl(request, monkeypatch) -> str:
     """Every implementation of the overlap operation in turn, by its name; some with indirect=True.
 

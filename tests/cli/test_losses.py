@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 OWN = ["kl", "lk_alpha", "lk_lambda", "reverse_kl", "tv"]
 
@@ -43,6 +45,7 @@ def test_own_losses_with_their_options_and_defaults():
     assert found["tv"]["options"] == []
 
 
+@pytest.mark.slow
 def test_losses_of_another_package(tmp_path: Path):
     source = ROOT / "examples" / "plugin_loss"
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", tmp_path]

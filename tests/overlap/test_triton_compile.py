@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from specforge_lk.overlap import triton_kernels
 from specforge_lk.overlap.contract import RowGradients, RowInputs
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 32_000
 
 

@@ -80,6 +80,7 @@ def package(root: Path) -> dict[str, str]:
     return {path: sha for path, sha in hashes.items() if ".specforge-lk/" not in path}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", MOMENTS)
 def test_killed_before_a_change_of_a_file(killed, series_roots, tmp_path, monkeypatch):
     def use(series: str) -> None:

@@ -34,6 +34,7 @@ class Broken(unittest.TestCase):
 """
 
 
+@pytest.mark.slow
 def test_outcomes_of_every_kind(tmp_path):
     """A crash takes no other file along, and a file that cannot be imported is an error."""
     pytest.importorskip("pytest_timeout")
