@@ -27,7 +27,8 @@ UPSTREAM ?=
 SERVE  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
-# One test process per core, each with one thread: two threads each would contend.
+# One test process per core, each with one thread: two threads each would contend. A file stays with
+# one of them, so that its fixtures are made once.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
@@ -87,10 +88,10 @@ demo: $(READY) ## fine-tune an EAGLE-3 draft of SmolLM2-135M with each of LOSSES
 	@$(BIN)/python -m experiments.demo --losses "$(LOSSES)" --seeds "$(SEEDS)" $(DEMO)
 
 test: $(READY) ## run the test suite
-	$(PYTEST) -n $(JOBS) --dist loadgroup --durations=15
+	$(PYTEST) -n $(JOBS) --dist loadfile --durations=15
 
 test-fast: $(READY) ## run the tests that neither train nor need a network
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not slow and not network and not online"
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not network and not online"
 
 test-online: $(READY) ## test server-streamed training, with a real Mooncake on loopback
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
@@ -105,7 +106,7 @@ test-lowest: ## test with the lowest versions of what this package needs
 	  --no-build-isolation --editable .
 	@$(LOWEST_VENV)/bin/specforge-lk patch apply
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(LOWEST_VENV)/bin/python -m pytest -n $(JOBS) \
-	  --dist loadgroup $(LOWEST_TESTS)
+	  --dist loadfile $(LOWEST_TESTS)
 
 upstream-tests: $(READY) ## run SpecForge's own tests before and after the patches; needs SPECFORGE_REPO
 	@$(BIN)/python -m tools.upstream_tests $(UPSTREAM)

@@ -78,7 +78,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("losses_ranks")
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_in_chunks_equal_one(ranks, name):
     whole = step(name, slice(None))

@@ -19,7 +19,7 @@ from specforge_lk import patching
 from specforge_lk.patching import Series
 from tools.cover_letter import number, with_needs
 
-pytestmark = pytest.mark.xdist_group("series")
+pytestmark = pytest.mark.slow
 
 #: SGLang's tests run beside stubs of its dependencies.
 STUBS = str(Path(__file__).parents[1] / "helpers" / "sglang_stubs.py")

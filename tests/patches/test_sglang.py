@@ -17,8 +17,7 @@ from series_tree import apply_until, unpack
 
 from specforge_lk.patching import PACKAGES, load_series
 
-# One group: what the fixture decodes is shared.
-pytestmark = pytest.mark.xdist_group("sglang")
+pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1] / "helpers"
 SERIES = load_series(PACKAGES["sglang"])

@@ -43,13 +43,7 @@ class Trained:
     finished: Finished
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f"algorithm_{name}"))
-        for name in ALGORITHMS
-    ],
-)
+@pytest.fixture(scope="module", params=ALGORITHMS)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     setup = prepare(tmp_path_factory.mktemp(request.param), request.param)
     run("specforge-lk", *capture_arguments(setup), LAMBDA)

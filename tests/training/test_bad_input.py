@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_run import DRAFT_VOCAB_SIZE, Finished, Setup, prepare_with_features, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bad_input")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

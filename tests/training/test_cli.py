@@ -27,8 +27,7 @@ from training_run import (
 from specforge_lk.evaluate.held_out import ChainStarts
 from specforge_lk.evaluate.report import Result, read_report
 
-# One group: the runs are shared.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("training_cli")]
+pytestmark = pytest.mark.slow
 
 STEPS = 3 * EPOCH
 LAMBDA = "training.loss=lk_lambda"

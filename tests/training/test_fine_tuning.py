@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training_run import EPOCH, Finished, Setup, capture_arguments, prepare_with_features, run
 
-# One group: the runs are shared.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fine_tuning")]
+pytestmark = pytest.mark.slow
 
 #: Those whose drafts have a vocabulary of their own.
 TRUNCATED = ("eagle3", "medusa", "mlp_speculator")

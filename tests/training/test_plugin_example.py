@@ -20,7 +20,7 @@ from training_run import (
     run,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("plugin_example")]
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -26,7 +26,7 @@ from sharded_steps import (
     states,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded_target")]
+pytestmark = pytest.mark.slow
 
 WORLDS = (1, 2)
 Results = dict[tuple[int, int], dict]

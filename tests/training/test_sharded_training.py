@@ -25,13 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f"sharded_{name}"))
-        for name in ("eagle3", "medusa")
-    ],
-)
+@pytest.fixture(scope="module", params=("eagle3", "medusa"))
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """SpecForge's default: bfloat16, SHARD_GRAD_OP, two ranks; the target's head in float32."""
     half = "model.torch_dtype=bfloat16"

@@ -23,8 +23,7 @@ from training_run import ENVIRONMENT, EPOCH, Finished, Setup, prepare_with_featu
 from specforge_lk.patching import git_apply
 from tools.cover_letter import entries, number
 
-# One group: the unpatched tree and what has imported it are shared.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stock")]
+pytestmark = pytest.mark.slow
 
 #: P-EAGLE cannot train offline before the patches; its loss is compared instead.
 ALGORITHMS = ("eagle3", "dflash", "domino", "dspark")

@@ -152,13 +152,7 @@ class Training:
         return self.losses({**batch, name: read}, compared)[0]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f"positions_{name}"))
-        for name in ALGORITHMS
-    ],
-)
+@pytest.fixture(scope="module", params=ALGORITHMS)
 def training(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Training:
     algorithm = request.param
     setup = prepare(tmp_path_factory.mktemp(algorithm), algorithm)
