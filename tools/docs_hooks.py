@@ -32,6 +32,7 @@ ELSEWHERE: Final = {
     "patches/sglang.md": f"{_SERIES['sglang']}/README.md",
     "reports/benchmark.md": "benchmarks/results/summary.md",
     "reports/benchmark-how.md": "benchmarks/README.md",
+    "reports/gpu.md": "benchmarks/results/gpu/README.md",
     "reports/time.png": "benchmarks/results/time.png",
     "reports/memory.png": "benchmarks/results/memory.png",
     "reports/defects.md": "tools/results/defects.md",

@@ -23,9 +23,14 @@ from specforge_lk.overlap.differentiable import (
 )
 
 # One chunk's logits in bytes. A CPU's matrix product is at full speed with a hundred rows, a GPU's
-# needs a thousand.
+# needs a thousand: every chunk also reads and writes the whole gradient of the LM head.
 _CPU_CHUNK_BYTES: Final = 1 << 24
 _DEVICE_CHUNK_BYTES: Final = 1 << 26
+_DEVICE_CHUNK_ROWS: Final = 1024
+# A GPU multiplies tiles of so many rows, and pads what does not fill one.
+_DEVICE_TILE_ROWS: Final = 128
+
+_HALF: Final = (torch.bfloat16, torch.float16)
 
 
 class Projection(NamedTuple):
@@ -107,7 +112,7 @@ class _LinearOverlap(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden.view(-1, hidden.shape[-1])[index] = grad @ head
                 if grad_head is not None:
-                    grad_head.addmm_(grad.t().to(dtype), h.to(dtype))
+                    _add_product(grad_head, grad.t(), h)
                 del z, y, grad
         grad_head = None if grad_head is None else grad_head.to(head.dtype)
         return grad_hidden, grad_head, None, None, None, *[None] * len(RowInputs._fields)
@@ -124,8 +129,7 @@ def _chunks(
 
     The hidden states are [n, H], the target logits [n, V].
     """
-    budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _DEVICE_CHUNK_BYTES
-    size = max(1, budget // (head.shape[0] * head.element_size()))
+    size = _chunk_rows(head)
     draft_rows, target_rows = _rows_of(hidden), _rows_of(target)
     for index in mask.nonzero().squeeze(1).split(size):
         # Bind no locals: a chunk must be freed before the next one is computed.
@@ -133,6 +137,27 @@ def _chunks(
             yield index, draft_rows(index), target_rows(index)
         else:
             yield index, draft_rows(index), F.linear(target_rows(index), target_head)
+
+
+def _chunk_rows(head: torch.Tensor) -> int:
+    """Return how many rows' logits are held at a time."""
+    row = head.shape[0] * head.element_size()
+    if head.device.type == "cpu":
+        return max(1, _CPU_CHUNK_BYTES // row)
+    rows = max(_DEVICE_CHUNK_ROWS, _DEVICE_CHUNK_BYTES // row)
+    return rows - rows % _DEVICE_TILE_ROWS
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right`` to ``total``, the sum being in the dtype of ``total``."""
+    # ROCm's tensors are `is_cuda`, too, without this product.
+    on_cuda = total.is_cuda and torch.version.cuda is not None
+    if on_cuda and total.dtype == torch.float32 and left.dtype in _HALF:
+        # Tensor cores multiply half precision exactly and add in float32; a copy of the operands
+        # in float32 would leave them idle.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def _rows_of(tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
