@@ -28,11 +28,15 @@ class Forks:
     """
 
     def __init__(self, modules: tuple[str, ...], env: Mapping[str, str]) -> None:
+        self._modules, self._env = modules, dict(env)
+        self._open()
+
+    def _open(self) -> None:
         self._channel, other = socket.socketpair()
         with other:
             self._server = subprocess.Popen(
-                [sys.executable, __file__, str(other.fileno()), *modules],
-                env=env,
+                [sys.executable, __file__, str(other.fileno()), *self._modules],
+                env=self._env,
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -87,7 +91,9 @@ class Forks:
             for child in children:
                 with suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
+            # What it still replies about this request is not the next one's.
             self.close()
+            self._open()
             raise subprocess.TimeoutExpired(arguments, timeout) from None
 
     def _reply(self) -> list[int]:

@@ -103,6 +103,13 @@ def test_patch_compiles_and_passes_its_own_tests(tree, series, patch, forks, tmp
     assert re.search(r"^Ran \d+ tests?", said, re.MULTILINE), said
 
 
+def test_a_test_that_hangs_fails_alone(forks, tmp_path):
+    output = tmp_path / "output"
+    with pytest.raises(subprocess.TimeoutExpired):
+        forks.run("signal:pause", ["hangs"], output, os.environ, timeout=1)
+    assert forks.run("gc:enable", ["ends"], output, os.environ) == 0
+
+
 def test_what_a_patch_needs_is_in_the_series_data(pristine_wheel, tmp_path):
     """Every patch applies to the release after those that series.toml names."""
     wheel = pristine_wheel(f"specforge=={VERSION}")
