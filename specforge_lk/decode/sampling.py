@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from specforge_lk.serving import Sampling
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -39,9 +41,93 @@ def check_finite(logits: torch.Tensor, source: str, remedy: str) -> None:
         raise NonFiniteLogits(f"{source} returned non-finite logits; {remedy}")
 
 
-def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return softmax(logits / temperature) over the last dimension, for a temperature above 0."""
-    return torch.softmax(logits / temperature, dim=-1)
+@dataclass(frozen=True)
+class Shape:
+    """Which tokens a row of logits [..., V] may give, and the normalizer of these.
+
+    Attributes:
+        least: [...] the lowest logit kept; -inf where none is cut off.
+        log_normalizer: [...] log of the sum of exp(logit / temperature) over those kept.
+    """
+
+    least: torch.Tensor
+    log_normalizer: torch.Tensor
+
+
+#: Likeliest tokens among which top-p is looked for, before all are sorted.
+_LIKELIEST = 256
+
+
+def shape(logits: torch.Tensor, sampling: Sampling) -> Shape:
+    """Find what top-k and top-p keep of logits [..., V]; see `Sampling` for their order and ties.
+
+    Raises:
+        ValueError: the temperature is 0, where there is no distribution to normalize.
+    """
+    if sampling.temperature == 0:
+        raise ValueError("at temperature 0 take the argmax")
+    least = torch.full_like(logits[..., 0], -torch.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, -1).values[..., -1]
+    log_normalizer = _log_normalizer(logits, least, sampling)
+    if sampling.top_p < 1:
+        rows = logits.reshape(-1, logits.shape[-1])
+        found, over = least.reshape(-1).clone(), log_normalizer.reshape(-1)
+        # The likeliest tokens nearly always suffice; a whole row is costly to sort.
+        width = min(_LIKELIEST, rows.shape[-1])
+        found[:], enough = _least_of_top_p(rows.topk(width, -1).values, found, over, sampling)
+        if width < rows.shape[-1] and not enough.all():
+            rest = (~enough).nonzero().squeeze(1)
+            whole = rows[rest].sort(-1, descending=True).values
+            found[rest] = _least_of_top_p(whole, least.reshape(-1)[rest], over[rest], sampling)[0]
+        least = found.view_as(least)
+        log_normalizer = _log_normalizer(logits, least, sampling)
+    return Shape(least, log_normalizer)
+
+
+def _log_normalizer(logits: torch.Tensor, least: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    if sampling.truncates:
+        logits = logits.masked_fill(logits < least[..., None], -torch.inf)
+    return torch.logsumexp(logits / sampling.temperature, -1)
+
+
+def _least_of_top_p(
+    likeliest: torch.Tensor, least: torch.Tensor, log_normalizer: torch.Tensor, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the lowest logit that top-p keeps [n], and [n] bool, whether it is among these.
+
+    Args:
+        likeliest: [n, W] the highest logits, in descending order.
+        least: [n] the lowest logit that top-k keeps.
+        log_normalizer: [n] of what top-k keeps.
+        sampling: the settings.
+    """
+    p = torch.exp(likeliest.double() / sampling.temperature - log_normalizer.double()[:, None])
+    above = p.cumsum(-1) - p  # the probability of all likelier ones
+    kept = (above < sampling.top_p) & (likeliest >= least[:, None])
+    kept[:, 0] = True
+    last = kept.sum(-1) - 1
+    enough = last < likeliest.shape[-1] - 1
+    return likeliest.gather(1, last[:, None]).squeeze(1), enough
+
+
+def probabilities(logits: torch.Tensor, found: Shape, sampling: Sampling) -> torch.Tensor:
+    """Return the probabilities of tokens with these logits [..., V'], in rows of this shape [...].
+
+    They may be those of a part of the vocabulary: then they do not sum to 1.
+    """
+    p = torch.exp(logits / sampling.temperature - found.log_normalizer[..., None])
+    return p.masked_fill_(logits < found.least[..., None], 0) if sampling.truncates else p
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return the probabilities [..., V] that tokens are sampled with; one-hot at temperature 0."""
+    if sampling.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, best, 1)
+    if not sampling.truncates:
+        return torch.softmax(logits / sampling.temperature, dim=-1)
+    return probabilities(logits, shape(logits, sampling), sampling)
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -51,15 +137,12 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torc
 
 
 def choose(
-    logits: torch.Tensor, temperature: float, greedy: bool, generator: torch.Generator | None
+    logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """Return the next token [...] of logits [..., V].
-
-    It is the argmax if ``greedy`` or at temperature 0, else a sample.
-    """
-    if greedy or temperature == 0:
+    """Return the next token [...] of logits [..., V]: a sample, the argmax at temperature 0."""
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    return draw(distribution(logits, temperature), generator)
+    return draw(distribution(logits, sampling), generator)
 
 
 def verify(
