@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,13 @@ from specforge_lk.cli.progress import ProgressBar
 from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
 
 if TYPE_CHECKING:
-    from specforge_lk.data.responses import ResponseFile, Sampling, StoredResponse
+    from specforge_lk.data.responses import Prompt, Request, ResponseFile, StoredResponse
     from specforge_lk.data.sample_server import RefusedPrompt, Server
+    from specforge_lk.serving import Sampling
 
 EXAMPLE = """\
 specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --out out.jsonl
+specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --temperature 0 --out t0.jsonl
 specforge-lk generate --server http://localhost:30000 --prompts prompts.jsonl --out out.jsonl"""
 _LOCAL, _SERVER = "Local transformers", "Server"
 
@@ -41,11 +43,38 @@ def run(
         ),
     ] = None,
     temperature: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, help="1 samples the target's own distribution, 0 the most likely tokens."
+            help="1 samples the target's own distribution, 0 takes the likeliest tokens.",
+            show_default="1.0",
         ),
-    ] = 1.0,
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Sample from the likeliest tokens only, this many; 0 for all. It comes before "
+            "top-p.",
+            show_default="0",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the likeliest tokens only, the fewest that have this probability "
+            "together; 1 for all.",
+            show_default="1.0",
+        ),
+    ] = None,
+    serving: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Sample as the target is served, such as temperature=0.7,top_p=0.9: the text that "
+            "`eval --serving` takes, in place of the three options above. What it says about "
+            "the draft changes no response.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -94,14 +123,6 @@ def run(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Most requests under way at once.", rich_help_panel=_SERVER)
     ] = 64,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Below 1, only the most likely tokens with this much probability: no longer the "
-            "target's own distribution.",
-            rich_help_panel=_SERVER,
-        ),
-    ] = 1.0,
     timeout: Annotated[
         float,
         typer.Option(min=0.1, help="Seconds that one response may take.", rich_help_panel=_SERVER),
@@ -127,7 +148,8 @@ def run(
         bool,
         typer.Option(
             help="Send what SGLang and vLLM have beyond the OpenAI protocol: they return token "
-            "ids then, and do not truncate the distribution.",
+            "ids then, and truncate the distribution by --top-k and --top-p alone. Without it, "
+            "rows do not say how they were sampled.",
             rich_help_panel=_SERVER,
         ),
     ] = True,
@@ -143,19 +165,23 @@ def run(
 ) -> None:
     """Sample the target's responses to prompts, as training data for a draft.
 
-    A draft is trained on the target's own responses, sampled at temperature 1. Rows are SpecForge
-    conversations with the sampled token ids. Run the same command again after an interruption:
-    finished responses are kept.
+    A draft is trained on the target's own responses, sampled at temperature 1. It is measured on
+    responses that are sampled as the target will be served. Rows are SpecForge conversations with
+    the sampled token ids, and say how they were sampled. Run the same command again after an
+    interruption: finished responses are kept.
     """
     from specforge_lk.data.jsonl import open_lines
     from specforge_lk.data.prompts import read_prompts
-    from specforge_lk.data.responses import ResponseFile, Sampling, pending, settings_of
+    from specforge_lk.data.responses import Request, ResponseFile, pending, settings_of
 
-    if server is None and top_p != 1:
-        raise typer.BadParameter("--top-p needs --server")
-    sampling = Sampling(temperature, max_new_tokens, seed, top_p)
+    sampling = _sampling(serving, temperature, top_k, top_p)
+    if server is not None and not extensions and sampling.top_k:
+        raise typer.BadParameter(
+            "top-k is no part of the OpenAI protocol; leave out --no-extensions, or top-k"
+        )
+    request = Request(sampling, max_new_tokens, seed)
     rows = read_prompts(prompts)[:limit]
-    sample: Callable[[list[dict[str, str]], Sampling, ResponseFile], int]
+    sample: Callable[[Sequence[Prompt], Request, ResponseFile], int]
     if server is not None:
         from specforge_lk.data.sample_server import Server
 
@@ -170,13 +196,30 @@ def run(
     else:
         sample = partial(_sample_here, target, dtype, device, trust_remote_code, batch_size)
     with open_lines(
-        out, settings_of(target, "server" if server else dtype.value, sampling)
+        out, settings_of(target, "server" if server else dtype.value, request)
     ) as lines:
         stored = ResponseFile(lines)
         todo = pending(rows, stored)
-        left_out = sample(todo, sampling, stored) if todo else 0
+        left_out = sample(todo, request, stored) if todo else 0
     wanted = [stored.answered[row["id"]] for row in rows if row["id"] in stored.answered]
     typer.echo(_summary(wanted, len(todo) - left_out, left_out, out))
+
+
+def _sampling(
+    serving: str | None, temperature: float | None, top_k: int | None, top_p: float | None
+) -> Sampling:
+    """Return the sampling that the options ask for; None stands for an option not given."""
+    from specforge_lk.serving import Sampling, parse
+
+    if serving is None:
+        return Sampling(
+            1.0 if temperature is None else temperature, top_k or 0, 1.0 if top_p is None else top_p
+        )
+    options = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p}
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"give --serving or {', '.join(given)}, not both")
+    return parse(serving).target
 
 
 def _sample_here(
@@ -185,8 +228,8 @@ def _sample_here(
     device: str,
     trust_remote_code: bool,
     batch_size: int,
-    prompts: list[dict[str, str]],
-    sampling: Sampling,
+    prompts: Sequence[Prompt],
+    request: Request,
     stored: ResponseFile,
 ) -> int:
     """Sample with local transformers; no prompt is refused."""
@@ -196,10 +239,10 @@ def _sample_here(
     model, tokenizer = load_target(
         target, dtype.value, find_device(device), trust_remote_code=trust_remote_code
     )
-    with _progress(prompts, sampling) as bar:
+    with _progress(prompts, request) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            stored.append(sample_responses(model, tokenizer, batch, sampling, advance=bar.advance))
+            stored.append(sample_responses(model, tokenizer, batch, request, advance=bar.advance))
     return 0
 
 
@@ -207,13 +250,13 @@ def _sample_from(
     server: Server,
     target: str,
     skip_refused: bool,
-    prompts: list[dict[str, str]],
-    sampling: Sampling,
+    prompts: Sequence[Prompt],
+    request: Request,
     stored: ResponseFile,
 ) -> int:
     """Sample from a server and return how many prompts it refused."""
     refused = 0
-    with _progress(prompts, sampling) as bar:
+    with _progress(prompts, request) as bar:
 
         def leave_out(error: RefusedPrompt) -> None:
             nonlocal refused
@@ -223,7 +266,7 @@ def _sample_from(
         replace(server, note=bar.note).respond(
             target,
             prompts,
-            sampling,
+            request,
             save=stored.append,
             advance=bar.advance,
             refused=leave_out if skip_refused else None,
@@ -231,8 +274,8 @@ def _sample_from(
     return refused
 
 
-def _progress(prompts: list[dict[str, str]], sampling: Sampling) -> ProgressBar:
-    return ProgressBar("sampling", len(prompts) * sampling.max_new_tokens, "tok/s")
+def _progress(prompts: Sequence[Prompt], request: Request) -> ProgressBar:
+    return ProgressBar("sampling", len(prompts) * request.max_new_tokens, "tok/s")
 
 
 def _summary(responses: list[StoredResponse], new: int, refused: int, out: Path) -> str:

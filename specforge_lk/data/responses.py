@@ -1,40 +1,50 @@
-"""A target's responses to prompts: the settings of sampling, and the file of responses.
+"""A target's responses to prompts: how they are asked for, and the file of responses.
 
 `specforge_lk.data.sample_local` and `specforge_lk.data.sample_server` sample them.
+
+A prompt is ``{"id", "prompt"}``, a user's only turn, or ``{"id", "messages"}``, a chat that ends
+with a user's turn. A response is a row of conversations, see `specforge_lk.data.conversations`. Its
+field ``sampling`` says what distribution it is a sample of, such as
+``{"temperature": 0.7, "top_p": 0.9}``: every row says it, because files are concatenated, shuffled
+and compressed. `sampling_of` reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from specforge_lk.data.conversations import Message, prompt_ids
 from specforge_lk.data.jsonl import LineFile, read_jsonl
+from specforge_lk.serving import Sampling
+
+#: A row ``{"id", "prompt"}`` or ``{"id", "messages"}``.
+Prompt = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Settings of sampling.
+class Request:
+    """What is asked of a target for each prompt.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the most likely token.
+        sampling: The distribution that tokens are sampled from.
         max_new_tokens: Longest response, the end-of-turn token included.
-        seed: Non-negative; with the prompt's id it decides a response.
-        top_p: Below 1, only the most likely tokens with this much probability (servers only).
+        seed: With the prompt's id it decides a response.
+
+    Raises:
+        ValueError: max_new_tokens is below 1.
     """
 
-    temperature: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 160
     seed: int = 0
-    top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     def number(self, key: str) -> int:
         """Return a number below 2^63 that belongs to the seed and one prompt's id."""
@@ -42,11 +52,65 @@ class Sampling:
         return int.from_bytes(digest[:8], "big") >> 1
 
 
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return the messages of a prompt, the last of which is a user's turn."""
+    if "messages" in prompt:
+        return list(prompt["messages"])
+    return [{"role": "user", "content": prompt["prompt"]}]
+
+
+def prompt_length(tokenizer: Any, prompt: Prompt) -> int:
+    """Return how many tokens a prompt has in the chat template, up to the assistant's turn.
+
+    Together with ``max_new_tokens`` it must not exceed the target's context.
+    """
+    return len(prompt_ids(tokenizer, messages_of(prompt)))
+
+
+def recorded(sampling: Sampling) -> dict[str, float | int]:
+    """Return the field ``sampling`` of a row: the temperature, and what is not the default."""
+    return {
+        item.name: value
+        for item in fields(sampling)
+        if (value := getattr(sampling, item.name)) != item.default or item.name == "temperature"
+    }
+
+
+def sampling_of(row: Mapping[str, Any]) -> Sampling | None:
+    """Return what distribution a row's response is a sample of; None where the row does not say.
+
+    Rows of older files do not, nor those of servers that may have truncated the distribution.
+
+    Raises:
+        ValueError: the field cannot be read; the message names the row, the field and the value.
+    """
+    found = row.get("sampling")
+    if found is None:
+        return None
+    where = f"row {row.get('id')!r}: the field 'sampling'"
+    known = {item.name: type(item.default) for item in fields(Sampling)}
+    if not isinstance(found, dict) or "temperature" not in found:
+        raise ValueError(
+            f'{where} must be such as {{"temperature": 0.7, "top_p": 0.9}}, got {found!r}'
+        )
+    for name, value in found.items():
+        if name not in known:
+            raise ValueError(f"{where} has {name!r}, which is none of {', '.join(known)}")
+        number = int if known[name] is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, number):
+            kind = "an integer" if known[name] is int else "a number"
+            raise ValueError(f"{where}: {name} must be {kind}, got {value!r}")
+    try:
+        return Sampling(**found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 class StoredResponse(NamedTuple):
     """In-memory summary of a stored response, without its text: a file has 10^5 rows and more.
 
     Attributes:
-        prompt: Hash of the prompt's text.
+        prompt: Hash of the prompt's messages.
         tokens: How many tokens were sampled; None if the server did not say.
         finished: Whether the response ends with the end-of-turn token.
     """
@@ -59,8 +123,8 @@ class StoredResponse(NamedTuple):
     def of(cls, row: dict[str, Any]) -> StoredResponse:
         """Summarize a conversation row."""
         ids = row.get("response_ids")
-        prompt = row["conversations"][0]["content"]
-        return cls(hash(prompt), None if ids is None else len(ids), row["finished"])
+        prompt = _fingerprint(row["conversations"][:-1])
+        return cls(prompt, None if ids is None else len(ids), row["finished"])
 
 
 class ResponseFile:
@@ -76,7 +140,11 @@ class ResponseFile:
         self.answered.update({row["id"]: StoredResponse.of(row) for row in rows})
 
 
-def pending(prompts: list[dict[str, str]], done: ResponseFile) -> list[dict[str, str]]:
+def _fingerprint(messages: Sequence[Message]) -> int:
+    return hash(json.dumps(messages, sort_keys=True))
+
+
+def pending(prompts: Sequence[Prompt], done: ResponseFile) -> list[Prompt]:
     """Return the prompts that have no response yet, in order.
 
     Raises:
@@ -84,7 +152,7 @@ def pending(prompts: list[dict[str, str]], done: ResponseFile) -> list[dict[str,
     """
     for prompt in prompts:
         known = done.answered.get(prompt["id"])
-        if known and known.prompt != hash(prompt["prompt"]):
+        if known and known.prompt != _fingerprint(messages_of(prompt)):
             raise ValueError(
                 f"the response {prompt['id']!r} belongs to another prompt; "
                 "write to a new file, or give changed prompts new ids"
@@ -93,43 +161,58 @@ def pending(prompts: list[dict[str, str]], done: ResponseFile) -> list[dict[str,
 
 
 def conversation_row(
-    prompt: dict[str, str], text: str, finished: bool, ids: list[int] | None
+    prompt: Prompt,
+    text: str,
+    finished: bool,
+    ids: list[int] | None,
+    sampling: Sampling | None,
 ) -> dict[str, Any]:
     """Return a row of a response file; see `specforge_lk.data.conversations`.
 
     Args:
-        prompt: A row ``{"id", "prompt"}``.
+        prompt: The prompt it answers.
         text: The response.
         finished: Whether it ends with the end-of-turn token.
         ids: The sampled tokens; None if they are not known.
+        sampling: What they were sampled from; None if that is not known.
     """
-    messages = [
-        {"role": "user", "content": prompt["prompt"]},
-        {"role": "assistant", "content": text},
-    ]
+    messages = [*messages_of(prompt), {"role": "assistant", "content": text}]
     row = {"id": prompt["id"], "conversations": messages, "finished": finished}
-    return row if ids is None else {**row, "response_ids": ids}
+    if ids is not None:
+        row["response_ids"] = ids
+    if sampling is not None:
+        row["sampling"] = recorded(sampling)
+    return row
 
 
-def settings_of(target: str, dtype: str, sampling: Sampling) -> dict[str, Any]:
+def settings_of(target: str, dtype: str, request: Request) -> dict[str, Any]:
     """Return the settings that must stay equal while one response file is written.
 
     Args:
         target: Folder or hub id, or the name that a server has for it.
         dtype: Of local weights; ``server`` where a server decides.
-        sampling: How responses are drawn.
+        request: How responses are drawn. Its top_k and top_p are there where they truncate: files
+            begun before there were such settings do not have them.
     """
-    settings = {"target": target, "dtype": dtype, **asdict(sampling)}
-    if sampling.top_p == 1:  # files begun before there was top_p do not have it
-        del settings["top_p"]
-    return settings
+    return {
+        "target": target,
+        "dtype": dtype,
+        **recorded(request.sampling),
+        "max_new_tokens": request.max_new_tokens,
+        "seed": request.seed,
+    }
 
 
 __all__ = [
+    "Prompt",
+    "Request",
     "ResponseFile",
-    "Sampling",
     "StoredResponse",
     "conversation_row",
+    "messages_of",
     "pending",
+    "prompt_length",
+    "recorded",
+    "sampling_of",
     "settings_of",
 ]

@@ -9,16 +9,17 @@ of the arithmetic, and an interrupted run continues as if it had not stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from specforge_lk.data.conversations import prompt_ids
-from specforge_lk.data.responses import Sampling, conversation_row
+from specforge_lk.data.responses import Prompt, Request, conversation_row, messages_of
+from specforge_lk.decode.sampling import check_finite, distribution
+from specforge_lk.serving import Sampling
 from specforge_lk.target import eos_ids
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Response:
 def sample_responses(
     model: Any,
     tokenizer: Any,
-    prompts: list[dict[str, str]],
-    sampling: Sampling,
+    prompts: Sequence[Prompt],
+    request: Request,
     *,
     advance: Callable[[int, int], None] = lambda tokens, budget: None,
 ) -> list[dict[str, Any]]:
@@ -42,27 +43,27 @@ def sample_responses(
     Args:
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer, with a chat template.
-        prompts: Rows ``{"id", "prompt"}``.
-        sampling: Temperature, length and seed.
+        prompts: Rows ``{"id", "prompt"}`` or ``{"id", "messages"}``, at least one. The messages
+            of a chat end with a user's turn; those of the row then end with the response to it.
+        request: Sampling, length and seed.
         advance: Called after every step with the number of tokens sampled and how much of the
             ``max_new_tokens`` budget they used up (a response that ends frees all of its own).
 
     Raises:
-        ValueError: a prompt and its response exceed the target's context.
+        ValueError: a prompt and its response exceed the target's context;
+            `specforge_lk.data.responses.prompt_length` says before how long a prompt is.
     """
-    encoded = [
-        prompt_ids(tokenizer, [{"role": "user", "content": prompt["prompt"]}]) for prompt in prompts
-    ]
+    encoded = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in prompts]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for prompt, ids in zip(prompts, encoded, strict=True):
-        if context and len(ids) + sampling.max_new_tokens > context:
+        if context and len(ids) + request.max_new_tokens > context:
             raise ValueError(
                 f"prompt {prompt['id']!r} has {len(ids)} tokens, and with max_new_tokens "
-                f"{sampling.max_new_tokens} exceeds the target's context of {context}"
+                f"{request.max_new_tokens} exceeds the target's context of {context}"
             )
     keys = [prompt["id"] for prompt in prompts]
     responses = _sample(
-        model, encoded, keys, sampling, sorted(eos_ids(model.generation_config, tokenizer)), advance
+        model, encoded, keys, request, sorted(eos_ids(model.generation_config, tokenizer)), advance
     )
     texts = [
         tokenizer.decode(
@@ -72,7 +73,7 @@ def sample_responses(
         for response in responses
     ]
     return [
-        conversation_row(prompt, text, response.finished, response.ids)
+        conversation_row(prompt, text, response.finished, response.ids, request.sampling)
         for prompt, text, response in zip(prompts, texts, responses, strict=True)
     ]
 
@@ -81,13 +82,11 @@ def _sample(
     model: Any,
     encoded: list[list[int]],
     keys: list[str],
-    sampling: Sampling,
+    request: Request,
     end_ids: list[int],
     advance: Callable[[int, int], None],
 ) -> list[Response]:
     """Sample from a left-padded batch; rows that have ended leave it in groups."""
-    import torch
-
     with torch.inference_mode():
         device = model.device
         longest = max(map(len, encoded))
@@ -96,13 +95,13 @@ def _sample(
         step_ids = torch.tensor(rows, device=device)
         mask = torch.tensor(attention, device=device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        uniforms = torch.stack([_uniforms(sampling, key) for key in keys]).to(device)
+        uniforms = torch.stack([_uniforms(request, key) for key in keys]).to(device)
         ends = torch.tensor(end_ids, device=device)
         cache = None
         sampled: list[list[int]] = [[] for _ in keys]
         in_batch = list(range(len(keys)))  # which response each row of the batch is
         running = set(in_batch)
-        for step in range(sampling.max_new_tokens):
+        for step in range(request.max_new_tokens):
             output = model(
                 input_ids=step_ids,
                 attention_mask=mask,
@@ -112,7 +111,7 @@ def _sample(
                 logits_to_keep=1,
             )
             cache = output.past_key_values
-            tokens = _draw(output.logits[:, -1], sampling.temperature, uniforms[:, step])
+            tokens = _draw(output.logits[:, -1], request.sampling, uniforms[:, step])
             ended = torch.isin(tokens, ends).tolist()
             alive = len(running)
             spent = alive
@@ -121,7 +120,7 @@ def _sample(
                     sampled[index].append(token)
                     if end:
                         running.remove(index)
-                        spent += sampling.max_new_tokens - step - 1
+                        spent += request.max_new_tokens - step - 1
             advance(alive, spent)
             if not running:
                 break
@@ -139,27 +138,28 @@ def _sample(
     return [Response(ids, ids[-1] in end_ids) for ids in sampled]
 
 
-def _draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
+def _draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
     """Draw tokens [B] from logits [B, V] by inverting the cumulative distribution at uniform [B].
 
     The sum runs in float64: in float32 the rare tokens at its end would be lost to rounding.
+
+    Raises:
+        NonFiniteLogits: a row of logits is no distribution.
     """
-    import torch
-
-    if temperature == 0:
+    check_finite(logits, "the target", "check its weights, and load it with --dtype float32")
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    cumulative = distribution(logits.float(), sampling).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Rounding can make it the total, beyond which there is no token.
+    threshold = (uniform[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
-def _uniforms(sampling: Sampling, key: str) -> torch.Tensor:
+def _uniforms(request: Request, key: str) -> torch.Tensor:
     """Return the uniform numbers [max_new_tokens] in [0, 1) that belong to one prompt."""
-    import torch
-
-    generator = torch.Generator().manual_seed(sampling.number(key))
-    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(request.number(key))
+    return torch.rand(request.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
 __all__ = ["Response", "sample_responses"]

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from specforge_lk.data.responses import Sampling, conversation_row
+from specforge_lk.data.responses import Prompt, Request, conversation_row, messages_of
+from specforge_lk.serving import Sampling
 
 _T = TypeVar("_T")
 
@@ -34,12 +35,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 _TRANSIENT = {408, 409, 425, 429}
 #: Statuses of a wrong request: a prompt that is too long, for example.
 _REFUSED = {400, 413, 422}
-#: Extensions of the protocol by SGLang and vLLM, which return token ids and truncate no further.
+#: Extensions of the protocol by SGLang and vLLM, which return token ids and change the distribution
+#: no further. top_k is one, too.
 _EXTENSIONS = {
     "return_token_ids": True,
     "logprobs": True,
     "return_meta_info": True,
-    "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
 }
@@ -107,8 +108,8 @@ class Server:
     def respond(
         self,
         model: str,
-        prompts: Sequence[dict[str, str]],
-        sampling: Sampling,
+        prompts: Sequence[Prompt],
+        request: Request,
         *,
         save: Callable[[list[dict[str, Any]]], None],
         advance: Callable[[int, int], None] = lambda tokens, budget: None,
@@ -118,8 +119,8 @@ class Server:
 
         Args:
             model: The server's name of the target.
-            prompts: Rows ``{"id", "prompt"}``.
-            sampling: Temperature, length, seed and top_p.
+            prompts: Rows ``{"id", "prompt"}`` or ``{"id", "messages"}``.
+            request: Sampling, length and seed.
             save: Called with conversation rows, in the order in which they are done.
             advance: Called with the tokens of a response, and the budget of ``max_new_tokens``.
             refused: Called with prompts that the server refuses; by default the first one is an
@@ -129,13 +130,13 @@ class Server:
             ServerError: a prompt is refused and there is no ``refused``, or fails ``retries`` + 1
                 times in a row. Responses that were complete before are saved.
         """
-        asyncio.run(self._respond(model, prompts, sampling, save, advance, refused))
+        asyncio.run(self._respond(model, prompts, request, save, advance, refused))
 
     async def _respond(
         self,
         model: str,
-        prompts: Sequence[dict[str, str]],
-        sampling: Sampling,
+        prompts: Sequence[Prompt],
+        request: Request,
         save: Callable[[list[dict[str, Any]]], None],
         advance: Callable[[int, int], None],
         refused: Callable[[RefusedPrompt], None] | None,
@@ -145,11 +146,11 @@ class Server:
 
         async def work(client: httpx.AsyncClient) -> None:
             for prompt in todo:  # shared by all workers: each takes the next prompt
-                body = self._body(model, prompt, sampling)
+                body = self._body(model, prompt, request)
 
-                async def attempt(prompt: dict = prompt, body: dict = body) -> tuple[dict, int]:
+                async def attempt(prompt: Prompt = prompt, body: dict = body) -> tuple[dict, int]:
                     reply = await self._call(client, "POST", "chat/completions", body)
-                    return _row(prompt, reply)
+                    return _row(prompt, reply, request.sampling if self.extensions else None)
 
                 tokens = 0
                 try:
@@ -162,7 +163,7 @@ class Server:
                             "what is not of the OpenAI protocol"
                         ) from None
                     refused(error)
-                advance(tokens, sampling.max_new_tokens)
+                advance(tokens, request.max_new_tokens)
 
         async def write() -> None:
             # One flush to disk for all responses that are complete by then.
@@ -199,16 +200,17 @@ class Server:
         ) as client:
             yield client
 
-    def _body(self, model: str, prompt: dict[str, str], sampling: Sampling) -> dict[str, Any]:
+    def _body(self, model: str, prompt: Prompt, request: Request) -> dict[str, Any]:
+        sampling = request.sampling
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": prompt["prompt"]}],
+            "messages": messages_of(prompt),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": sampling.number(prompt["id"]) >> 32,  # some servers take 32 bits
+            "max_tokens": request.max_new_tokens,
+            "seed": request.number(prompt["id"]) >> 32,  # some servers take 32 bits
         }
-        return {**body, **_EXTENSIONS} if self.extensions else body
+        return {**body, **_EXTENSIONS, "top_k": sampling.top_k or -1} if self.extensions else body
 
     async def _with_retries(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """Retry transient errors up to ``retries`` times."""
@@ -259,8 +261,17 @@ class Server:
             raise TransientError("an answer that is not JSON") from error
 
 
-def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Return a conversation row from a chat completion, and how many tokens were sampled."""
+def _row(
+    prompt: Prompt, reply: dict[str, Any], asked: Sampling | None
+) -> tuple[dict[str, Any], int]:
+    """Return a conversation row from a chat completion, and how many tokens were sampled.
+
+    Args:
+        prompt: The prompt.
+        reply: The answer of the server.
+        asked: What the request asked to be sampled from; None where it left a part of that to the
+            server. Only token ids show that a server heeds what is not of the OpenAI protocol.
+    """
     try:
         choice = reply["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
@@ -282,7 +293,10 @@ def _row(prompt: dict[str, str], reply: dict[str, Any]) -> tuple[dict[str, Any],
             ids = [*ids, end]
     usage = reply.get("usage") or {}
     tokens = len(ids) if ids is not None else usage.get("completion_tokens") or 0
-    return conversation_row(prompt, text, finished, ids), tokens
+    sampling = asked if ids is not None else None
+    if sampling and sampling.top_k and sampling.top_p < 1 and "meta_info" in choice:
+        sampling = None  # SGLang takes top-p of all tokens, not of what top-k has left
+    return conversation_row(prompt, text, finished, ids, sampling), tokens
 
 
 def _token_ids(choice: dict[str, Any]) -> list[int] | None:

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from specforge_lk.cli import app
 from specforge_lk.data.conversations import prompt_ids, tokenize
 from specforge_lk.data.jsonl import open_lines
-from specforge_lk.data.responses import Sampling
-from specforge_lk.data.sample_local import sample_responses
+from specforge_lk.data.responses import Request, prompt_length, sampling_of
+from specforge_lk.data.sample_local import _draw, sample_responses
+from specforge_lk.decode.sampling import distribution
+from specforge_lk.serving import Sampling
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,9 +58,9 @@ def test_first_tokens_follow_the_full_softmax():
 
     model, tokenizer = build_model(layers=2), build_tokenizer()
     prompts = [{"id": str(i), "prompt": "hi"} for i in range(4000)]
-    sampling = Sampling(temperature=0.7, max_new_tokens=1)
+    request = Request(Sampling(0.7), max_new_tokens=1)
     drawn = torch.tensor(
-        [row["response_ids"][0] for row in sample_responses(model, tokenizer, prompts, sampling)]
+        [row["response_ids"][0] for row in sample_responses(model, tokenizer, prompts, request)]
     )
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "hi"}])
     with torch.inference_mode():
@@ -79,9 +81,9 @@ def test_a_response_does_not_depend_on_its_batch():
     # Likely end-of-turn tokens, so that rows leave the batch at different steps.
     model.generation_config.eos_token_id = list(range(2, 20))
     prompts = [{"id": f"p{i}", "prompt": "ab" * (1 + 3 * i)} for i in range(16)]
-    sampling = Sampling(max_new_tokens=20)
-    together = sample_responses(model, tokenizer, prompts, sampling)
-    alone = [sample_responses(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
+    request = Request(max_new_tokens=20)
+    together = sample_responses(model, tokenizer, prompts, request)
+    alone = [sample_responses(model, tokenizer, [prompt], request)[0] for prompt in prompts]
     assert together == alone
     assert len({len(row["response_ids"]) for row in together}) > 3
     for row in together:
@@ -94,11 +96,49 @@ def test_a_response_does_not_depend_on_its_batch():
 def test_greedy_equals_transformers():
     model, tokenizer = build_model(layers=2).double(), build_tokenizer()
     (row,) = sample_responses(
-        model, tokenizer, [{"id": "0", "prompt": "hello"}], Sampling(0.0, max_new_tokens=12)
+        model, tokenizer, [{"id": "0", "prompt": "hello"}], Request(Sampling(0), max_new_tokens=12)
     )
     ids = prompt_ids(tokenizer, row["conversations"][:1])
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
     assert tokenize(row, tokenizer, {tokenizer.eos_token_id}).input_ids == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(0.5, top_k=3), Sampling(1.5, top_p=0.6), Sampling(1, top_k=5, top_p=0.8)],
+    ids=str,
+)
+def test_the_uniforms_are_spread_over_the_tokens_as_the_distribution_says(sampling: Sampling):
+    """Inverting the cumulative distribution on a grid of uniforms gives every token its share."""
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+    cells = 20_000
+    uniforms = torch.arange(cells, dtype=torch.float64) / cells
+    drawn = _draw(logits.expand(cells, -1), sampling, uniforms)
+    share = drawn.bincount(minlength=12) / cells
+    expected = distribution(logits, sampling)[0]
+    # A token's interval has two ends, each of which may fall on either side of a point.
+    assert (share - expected).abs().max() <= 1.5 / cells
+    assert ((share == 0) == (expected == 0)).all()
+    # The largest uniform: rounding does not lead beyond the last token that has a probability.
+    last = _draw(logits, sampling, torch.tensor([1 - 2**-53], dtype=torch.float64))
+    assert last.item() == expected.nonzero().max().item()
+
+
+def test_a_response_to_a_chat_is_sampled_from_its_last_turn():
+    model, tokenizer = build_model(layers=2).double(), build_tokenizer()
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "why?"},
+    ]
+    greedy = Request(Sampling(0, top_k=5), max_new_tokens=12)
+    (row,) = sample_responses(model, tokenizer, [{"id": "0", "messages": messages}], greedy)
+    assert row["conversations"][:3] == messages and len(row["conversations"]) == 4
+    ids = prompt_ids(tokenizer, messages)
+    assert prompt_length(tokenizer, {"id": "0", "messages": messages}) == len(ids)
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
+    assert ids + row["response_ids"] == expected.tolist()
+    assert row["sampling"] == {"temperature": 0} and sampling_of(row) == Sampling(0)
 
 
 @pytest.mark.slow

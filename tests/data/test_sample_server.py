@@ -269,7 +269,11 @@ def test_local_options_are_checked(tmp_path: Path):
     paths = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     for options, message in [
         ([], "give --target, or --server"),
-        (["--target", "x", "--top-p", "0.5"], "--top-p needs --server"),
+        (
+            ["--target", "x", "--serving", "vllm", "--top-p", "0.5", "--temperature", "1"],
+            "give --serving or --temperature, --top-p, not both",
+        ),
+        (["--server", "x", "--no-extensions", "--top-k", "5"], "leave out --no-extensions"),
     ]:
         result = CliRunner().invoke(app, ["generate", *paths, *options], env={"COLUMNS": "200"})
         assert result.exit_code == 2 and message in result.output
