@@ -17,23 +17,22 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
 from experiments.assets import HELD_OUT, prepare
 from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, execute
-from specforge_lk.data.conversations import tokenize
+from specforge_lk.data.conversations import Tokens, tokenize
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.held_out import (
-    ChainStarts,
-    expected_tau,
-    measure_held_out,
-    paired_difference,
-)
+from specforge_lk.evaluate.intervals import bootstrap_ratio
+from specforge_lk.evaluate.rounds import Rounds, paired_difference
 from specforge_lk.evaluate.settings import Settings
+from specforge_lk.evaluate.teacher_forced import measure_responses
 from specforge_lk.files import write_text
 from specforge_lk.markdown import markdown_table
+from specforge_lk.serving import Serving
 from tools.levels import FIXES, SERIES, Levels
 
 DIRECTORY = RUNS / "rotary"
@@ -77,26 +76,29 @@ def main(
             :conversations
         ]
     kinds = [(trained, used) for trained in drafts for used in (ROUNDED, EXACT)]
-    measured = measure_held_out(
+    fitting = [tokens for tokens in held_out if len(tokens.input_ids) <= 512]
+    rule = Serving(1.0)
+    measured = measure_responses(
         target,
         [
-            (_with_angles(load_draft(drafts[trained], target), used), [1.0])
+            (_with_angles(load_draft(drafts[trained], target), used), [rule])
             for trained, used in kinds
         ],
-        [tokens for tokens in held_out if len(tokens.input_ids) <= 512],
+        fitting,
         Settings(heads=4, max_length=512, batch_size=8),
     )
-    starts = {kind: found[1.0] for kind, found in zip(kinds, measured, strict=True)}
+    rounds = {kind: found[rule] for kind, found in zip(kinds, measured, strict=True)}
+    far = _far(fitting)
     report = {
         "patch": patch.name,
         "steps": steps,
         "anchors": anchors,
-        "conversations": len({int(c) for c in starts[kinds[0]].conversation}),
+        "conversations": len(fitting),
         "measured": [
             {
                 "trained with": trained,
                 "measured with": used,
-                **_figures(starts[trained, used], starts[trained, trained]),
+                **_figures(rounds[trained, used], rounds[trained, trained], far),
             }
             for trained, used in kinds
         ],
@@ -135,21 +137,38 @@ def _with_angles(draft: Any, kind: str) -> Any:
     return draft
 
 
-def _figures(starts: ChainStarts, own: ChainStarts) -> dict[str, Any]:
+def _far(conversations: list[Tokens]) -> np.ndarray:
+    """Return which chain starts are at `FAR` or behind, conversations having one response each."""
+    positions = []
+    for tokens in conversations:
+        first = tokens.loss_mask.index(1)
+        positions.append(np.arange(first - 1, len(tokens.input_ids) - 2))
+    return np.concatenate(positions) >= FAR
+
+
+def _figures(rounds: Rounds, own: Rounds, far: np.ndarray) -> dict[str, Any]:
     """Return acceptance, and the difference to the draft with the angles it was trained with."""
-    tau, interval = expected_tau(starts, 0)
-    figures = {"tau": tau, "tau_ci": interval, "alpha": [float(a) for a in starts.alpha.mean(0)]}
-    if starts is not own:
-        for name, least in (("difference", 0), ("difference far", FAR)):
-            mean, bounds = paired_difference(_from(starts, least), _from(own, least))
-            figures |= {name: mean, f"{name} ci": bounds}
-    return figures
-
-
-def _from(starts: ChainStarts, least: int) -> ChainStarts:
-    kept = starts.position >= least
-    parts = (starts.conversation, starts.position, starts.alpha, starts.coverage)
-    return ChainStarts(*(part[kept] for part in parts))
+    figures = rounds.figures(0)
+    found: dict[str, Any] = {
+        "tau": figures["tau_rounds"],
+        "tau_ci": figures["tau_rounds_ci"],
+        "alpha": figures["alpha_per_head"],
+    }
+    if rounds is not own:
+        difference, bounds = paired_difference(rounds, own)
+        found |= {"difference": difference, "difference ci": bounds}
+        # Of rounds that begin far from the start of the text.
+        gap, conversation = (
+            values[far & own.whole]
+            for values in (
+                rounds.per_start - own.per_start,
+                np.repeat(own.conversation, own.tokens),
+            )
+        )
+        sums = np.bincount(conversation, gap), np.bincount(conversation)
+        found |= {"difference far": float(gap.mean())}
+        found |= {"difference far ci": bootstrap_ratio(sums[0], sums[1], 0)}
+    return found
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -166,7 +185,7 @@ def markdown(report: dict[str, Any]) -> str:
         "intervals by a bootstrap over responses.",
         "",
     ]
-    header = ["trained with", "measured with", "α per slot", "τ expected", "difference"]
+    header = ["trained with", "measured with", "α per slot", "τ", "difference"]
     rows = []
     for row in report["measured"]:
         alpha = " / ".join(f"{a:.3f}" for a in row["alpha"])

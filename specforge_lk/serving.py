@@ -129,7 +129,9 @@ class Serving:
 
     @property
     def draft(self) -> Sampling:
-        """What a draft samples from that is not greedy."""
+        """What the draft samples from: at temperature 0 it is greedy."""
+        if self.drafting is Drafting.GREEDY:
+            return Sampling(0)
         temperature = self.temperature if self.draft_temperature is None else self.draft_temperature
         return Sampling(temperature, self.draft_top_k, self.draft_top_p)
 

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +21,17 @@ from experiments.runner import console, fail
 from experiments.serving import compare
 from experiments.serving.cases import HEADS, SERVING, Sampling, ServedDraft
 from experiments.serving.engine import ENVIRONMENT
-from experiments.serving.report import Comparison, FirstDifference, Side, Speculator
-from specforge_lk.data.conversations import prompt_ids
+from experiments.serving.report import Comparison, FirstDifference, Prediction, Side, Speculator
+from specforge_lk.data.conversations import Tokens, prompt_ids
 from specforge_lk.data.prompts import read_rows, user_turns
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.speculate import speculate
 from specforge_lk.decode.target import Target
+from specforge_lk.evaluate.settings import Settings
+from specforge_lk.evaluate.teacher_forced import measure_responses
 from specforge_lk.files import write_text
+from specforge_lk.serving import Serving, parse
 
 JOBS = SERVING / "jobs"
 #: Prompts that we decode at once.
@@ -138,15 +141,14 @@ class Check:
                 draft,
                 [self.prompts[index] for index in batch],
                 heads=HEADS,
-                temperature=temperature,
-                greedy_draft=sampling == "greedy",
+                rule=_rule(temperature, sampling),
                 max_new_tokens=self.new_tokens,
                 prefills=prefills,
                 generator=generator,
             )
             for index, generation in zip(batch, generations, strict=True):
                 accepted = tuple(int(count) for count in generation.accepted_at)
-                records[index] = compare.Record(int(generation.reached[0]), accepted)
+                records[index] = compare.Record(generation.rounds, accepted)
         return [records[index] for index in range(len(self.prompts))]
 
     # Both
@@ -167,7 +169,9 @@ class Check:
             compare.engine_record(r["accepted"], len(r["tokens"]), r["stopped"], HEADS)
             for r in responses
         ]
-        ours = self._ours(load_draft(draft.draft, self.target), temperature, sampling)
+        loaded = load_draft(draft.draft, self.target)
+        ours = self._ours(loaded, temperature, sampling)
+        prediction = self._predict(loaded, _rule(temperature, sampling), responses)
         greedy = temperature == 0
         found = compare.agreement(records, ours, deterministic=greedy)
         mismatches = (
@@ -204,7 +208,25 @@ class Check:
             counters_agree=agree,
             speculative_config=speculative,
             options={"hf_overrides": draft.hf_overrides} | draft.options,
-            passed=found.passed and agree and all(m.near_tie for m in mismatches),
+            prediction=prediction,
+            passed=found.passed
+            and agree
+            and prediction.passed
+            and all(m.near_tie for m in mismatches),
+        )
+
+    def _predict(
+        self, draft: Draft, rule: Serving, responses: Sequence[Mapping[str, Any]]
+    ) -> Prediction:
+        """Compute the rounds of the engine's responses."""
+        conversations = [
+            Tokens(prompt + r["tokens"], [0] * len(prompt) + [1] * len(r["tokens"]))
+            for prompt, r in zip(self.prompts, responses, strict=True)
+        ]
+        settings = Settings(heads=HEADS, batch_size=BATCH)
+        (measured,) = measure_responses(self.target, [(draft, [rule])], conversations, settings)
+        return compare.prediction(
+            measured[rule], [len(r["accepted"]) for r in responses], rule.temperature == 0
         )
 
     @torch.inference_mode()
@@ -233,6 +255,11 @@ class Check:
         error = float((logits - expected).abs().max() / expected.std())
         passed = error < LOGIT_ERROR and not found["missing"] and not found["unknown"]
         return Speculator(draft=draft.name, error=error, rows=len(position), passed=passed, **found)
+
+
+def _rule(temperature: float, sampling: Sampling) -> Serving:
+    """Return the rule that vLLM decodes by here."""
+    return parse("vllm" if sampling == "greedy" else "vllm-probabilistic").at(temperature)
 
 
 def _files(draft: ServedDraft) -> list[Path]:

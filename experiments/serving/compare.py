@@ -15,6 +15,10 @@ from statistics import NormalDist
 
 import numpy as np
 
+from experiments.serving.report import Prediction
+from specforge_lk.evaluate.intervals import bootstrap_ratio
+from specforge_lk.evaluate.rounds import Rounds
+
 #: Largest difference of the two best log-probabilities that float32 may decide either way.
 NEAR_TIE = 1e-3
 #: Share of prompts that may differ at temperature 0, near-ties being rare.
@@ -141,6 +145,41 @@ def agreement(engine: Sequence[Record], ours: Sequence[Record], deterministic: b
         differing = sum(a != b for a, b in zip(engine, ours, strict=True))
         within = within and differing <= DIFFERING * len(engine)
     return Agreement(*sums, intervals, differing, within)
+
+
+def prediction(rounds: Rounds, taken: Sequence[int], deterministic: bool) -> Prediction:
+    """Compare the rounds that an engine took with those computed along its responses.
+
+    Given its response, an engine takes the expected rounds on average over its own chance; so the
+    differences of the responses have mean 0, whatever was sampled.
+
+    Args:
+        rounds: along the engine's responses.
+        taken: rounds that the engine took for each.
+        deterministic: whether nothing was sampled.
+    """
+    counts, expected = np.array(taken), rounds.expected.rounds
+    gap = counts - expected
+    error = float(np.sqrt((gap**2).sum()))
+    differing, narrower = None, None
+    if deterministic:
+        differing = int((np.abs(gap) > 1e-6).sum())
+        passed = differing <= DIFFERING * len(counts)
+    else:
+        wide, narrow = (
+            np.diff(bootstrap_ratio(rounds.tokens, of, 0)).item() for of in (counts, expected)
+        )
+        narrower = wide / narrow if narrow else None
+        passed = abs(gap.sum()) <= 3 * error
+    return Prediction(
+        tokens=int(rounds.tokens.sum()),
+        rounds=float(expected.sum()),
+        taken=int(counts.sum()),
+        error=error,
+        differing=differing,
+        narrower=narrower,
+        passed=bool(passed),
+    )
 
 
 @dataclass(frozen=True)

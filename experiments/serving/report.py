@@ -43,6 +43,30 @@ class FirstDifference(_Strict):
     near_tie: bool
 
 
+class Prediction(_Strict):
+    """Rounds computed along the engine's own responses, beside those that it took.
+
+    Attributes:
+        tokens: tokens of the responses behind the first of each.
+        rounds: expected rounds.
+        taken: rounds that the engine took.
+        error: standard error of ``taken - rounds``, from the responses' own differences.
+        differing: responses whose counts differ; None where tokens were sampled.
+        narrower: how much narrower the 95 % interval of τ is than from the engine's counts on the
+            same responses; None where nothing was sampled, or the computed rounds are all alike.
+        passed: at temperature 0 no more differ than near-ties explain; else the difference is
+            within three standard errors.
+    """
+
+    tokens: int
+    rounds: float
+    taken: int
+    error: float
+    differing: int | None
+    narrower: float | None
+    passed: bool
+
+
 class Comparison(_Strict):
     """One engine run against our own decoding.
 
@@ -66,6 +90,7 @@ class Comparison(_Strict):
     counters_agree: bool
     speculative_config: dict[str, Any]
     options: dict[str, Any]
+    prediction: Prediction | None = None
     passed: bool
 
 
@@ -129,6 +154,8 @@ HEADER = (
     "the same, ours",
     "prompts that differ",
     "interval of the difference, position 1",
+    "rounds: computed, vLLM's",
+    "τ is how much narrower",
     "",
 )
 
@@ -146,10 +173,20 @@ def rows(report: ServingReport) -> list[tuple[str, ...]]:
             _per_step(c.ours),
             "–" if c.differing is None else f"{c.differing} of {c.prompts}",
             f"[{c.intervals[0][0]:+.3f}, {c.intervals[0][1]:+.3f}]",
+            *_predicted(c.prediction),
             "ok" if c.passed else "FAILED",
         )
         for c in report.comparisons
     ]
+
+
+def _predicted(found: Prediction | None) -> tuple[str, str]:
+    if found is None:
+        return "–", "–"
+    if found.differing is not None:
+        return f"{found.rounds:.0f}, {found.taken}; {found.differing} responses differ", "–"
+    narrower = "–" if found.narrower is None else f"{found.narrower:.2f}"
+    return f"{found.rounds:.1f}, {found.taken} ± {found.error:.1f}", narrower
 
 
 def _per_step(side: Side) -> str:
@@ -200,7 +237,10 @@ def markdown(report: ServingReport) -> str:
         "Made by `make serve-check`. Accepted per position: share of the steps that accepted it "
         "and all before it, as vLLM counts. At T = 0 both sides must take the same decisions, "
         "prompt by prompt; at T = 1 both sample, and the intervals of the difference (engine minus "
-        "ours; score intervals, 95 % together over the positions) must contain 0.",
+        "ours; score intervals, 95 % together over the positions) must contain 0. The rounds that "
+        "vLLM took are compared with those computed along its own responses, with the standard "
+        "error of the difference; the last figure is how much narrower the interval of τ is by "
+        "computing than by counting.",
         "",
     ]
     lines += [markdown_table(HEADER, rows(report), tight=True), ""]

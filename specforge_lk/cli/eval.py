@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,15 +13,18 @@ import typer
 from specforge_lk.cli.progress import ProgressBar
 from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
 from specforge_lk.evaluate.published import PUBLISHED, find_target
-from specforge_lk.evaluate.settings import DraftSampling, Settings
+from specforge_lk.evaluate.settings import Settings
+from specforge_lk.serving import PRESETS, Serving, parse
 
 if TYPE_CHECKING:
     from specforge_lk.evaluate.report import Report
 
-EXAMPLE = (
-    "specforge-lk eval --target Qwen/Qwen3-8B --draft lk_lambda=drafts/lk "
-    "--held-out held_out.jsonl --out report.json"
-)
+EXAMPLE = """\
+specforge-lk eval --target Qwen/Qwen3-8B --draft lk_lambda=drafts/lk \\
+    --held-out held_out.jsonl --out report.json
+specforge-lk eval --target Qwen/Qwen3-8B --draft kl=drafts/kl --draft lk_lambda=drafts/lk \\
+    --benchmark humaneval=humaneval.jsonl --serving vllm,temperature=0.7,top_p=0.9 \\
+    --serving vllm-probabilistic,temperature=0.7,top_p=0.9 --out report.json"""
 
 
 @errors(memory="lower --batch-size or --max-length")
@@ -41,23 +45,59 @@ def run(
     benchmark: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=PATH: prompts to decode speculatively, JSONL (.gz too) with `turns`, "
-            "`prompt` or `question`; or NAME=hub:REPO, a hub data set, with :CONFIG after "
-            "REPO where it has several, and @SPLIT for another split than `test`. Repeatable."
+            help="NAME=PATH: prompts that the target answers once for all drafts, JSONL (.gz too) "
+            "with `turns`, `prompt` or `question`; or NAME=hub:REPO, a hub data set, with :CONFIG "
+            "after REPO where it has several, and @SPLIT for another split than `test`. "
+            "Repeatable."
         ),
     ] = None,
     held_out: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="JSONL of the target's own responses that no draft was trained on, rows "
-            '{"conversations": [{"role", "content"}, …]}. Gives the exact expected τ, and the '
-            "paired differences between drafts: the figure with the least noise."
+            help="JSONL of the target's own responses that no draft was trained on, as "
+            "specforge-lk generate writes them. Repeatable: a rule is measured along those rows "
+            "that were sampled by it."
+        ),
+    ] = None,
+    serving: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE",
+            help="The rule that an engine will decode by, such as temperature=0.7,top_p=0.95,"
+            "drafting=greedy. It has temperature, top_k, top_p, drafting (probabilistic, greedy), "
+            "draft_temperature, draft_top_k, draft_top_p and verification (token, block), and may "
+            f"begin with an engine's: {', '.join(PRESETS)}. Repeatable. [default: what the "
+            "held-out responses were sampled by; without them temperature=0 and temperature=1]",
         ),
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(min=0, help="Sampling temperature; repeatable. [default: 0 and 1]"),
+        typer.Option(min=0, help="Measure every rule at this temperature; repeatable."),
     ] = None,
+    sampled: Annotated[
+        bool,
+        typer.Option(
+            "--sampled",
+            help="Decode the benchmarks speculatively with every draft, too: a check on the exact "
+            "figures, with noise.",
+        ),
+    ] = False,
+    sampled_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SAMPLING",
+            help="What held-out responses were sampled by that do not say it, such as "
+            "temperature=1: older files do not.",
+        ),
+    ] = None,
+    off_policy: Annotated[
+        bool,
+        typer.Option(
+            "--off-policy",
+            help="Measure rules along held-out responses that are no samples of them. The figures "
+            "are not what decoding will meet, and the report says so.",
+        ),
+    ] = False,
     heads: Annotated[
         int,
         typer.Option(
@@ -66,13 +106,6 @@ def run(
             "6 in the paper.",
         ),
     ] = 7,
-    draft_sampling: Annotated[
-        DraftSampling,
-        typer.Option(
-            help="`probabilistic` samples the draft from q, so that acceptance is Σ min(p, q); "
-            "`greedy` drafts argmax q as engines do by default, and accepts it with p(argmax q)."
-        ),
-    ] = DraftSampling.PROBABILISTIC,
     max_new_tokens: Annotated[
         int, typer.Option(min=2, help="Longest response to a benchmark prompt.")
     ] = 256,
@@ -113,20 +146,24 @@ def run(
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the target.")
     ] = False,
 ) -> None:
-    """Measure how many drafted tokens a target accepts.
+    """Measure how many tokens a round of speculative decoding will give.
 
-    A chain of K tokens is drafted and verified with rejection sampling, which leaves the target's
-    output distribution unchanged. The report has τ (tokens per verification step) with a confidence
-    interval, and the acceptance rate α of every draft position. Run the same command again after an
-    interruption: measurements with the same models, data and settings are kept.
+    τ is computed, not sampled: along the target's own responses, with the acceptance probability of
+    every chain that could begin there, as an engine with this serving rule would meet them. Drafts
+    are compared along the same responses. The report has τ with a confidence interval, and
+    acceptance per draft position. Run the same command again after an interruption: measurements
+    with the same models, data and settings are kept.
     """
     specs = _drafts(draft)
     benchmarks = dict(_named(value, "--benchmark", "NAME=PATH") for value in benchmark or [])
     if len(benchmarks) < len(benchmark or []) or "held_out" in benchmarks:
         raise typer.BadParameter("--benchmark names must differ, and not be held_out")
-    if not benchmarks and held_out is None:
+    if not benchmarks and not held_out:
         raise typer.BadParameter("nothing to measure: give --benchmark or --held-out")
+    if sampled and not benchmarks:
+        raise typer.BadParameter("--sampled decodes benchmarks: give --benchmark")
     layers = _layers(aux_layers)
+    rules = _rules(serving, temperature)
     published = find_target(compare_with or target)
     if compare_with and published is None:
         raise typer.BadParameter(
@@ -134,7 +171,6 @@ def run(
         )
     settings = Settings(
         heads=heads,
-        draft_sampling=draft_sampling,
         max_new_tokens=max_new_tokens,
         limit=limit,
         held_out_limit=held_out_limit,
@@ -167,9 +203,14 @@ def run(
         model,
         target,
         drafts,
-        benchmarks=benchmarks,
-        held_out=held_out,
-        temperatures=list(dict.fromkeys(temperature or [0.0, 1.0])),
+        runner.Asked(
+            benchmarks,
+            held_out or (),
+            rules,
+            sampled=sampled,
+            sampled_by=None if sampled_by is None else _rule(sampled_by, "--sampled-by").target,
+            off_policy=off_policy,
+        ),
         settings=settings,
         out=out,
         track=lambda what, total: ProgressBar(what, total, "tok/s"),
@@ -178,6 +219,21 @@ def run(
     )
     _print(report)
     say(f"wrote {', '.join(map(str, write_all(report, out)))}")
+
+
+def _rules(serving: list[str] | None, temperature: list[float] | None) -> list[Serving] | None:
+    """Return the rules asked for, each at every temperature; None where nothing is."""
+    rules = [_rule(text, "--serving") for text in serving or []]
+    if temperature:
+        rules = [rule.at(t) for rule in rules or [Serving()] for t in temperature]
+    return rules or None
+
+
+def _rule(text: str, option: str) -> Serving:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
 
 
 def _drafts(values: list[str]) -> list[tuple[str, int, str]]:
@@ -232,8 +288,31 @@ def _print(report: Report) -> None:
         tables.append((f"τ with {report.published}, measured (paper)", compared))
     if report.paired:
         tables.append(("Paired differences", paired_rows(report)))
+    for line in _warnings(report):
+        say(line, "yellow")
     for title, (header, rows) in tables:
         table = Table(*map(escape, header), title=title)
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
+
+
+#: Share of tokens without probability under the rule above which responses are doubted. At
+#: temperature 0, arithmetic of another order makes another token of a near tie.
+DOUBTED = 0.02
+
+
+def _warnings(report: Report) -> Iterator[str]:
+    """Yield what a reader of the figures has to know."""
+    seen = set()
+    for r in report.results:
+        place = r.benchmark, r.serving
+        behind = (r.generated_tokens or 0) - (r.responses or 0)
+        if place in seen or r.off_policy or not r.off_rule_tokens or not behind:
+            continue
+        seen.add(place)
+        if (share := r.off_rule_tokens / behind) > DOUBTED:
+            yield (
+                f"{r.benchmark}: {100 * share:.1f} % of the tokens have no probability under "
+                f"{r.serving}. The responses may be of another model, or sampled in another dtype."
+            )

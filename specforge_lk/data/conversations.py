@@ -35,6 +35,12 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
+def response_text(tokenizer: Any, ids: list[int], finished: bool) -> str:
+    """Return the text of sampled tokens, without the one that ends a finished response."""
+    text = tokenizer.decode(ids[:-1] if finished else ids, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
 def tokenize(row: dict[str, Any], tokenizer: Any, eos_ids: Collection[int]) -> Tokens:
     """Tokenize a conversation row and mark what the assistant said.
 
@@ -105,4 +111,4 @@ def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: b
     )
 
 
-__all__ = ["Message", "Tokens", "prompt_ids", "tokenize"]
+__all__ = ["Message", "Tokens", "prompt_ids", "response_text", "tokenize"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from specforge_lk.data.conversations import prompt_ids
+from specforge_lk.data.conversations import prompt_ids, response_text
 from specforge_lk.data.responses import Prompt, Request, conversation_row, messages_of
 from specforge_lk.decode.sampling import check_finite, distribution
 from specforge_lk.serving import Sampling
@@ -65,13 +65,7 @@ def sample_responses(
     responses = _sample(
         model, encoded, keys, request, sorted(eos_ids(model.generation_config, tokenizer)), advance
     )
-    texts = [
-        tokenizer.decode(
-            response.ids[:-1] if response.finished else response.ids,
-            clean_up_tokenization_spaces=False,
-        )
-        for response in responses
-    ]
+    texts = [response_text(tokenizer, response.ids, response.finished) for response in responses]
     return [
         conversation_row(prompt, text, response.finished, response.ids, request.sampling)
         for prompt, text, response in zip(prompts, texts, responses, strict=True)

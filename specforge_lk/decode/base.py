@@ -13,6 +13,7 @@ from torch import nn
 from specforge_lk.decode.draft import Proposal
 from specforge_lk.decode.sampling import check_finite
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Sampling
 
 #: Keys and values of one layer, [B, slots, kv_heads, head_dim] each.
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -68,7 +69,7 @@ class BaseDraft(nn.Module, ABC):
 
     @abstractmethod
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
         """See `Draft.propose`."""
 

@@ -25,6 +25,7 @@ from specforge_lk.decode.layers import DecoderLayer, Rotary, attend, rotary_tabl
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.modules import Stack
+from specforge_lk.serving import Sampling
 
 #: Chain starts whose blocks are computed at once in teacher forcing.
 _BLOCKS = 32
@@ -192,7 +193,7 @@ class DFlashDraft(CachedDraft):
         self._start_chain(valid, tokens, positions + 1)
 
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
         anchor, position = self._chain
@@ -201,7 +202,7 @@ class DFlashDraft(CachedDraft):
         logits: list[torch.Tensor] = []
         for step in range(heads):
             logits.append(self._logits(hidden, tokens[:, :-1], self.first_slot + step))
-            tokens[:, step + 1] = choose(logits[-1], temperature, greedy, generator)
+            tokens[:, step + 1] = choose(logits[-1], sampling, generator)
         drafted = tokens[:, 1 : heads + 1]
         return Proposal(drafted, drafted, torch.stack(logits, dim=1))
 

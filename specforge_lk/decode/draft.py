@@ -15,6 +15,7 @@ import torch
 
 from specforge_lk.decode.checkpoint import DraftError, read_config
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Sampling
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Draft(Protocol):
         ...
 
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
-        """Draft ``heads`` tokens per row."""
+        """Draft ``heads`` tokens per row, the likeliest at temperature 0."""
         ...
 
     def keep_rows(self, rows: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from specforge_lk.decode.layers import EagleLayer, attend, rotary_tables
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.modules import Stack
+from specforge_lk.serving import Sampling
 
 
 class Eagle3Draft(CachedDraft):
@@ -126,7 +127,7 @@ class Eagle3Draft(CachedDraft):
         self._start_chain(valid, output, positions)
 
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
         hidden, position = self._chain
@@ -136,7 +137,7 @@ class Eagle3Draft(CachedDraft):
             if step:
                 hidden = self._extend(self.target_ids(indices[-1]), hidden, position + step)
             logits.append(self._logits(hidden))
-            indices.append(choose(logits[-1], temperature, greedy, generator))
+            indices.append(choose(logits[-1], sampling, generator))
         index = torch.cat(indices, dim=1)
         return Proposal(index, self.target_ids(index), torch.cat(logits, dim=1))
 

@@ -29,6 +29,7 @@ from specforge_lk.decode.checkpoint import (
 from specforge_lk.decode.draft import Proposal
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Sampling
 
 Weights = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -115,7 +116,7 @@ class LastStateDraft(BaseDraft):
         self._start_chain(valid, features, tokens)
 
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
         features, last = self._chain
@@ -124,7 +125,7 @@ class LastStateDraft(BaseDraft):
         for head in range(heads):
             scores, state = self._step(head, state, token)
             logits.append(self._checked(scores))
-            indices.append(choose(logits[-1], temperature, greedy, generator))
+            indices.append(choose(logits[-1], sampling, generator))
             token = self.target_ids(indices[-1])
             tokens.append(token)
         return Proposal(torch.stack(indices, 1), torch.stack(tokens, 1), torch.stack(logits, 1))

@@ -20,6 +20,7 @@ from specforge_lk.decode.draft import Proposal
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
+from specforge_lk.serving import Sampling
 
 _OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
 
@@ -159,7 +160,7 @@ class MTPDraft(BaseDraft):
         self._start_chain(valid, output, positions)
 
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
         verified = self._slots.shape[1]
@@ -171,7 +172,7 @@ class MTPDraft(BaseDraft):
                 valid = torch.ones_like(position, dtype=torch.bool)
                 state = self._extend(tokens[-1], state, position + step, valid)
             logits.append(self._checked(self._head(state)))
-            tokens.append(choose(logits[-1], temperature, greedy, generator))
+            tokens.append(choose(logits[-1], sampling, generator))
         self._cache.crop(verified)
         self._slots = self._slots[:, :verified]
         chosen = torch.cat(tokens, dim=1)

@@ -23,6 +23,7 @@ from specforge_lk.decode.layers import DecoderLayer, EagleLayer, attend, rotary_
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.modules import Stack
+from specforge_lk.serving import Sampling
 
 #: Chain starts whose depths are computed at once in teacher forcing.
 _CHAINS = 32
@@ -155,7 +156,7 @@ class PEagleDraft(CachedDraft):
         self._start_chain(valid, output, positions)
 
     def propose(
-        self, heads: int, temperature: float, greedy: bool, generator: torch.Generator | None
+        self, heads: int, sampling: Sampling, generator: torch.Generator | None
     ) -> Proposal:
         """Draft a chain; see `Draft.propose`."""
         hidden, position = self._chain
@@ -163,7 +164,7 @@ class PEagleDraft(CachedDraft):
             context = self._read(int(position.max()) + 1)
             hidden = torch.cat([hidden, self._deeper(position, heads - 1, context)[:, 0]], dim=1)
         logits = self._logits(hidden)
-        index = choose(logits, temperature, greedy, generator)
+        index = choose(logits, sampling, generator)
         return Proposal(index, self.target_ids(index), logits)
 
     # Teacher forcing

@@ -17,7 +17,7 @@ from specforge_lk.serving import Sampling
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verdict:
     """Outcome of verifying drafted tokens.
 
     Attributes:
@@ -153,7 +153,7 @@ def verify(
     *,
     draft_ids: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> Verification:
+) -> Verdict:
     """Accept a prefix of the drafted tokens so that the output follows the target exactly.
 
     x_i is accepted with probability min(1, p_i(x_i) / q_i(x_i)); the first rejection is replaced
@@ -202,12 +202,68 @@ def verify(
         residual.clamp_(min=0)
     # Where p = q up to rounding, a rejection can leave nothing: then p itself is the limit.
     empty = residual.sum(-1, keepdim=True) <= 0
-    return Verification(accepted, draw(torch.where(empty, p_next, residual), generator))
+    return Verdict(accepted, draw(torch.where(empty, p_next, residual), generator))
+
+
+def verify_block(
+    drafted: torch.Tensor,
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    *,
+    draft_ids: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Verdict, torch.Tensor]:
+    """Accept a prefix of whole chains (Sun et al. 2024, arXiv 2403.10444, Algorithm 2).
+
+    With w_0 = 1 and w_i = min(1, w_{i-1} p_i(x_i) / q_i(x_i)), the chance to keep i tokens or more
+    of a chain is w_i. The number kept is the largest i whose own test succeeds, of chance
+
+        h_i = S_i / (S_i + 1 - w_i),  S_i = sum max(w_i p_{i+1} - q_{i+1}, 0),  h_K = w_K,
+
+    and the next token comes from max(w_i p_{i+1} - q_{i+1}, 0), normalized.
+
+    Args:
+        drafted: [B, K + 1] int64, drafted tokens as draft indices; the last is filler.
+        target_probs: [B, K + 1, V] target distributions, the last for the bonus token.
+        draft_probs: [B, K + 1, V_d] distributions the tokens were sampled from; the last is filler.
+        draft_ids: [V_d] int64, target id of every draft index; None when V_d = V.
+        generator: source of all randomness.
+
+    Returns:
+        The verdict, and [B, K + 1] the chance sum min(w_i p, q) / w_i to keep token i + 1, too,
+        where i were kept.
+    """
+    batch, heads = len(drafted), drafted.shape[1] - 1
+    rows = torch.arange(batch, device=drafted.device)
+    on_draft = target_probs if draft_ids is None else target_probs[..., draft_ids]
+    at = drafted[..., None]
+    ratio = (on_draft.gather(2, at) / draft_probs.gather(2, at)).squeeze(2)
+    kept = [torch.ones_like(ratio[:, 0])]
+    for position in range(heads):
+        kept.append((kept[-1] * ratio[:, position]).clamp(max=1))
+    w = torch.stack(kept, 1)
+    overlap = torch.minimum(w[..., None] * on_draft, draft_probs).sum(-1)
+    left = (w - overlap).clamp(min=0)  # S_i: sum max(a - b, 0) = sum a - sum min(a, b)
+    chance = left / (left + 1 - w).clamp(min=torch.finfo(w.dtype).tiny)
+    chance[:, heads] = w[:, heads]
+    uniform = torch.rand(w.shape, generator=generator, dtype=w.dtype, device=w.device)
+    passed = (uniform < chance)[:, 1:] * torch.arange(1, heads + 1, device=w.device)
+    accepted = passed.amax(1)
+    residual = target_probs[rows, accepted] * w[rows, accepted, None]
+    subtracted = draft_probs[rows, accepted] * (accepted < heads)[:, None]
+    if draft_ids is None:
+        residual -= subtracted
+    else:
+        residual[:, draft_ids] -= subtracted
+    residual.clamp_(min=0)
+    empty = residual.sum(-1, keepdim=True) <= 0
+    following = draw(torch.where(empty, target_probs[rows, accepted], residual), generator)
+    return Verdict(accepted, following), overlap / w.clamp(min=torch.finfo(w.dtype).tiny)
 
 
 def verify_greedy(
     tokens: torch.Tensor, count: torch.Tensor, target_tokens: torch.Tensor
-) -> Verification:
+) -> Verdict:
     """Verification at temperature 0: accept while the drafted token is the target's argmax.
 
     Args:
@@ -219,4 +275,4 @@ def verify_greedy(
     exists = torch.arange(width, device=count.device) < count[:, None]
     accepted = ((tokens == target_tokens) & exists).long().cumprod(1).sum(1)
     at = accepted.clamp(max=width - 1)
-    return Verification(accepted, target_tokens.gather(1, at[:, None]).squeeze(1))
+    return Verdict(accepted, target_tokens.gather(1, at[:, None]).squeeze(1))

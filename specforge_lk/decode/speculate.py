@@ -24,13 +24,15 @@ import torch
 from specforge_lk.decode.draft import Draft, Proposal
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.sampling import (
-    Verification,
+    Verdict,
     choose,
     distribution,
     verify,
+    verify_block,
     verify_greedy,
 )
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Serving, Verification
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Generation:
 
     Attributes:
         tokens: response, the end-of-sequence token included.
+        rounds: verification steps that began before the response was complete.
         drafted: drafted tokens over all verification steps.
         accepted: accepted ones among them.
         reached: [K] steps in which each draft position was reached.
@@ -52,6 +55,7 @@ class Generation:
     """
 
     tokens: list[int]
+    rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     reached: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -101,8 +105,7 @@ def speculate(
     prompts: Sequence[Sequence[int]],
     *,
     heads: int,
-    temperature: float,
-    greedy_draft: bool,
+    rule: Serving,
     max_new_tokens: int,
     block: int | None = None,
     prefills: Prefills | None = None,
@@ -116,10 +119,10 @@ def speculate(
         draft: the draft model.
         prompts: token ids, at least one each.
         heads: drafted tokens per chain, K.
-        temperature: of target and draft; 0 is greedy decoding.
-        greedy_draft: draft the argmax of q even above temperature 0.
+        rule: how target and draft sample, and what is accepted.
         max_new_tokens: longest response.
-        block: tokens per row and forward pass, at most K + 1; None chooses by device.
+        block: tokens per row and forward pass, at most K + 1; None chooses by device. Block
+            verification always has the whole chain in one.
         prefills: where the target's states of these prompts may already be.
         generator: source of all randomness, on the target's device.
         advance: called with the tokens a pass produced, and with them plus those that responses
@@ -127,16 +130,17 @@ def speculate(
     """
     device = target.device
     width = min(block or (2 if device.type == "cpu" else heads + 1), heads + 1)
-    drawing = _Drawing(temperature, greedy_draft, generator)
+    if rule.verification is Verification.BLOCK:
+        width = heads + 1
     responses = _Responses(len(prompts), heads, target, max_new_tokens)
 
     prefill = (prefills or Prefills(target, draft.capture_layers, limit=0)).of(prompts)
     cache, mask, features = prefill.cache(), prefill.mask, prefill.features_of(draft.capture_layers)
-    last = choose(prefill.logits, temperature, False, generator)
+    last = choose(prefill.logits, rule.target, generator)
     draft.start(len(prompts), mask.shape[1] + max_new_tokens + 2 * heads + 2)
     following = torch.cat([prefill.ids[:, 1:], last[:, None]], 1)
     draft.observe(following, features, prefill.positions, mask)
-    chains = _Chains.begin(last, drawing.propose(draft, heads))
+    chains = _Chains.begin(last, draft.propose(heads, rule.draft, generator))
 
     lengths = mask.sum(1)  # position of the next token to run the target on
     slots = torch.arange(width, device=device)
@@ -159,7 +163,8 @@ def speculate(
         positions = lengths[:, None] + slots
         mask = torch.cat([mask, torch.ones_like(inputs, dtype=torch.bool)], 1)
         output = target.forward(inputs, mask, positions, cache, draft.capture_layers)
-        judged = _judge(target.logits(output.hidden), chains, draft.draft_ids, drawing)
+        logits = target.logits(output.hidden)
+        judged = _judge(logits, chains, draft.draft_ids, rule, generator)
         accepted = judged.verified.accepted
         ended = accepted < width
         valid = slots <= accepted[:, None]
@@ -173,20 +178,10 @@ def speculate(
         over = responses.record(new, chains.offset, judged, ended)
         # A response cut off by its length still has its last chain judged to the end.
         done = complete & (ended | over)
-        fresh = _Chains.begin(judged.verified.next_token, drawing.propose(draft, heads))
+        fresh = _Chains.begin(
+            judged.verified.next_token, draft.propose(heads, rule.draft, generator)
+        )
         chains = chains.advance(width, ended, fresh)
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """How tokens are drawn; see `speculate`."""
-
-    temperature: float
-    greedy_draft: bool
-    generator: torch.Generator | None
-
-    def propose(self, draft: Draft, heads: int) -> Proposal:
-        return draft.propose(heads, self.temperature, self.greedy_draft, self.generator)
 
 
 @dataclass(frozen=True)
@@ -201,13 +196,17 @@ class _Judged:
     """
 
     count: torch.Tensor
-    verified: Verification
+    verified: Verdict
     alpha: torch.Tensor
     coverage: torch.Tensor
 
 
 def _judge(
-    logits: torch.Tensor, chains: _Chains, ids: torch.Tensor | None, drawing: _Drawing
+    logits: torch.Tensor,
+    chains: _Chains,
+    ids: torch.Tensor | None,
+    rule: Serving,
+    generator: torch.Generator | None,
 ) -> _Judged:
     """Verify the next slots of every chain.
 
@@ -215,7 +214,8 @@ def _judge(
         logits: [B, n, V] the target's, after the tokens of these slots.
         chains: the chains.
         ids: [V_d] target ids of the draft vocabulary; None for the whole vocabulary.
-        drawing: how tokens are drawn.
+        rule: how tokens are drawn and accepted.
+        generator: source of all randomness.
     """
     batch, width, _ = logits.shape
     heads = chains.index.shape[1]
@@ -223,23 +223,26 @@ def _judge(
     at = (chains.offset[:, None] + slots).clamp(max=heads - 1)
     drafted = chains.index.gather(1, at)
     count = (heads - chains.offset).clamp(max=width)
-    if drawing.temperature == 0:
+    if rule.temperature == 0:
         best = logits.argmax(-1)
         tokens = drafted if ids is None else ids[drafted]
         alpha = (tokens == best).float()
         covered = torch.ones_like(alpha) if ids is None else torch.isin(best, ids).float()
         return _Judged(count, verify_greedy(tokens, count, best), alpha, covered)
-    p = distribution(logits, drawing.temperature)
+    p = distribution(logits, rule.target)
     p_draft = p if ids is None else p[..., ids]
     coverage = p_draft.sum(-1)
-    if drawing.greedy_draft:
+    if rule.greedy_draft:
         alpha = p_draft.gather(2, drafted[..., None]).squeeze(2)
-        q = None
-    else:
-        rows = torch.arange(batch, device=logits.device)[:, None]
-        q = distribution(chains.logits[rows, at], drawing.temperature)
+        verified = verify(drafted, count, p, None, draft_ids=ids, generator=generator)
+        return _Judged(count, verified, alpha, coverage)
+    rows = torch.arange(batch, device=logits.device)[:, None]
+    q = distribution(chains.logits[rows, at], rule.draft)
+    if rule.verification is Verification.TOKEN:
         alpha = torch.minimum(p_draft, q).sum(-1)
-    verified = verify(drafted, count, p, q, draft_ids=ids, generator=drawing.generator)
+        verified = verify(drafted, count, p, q, draft_ids=ids, generator=generator)
+        return _Judged(count, verified, alpha, coverage)
+    verified, alpha = verify_block(drafted, p, q, draft_ids=ids, generator=generator)
     return _Judged(count, verified, alpha, coverage)
 
 
@@ -255,7 +258,7 @@ class _Responses:
 
     def __init__(self, count: int, heads: int, target: Target, max_new_tokens: int) -> None:
         self.results = [
-            Generation([], 0, 0, *(np.zeros(heads) for _ in range(4))) for _ in range(count)
+            Generation([], 0, 0, 0, *(np.zeros(heads) for _ in range(4))) for _ in range(count)
         ]
         self._rows = list(range(count))
         self._heads = heads
@@ -313,11 +316,13 @@ class _Responses:
         reached = (slot <= accepted[:, None]) & (slot < judged.count[:, None]) & counted
         hit = hit & counted
         drafted = torch.where(over, offset + hit.sum(1), torch.where(ended, self._heads, 0))
-        columns = (offset, drafted, reached, hit, alpha.double(), judged.coverage.double())
-        for row, first, total, r, h, a, c in zip(
+        rounds = (ended | over).long()
+        columns = (rounds, offset, drafted, reached, hit, alpha.double(), judged.coverage.double())
+        for row, round_, first, total, r, h, a, c in zip(
             self._rows, *(column.cpu().numpy() for column in columns), strict=True
         ):
             result = self.results[row]
+            result.rounds += int(round_)
             result.drafted += int(total)
             result.accepted += int(h.sum())
             here = slice(first, first + int(r.sum()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from specforge_lk.evaluate import published
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result
-from specforge_lk.evaluate.tables import mean_alphas
+from specforge_lk.evaluate.tables import drafting_of, mean_alphas, rule_of
 from specforge_lk.files import atomic_write
 
 if TYPE_CHECKING:
@@ -52,8 +52,12 @@ def render_chart(report: Report, path: Path) -> None:
 
 def _label(of: Result | Paired, report: Report) -> str:
     """Return a draft's name within its algorithm's charts: what tells it from the others."""
-    varies = len({r.draft_sampling for r in report.results}) > 1
-    return f"{of.loss} {of.draft_sampling}" if varies else of.loss
+    rules = {(drafting_of(r), rule_of(r)) for r in report.results}
+    return (
+        " ".join(filter(None, (of.loss, drafting_of(of), rule_of(of))))
+        if len(rules) > 1
+        else of.loss
+    )
 
 
 def _draw_alpha(
@@ -77,10 +81,11 @@ def _draw_alpha(
 def _draw_tau(axes: Axes, results: list[Result], report: Report, colors: dict[str, str]) -> None:
     seeds: Bars = {}
     for r in results:
-        if r.tau is not None and r.tau_ci is not None:
+        tau, interval = r.measured_tau, r.measured_interval
+        if r.benchmark != HELD_OUT and not r.check and tau is not None and interval is not None:
             group = f"{r.benchmark}\nT = {r.temperature:g}"
             key = (group, _label(r, report))
-            seeds.setdefault(key, []).append((r.tau, r.tau_ci))
+            seeds.setdefault(key, []).append((tau, interval))
     _draw_bars(axes, seeds, colors)
     axes.set(title="Speculative decoding", ylabel="τ (tokens per target step)")
     axes.set_ylim(bottom=1)  # τ = 1 is decoding without a draft
@@ -97,7 +102,7 @@ def _draw_differences(axes: Axes, algorithm: str, report: Report, colors: dict[s
     baseline = published.GAIN_BASELINE if published.GAIN_BASELINE in baselines else baselines[0]
     seeds: Bars = {}
     for p in paired:
-        if p.baseline == baseline:
+        if p.baseline == baseline and p.method != "sampled":
             name = "held-out" if p.benchmark == HELD_OUT else p.benchmark
             group = f"{name}\nT = {p.temperature:g}"
             key = (group, _label(p, report))

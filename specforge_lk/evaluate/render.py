@@ -20,6 +20,24 @@ from specforge_lk.files import write_text
 from specforge_lk.markdown import markdown_table
 
 _EXPLANATION = (
+    "τ is tokens over rounds of decoding (Σ (n - 1) / Σ R), a round being one chain of K drafted "
+    "tokens and one verification step. Exact: rounds are the expected ones along responses that "
+    "the target itself has sampled, with the acceptance probabilities of every chain that could "
+    "begin there. Sampled: decoded and counted. α per head is the acceptance probability of each "
+    "draft position, the target distribution p not renormalized, over all chain starts that K "
+    "tokens follow; coverage is the target's probability of the draft vocabulary. Intervals are "
+    "95 % bootstrap intervals over prompts or conversations."
+)
+_OVER_SEEDS = (
+    "Means over training seeds, with the least and the greatest; α and Δ are those of held-out "
+    "responses. Every seed by itself, with its intervals, is below."
+)
+_PAIRED = (
+    "Of τ along the same responses, the bootstrap resampling conversations; where it was sampled, "
+    "of the same prompts. In percent, of what the other draft adds to a round, its τ - 1."
+)
+#: The same of reports that have other estimates of τ.
+_OLD_EXPLANATION = (
     "τ is pooled over drafted tokens (K · accepted / drafted + 1) on sampled benchmarks, and "
     "the exact expectation 1 + mean Σ_k Π_{i≤k} α_i over chain starts, teacher-forced, on "
     "held-out responses. α per head is Σ min(p, q), the target distribution p not "
@@ -28,11 +46,11 @@ _EXPLANATION = (
     "mass on the draft vocabulary. Intervals are bootstrap intervals over prompts "
     "(conversations)."
 )
-_OVER_SEEDS = (
+_OLD_OVER_SEEDS = (
     "Means over training seeds, with the least and the greatest; expected τ, α and Δ are "
     "those of held-out responses. Every seed by itself, with its intervals, is below."
 )
-_PAIRED = (
+_OLD_PAIRED = (
     "Of expected τ over the same chain starts of held-out responses, the bootstrap "
     "resampling conversations; of pooled τ over the same prompts of a benchmark, "
     "resampling prompts. In percent, of what the other draft adds to a step, its τ - 1."
@@ -41,9 +59,13 @@ _PAIRED = (
 
 def render_markdown(report: Report) -> str:
     """Return the report as markdown."""
-    results = [_EXPLANATION, markdown_table(*result_rows(report))]
+    texts = _EXPLANATION, _OVER_SEEDS, _PAIRED
+    if report.results and not any(r.serving for r in report.results):
+        texts = _OLD_EXPLANATION, _OLD_OVER_SEEDS, _OLD_PAIRED
+    explanation, over_seeds, about_pairs = texts
+    results = [explanation, markdown_table(*result_rows(report))]
     if len({r.seed for r in report.results}) > 1:
-        summary = [_OVER_SEEDS, markdown_table(*seed_rows(report))]
+        summary = [over_seeds, markdown_table(*seed_rows(report))]
         results = [*summary, "## Every measurement", *results]
     parts = [
         "# Acceptance",
@@ -54,7 +76,7 @@ def render_markdown(report: Report) -> str:
         *_gains(report),
     ]
     if report.paired:
-        parts += ["## Paired differences", _PAIRED, markdown_table(*paired_rows(report))]
+        parts += ["## Paired differences", about_pairs, markdown_table(*paired_rows(report))]
     parts += _training(report)
     if report.stages:
         stages = [[name, number(seconds, 0)] for name, seconds in report.stages.items()]
@@ -74,7 +96,8 @@ def _beside_the_paper(report: Report) -> list[str]:
         return []
     return [
         "## Beside the paper",
-        f"Sampled τ with {report.published}, in parentheses that of arXiv 2602.23881: all "
+        f"{'τ' if any(r.serving for r in report.results) else 'Sampled τ'} with "
+        f"{report.published}, in parentheses that of arXiv 2602.23881: all "
         "prompts of each benchmark, drafts sampled (`probabilistic`), K as given.",
         markdown_table(header, rows),
     ]
@@ -83,13 +106,14 @@ def _beside_the_paper(report: Report) -> list[str]:
 def _gains(report: Report) -> list[str]:
     if not report.gains:
         return []
+    exact = any(r.serving for r in report.results)
     sources = ", ".join(f"{name}: {target}" for name, target in report.gains.items())
     return [
         "## Gains over KL beside the paper's",
         "In percent, of τ and of τ - 1, what the draft adds to it. The paper's (arXiv "
         f"2602.23881, tables 1 and 2): {sources}. Ours: means over training seeds, with the "
-        "least and the greatest, of expected τ on held-out responses and of sampled τ, the "
-        "mean of the benchmarks.",
+        f"least and the greatest, of {'' if exact else 'expected '}τ on held-out responses and of "
+        f"{'' if exact else 'sampled '}τ, the mean of the benchmarks.",
         markdown_table(*gain_rows(report)),
     ]
 

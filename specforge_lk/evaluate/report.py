@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,31 +25,59 @@ class _Strict(BaseModel):
 
 
 class Result(_Strict):
-    """Acceptance of one draft on one benchmark at one temperature.
+    """Acceptance of one draft on one benchmark under one serving rule.
 
-    A sampled benchmark has ``tau`` (pooled, K · accepted / drafted + 1); held-out responses have
-    ``tau_expected`` (1 + mean over chain starts of Σ_k Π_{i≤k} α_i). Intervals are 95 % bootstrap
-    intervals over prompts or conversations.
+    ``tau_rounds`` is τ: tokens behind the first of each response, over the rounds of decoding that
+    they take. By the ``exact`` method rounds are expected ones, along responses that the target
+    has sampled (`specforge_lk.evaluate.rounds`); by the ``sampled`` method they were decoded and
+    counted. Intervals are 95 % bootstrap intervals over prompts or conversations.
 
-    ``alpha_per_head`` has a value per draft position: the exact Σ min(p, q), averaged over all
-    chain starts of held-out responses, and on benchmarks over the chains in which the position was
-    reached; ``alpha_per_head_empirical`` counts acceptances there. A draft position that was never
-    reached has null.
+    A figure per draft position is null where the position was never reached.
+
+    Reports made before there was ``serving`` have other estimates of τ: on benchmarks ``tau``, and
+    on held-out responses ``tau_expected``, 1 + mean over chain starts of Σ_k Π_{i≤k} α_i, which is
+    biased.
     """
 
     algorithm: str
     loss: str
     seed: int = Field(description="training seed of the draft")
-    temperature: float
+    temperature: float = Field(description="of the serving rule")
     benchmark: str
-    draft_sampling: str
+    draft_sampling: str = Field(description="drafting of the serving rule")
     heads: int
-    tau: float | None = None
+    serving: str | None = Field(default=None, description="the serving rule, as text")
+    method: Literal["exact", "sampled"] | None = None
+    tau_rounds: float | None = None
+    tau_rounds_ci: Interval | None = None
+    rounds: float | None = Field(default=None, description="rounds that all responses take")
+    tau_start: float | None = Field(
+        default=None,
+        description="tokens of a round that begins at a chain start drawn evenly; all K follow it",
+    )
+    tau_start_ci: Interval | None = None
+    tokens_per_forward: float | None = Field(
+        default=None, description="tokens over rounds and prefills, each a target forward"
+    )
+    tau: float | None = Field(
+        default=None, description="sampled: K · accepted / drafted + 1, pooled over all chains"
+    )
     tau_ci: Interval | None = None
     tau_expected: float | None = None
     tau_expected_ci: Interval | None = None
-    alpha_per_head: list[float | None]
-    alpha_per_head_empirical: list[float | None] | None = None
+    alpha_per_head: list[float | None] = Field(
+        description="exact: mean acceptance probability over all chain starts that K tokens "
+        "follow; sampled: over the chains that reached the position"
+    )
+    acceptance_per_head: list[float | None] | None = Field(
+        default=None, description="exact: acceptance over the rounds that reach the position"
+    )
+    survival_per_head: list[float | None] | None = Field(
+        default=None, description="share of the rounds in which the position was accepted"
+    )
+    alpha_per_head_empirical: list[float | None] | None = Field(
+        default=None, description="sampled: acceptances counted where alpha_per_head is computed"
+    )
     coverage: float | None
     drafted: int | None = None
     accepted: int | None = None
@@ -59,7 +87,14 @@ class Result(_Strict):
     )
     generated_tokens: int | None = None
     conversations: int | None = None
+    responses: int | None = None
     chain_starts: int | None = None
+    off_rule_tokens: int | None = Field(
+        default=None, description="tokens of the responses that have no probability under the rule"
+    )
+    off_policy: str | None = Field(
+        default=None, description="what the responses were sampled by, where it is not the rule"
+    )
     arrays: str | None = Field(
         default=None, description="arrays per chain start or per prompt, beside the report"
     )
@@ -77,19 +112,34 @@ class Result(_Strict):
             self.benchmark,
             self.temperature,
             self.draft_sampling,
+            self.serving,
+            self.method,
         )
 
     @property
+    def check(self) -> bool:
+        """Whether it was decoded to check an exact result, and says nothing new."""
+        return self.method == "sampled"
+
+    @property
     def measured_tau(self) -> float | None:
-        """Expected τ on held-out responses, pooled τ on a benchmark."""
+        """τ by rounds; in older reports expected τ on held-out responses, pooled τ elsewhere."""
+        if self.serving is not None:
+            return self.tau_rounds
         return self.tau_expected if self.benchmark == HELD_OUT else self.tau
+
+    @property
+    def measured_interval(self) -> list[float] | None:
+        """The interval of `measured_tau`."""
+        if self.serving is not None:
+            return self.tau_rounds_ci
+        return self.tau_expected_ci if self.benchmark == HELD_OUT else self.tau_ci
 
 
 class Paired(_Strict):
-    """The difference in τ between two drafts, ``loss`` minus ``baseline``.
+    """The difference in `Result.measured_tau` between two drafts, ``loss`` minus ``baseline``.
 
-    On held-out responses it is that of expected τ over the same chain starts, on a benchmark that
-    of pooled τ over the same prompts.
+    Both were measured along the same responses, or decoded the same prompts.
     """
 
     benchmark: str
@@ -101,8 +151,11 @@ class Paired(_Strict):
     baseline: str
     difference: float
     ci: Interval
+    serving: str | None = None
+    method: Literal["exact", "sampled"] | None = None
     chain_starts: int | None = None
     conversations: int | None = None
+    responses: int | None = None
     prompts: int | None = None
 
 

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+import numpy as np
 import torch
 
-from specforge_lk.data.conversations import tokenize
-from specforge_lk.data.prompts import HUB_PREFIX, read_rows, user_turns
+from specforge_lk.data.conversations import Tokens
+from specforge_lk.data.prompts import HUB_PREFIX, DataError, read_rows, user_turns
 from specforge_lk.decode.checkpoint import DraftError
 from specforge_lk.decode.draft import Draft
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.arrays import Arrays
-from specforge_lk.evaluate.benchmarks import (
-    Drafted,
-    measure_benchmark,
-    paired_benchmark_difference,
-)
-from specforge_lk.evaluate.held_out import ChainStarts, measure_held_out, paired_difference
-from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, read_report, versions
+from specforge_lk.evaluate.benchmarks import respond
+from specforge_lk.evaluate.compare import compare
+from specforge_lk.evaluate.report import HELD_OUT, Report, Result, read_report, versions
+from specforge_lk.evaluate.responses import Recorded, conversations_of, last_responses_of
+from specforge_lk.evaluate.sampled import decode_benchmark
 from specforge_lk.evaluate.settings import MEASUREMENT, Settings, Track, digest, fingerprint
+from specforge_lk.evaluate.teacher_forced import measure_responses
+from specforge_lk.serving import Sampling, Serving
 
 
 @dataclass(frozen=True)
@@ -40,36 +41,54 @@ class LoadedDraft:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What to measure on.
+class Benchmark:
+    """Prompts to answer.
 
     Attributes:
-        name: `HELD_OUT` or the benchmark's name.
-        path: a file or a dataset of the hub.
-        rows: its rows, as many as the settings allow.
+        name: the benchmark's name.
+        prompts: user turns of every prompt.
         identity: what tells its content from another.
     """
 
     name: str
-    path: str
-    rows: list[dict[str, Any]]
+    prompts: list[list[str]]
     identity: str
 
     @classmethod
-    def read(cls, name: str, path: str, limit: int | None) -> Source:
+    def read(cls, name: str, path: str, limit: int | None) -> Benchmark:
         """Read the first rows of a JSONL file or of a dataset of the hub."""
-        rows = read_rows(path)[:limit]
-        return cls(name, path, rows, path if path.startswith(HUB_PREFIX) else digest(path))
+        prompts = [user_turns(row, path) for row in read_rows(path)[:limit]]
+        return cls(name, prompts, path if path.startswith(HUB_PREFIX) else digest(path))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is asked to measure.
+
+    Attributes:
+        benchmarks: name -> JSONL file or ``hub:…``.
+        held_out: JSONL files of conversations.
+        rules: serving rules; None for those that the held-out responses are samples of, or
+            without such responses for temperature 0 and 1.
+        sampled: decode the benchmarks with every draft, too.
+        sampled_by: what held-out responses were sampled by that do not say it.
+        off_policy: measure along held-out responses that are no samples of a rule.
+    """
+
+    benchmarks: Mapping[str, str]
+    held_out: Sequence[str] = ()
+    rules: Sequence[Serving] | None = None
+    sampled: bool = False
+    sampled_by: Sampling | None = None
+    off_policy: bool = False
 
 
 def run(
     target: Target,
     target_path: str,
     drafts: Sequence[LoadedDraft],
+    asked: Asked,
     *,
-    benchmarks: dict[str, str],
-    held_out: str | None,
-    temperatures: Sequence[float],
     settings: Settings,
     out: Path,
     track: Track,
@@ -84,9 +103,7 @@ def run(
         target: the loaded target.
         target_path: where it was loaded from.
         drafts: the drafts; each is compared with every earlier one.
-        benchmarks: name -> JSONL file or ``hub:…``.
-        held_out: JSONL of conversations, or None.
-        temperatures: sampling temperatures, 0 for greedy decoding.
+        asked: what to measure.
         settings: see `Settings`.
         out: report.json to write or to continue.
         track: opens a progress display.
@@ -96,44 +113,68 @@ def run(
     Raises:
         ValueError: the drafts, the target, the data or the report in ``out`` do not fit.
     """
-    _require(target, target_path, drafts, benchmarks, settings)
+    _require(target, target_path, drafts, asked, settings)
     report = read_report(out) if out.exists() else Report()
     dtype = str(target.head.weight.dtype).removeprefix("torch.")
+    # Read all data first: a bad row should not surface after an hour of measuring.
+    benchmarks = [Benchmark.read(*item, settings.limit) for item in asked.benchmarks.items()]
+    recorded = Recorded.of(
+        [row for path in asked.held_out for row in read_rows(path)],
+        sampled_by=asked.sampled_by,
+        off_policy=asked.off_policy,
+        remedy=f"specforge-lk generate --target {target_path} {{options}} --prompts PROMPTS.jsonl "
+        "--out FILE.jsonl",
+    )
+    rules = list(dict.fromkeys(asked.rules or _default_rules(asked, recorded)))
     report.settings = {
         "target": target_path,
         "dtype": dtype,
         "device": str(target.device),
         "threads": torch.get_num_threads(),
         **asdict(settings),
-        "draft_sampling": str(settings.draft_sampling),
+        "serving": "; ".join(map(str, rules)),
     }
     report.versions, report.command = versions(), list(command)
     report.published = published
     common = [MEASUREMENT, digest(target_path), dtype, asdict(settings)]
-    evaluation = _Evaluation(target, drafts, temperatures, settings, out, track, report, common)
-
-    # Read all data first: a bad row should not surface after an hour of measuring.
-    sources = [Source.read(name, path, settings.limit) for name, path in benchmarks.items()]
-    responses = Source.read(HELD_OUT, held_out, settings.held_out_limit) if held_out else None
-    ends = sorted(target.eos_ids)
-    if responses is not None and ends != [target.tokenizer.eos_token_id]:
-        # Figures of responses that ended at the tokenizer's token alone are not continued.
-        responses = replace(responses, identity=f"{responses.identity}, ended by {ends}")
-    prompts = [[user_turns(row, source.path) for row in source.rows] for source in sources]
-    if responses is not None:
-        evaluation.measure_held_out(responses)
-        evaluation.compare([HELD_OUT])
-    for source, turns in zip(sources, prompts, strict=True):
-        evaluation.measure_benchmark(source, turns)
-    evaluation.compare(list(benchmarks))
+    evaluation = _Evaluation(
+        target, target_path, drafts, rules, settings, out, track, report, common
+    )
+    if asked.held_out:
+        evaluation.measure_held_out(recorded)
+    for benchmark in benchmarks:
+        evaluation.measure_benchmark(benchmark)
+        if asked.sampled:
+            evaluation.decode_benchmark(benchmark)
+    compare(
+        report,
+        out.parent,
+        [(draft.model.algorithm, draft.loss, draft.seed) for draft in drafts],
+        [*([HELD_OUT] if asked.held_out else []), *asked.benchmarks],
+        [str(rule) for rule in rules],
+        settings.seed,
+    )
+    report.write(out)
     return report
+
+
+def _default_rules(asked: Asked, recorded: Recorded) -> list[Serving]:
+    """Return the rules to measure where none is given."""
+    if not asked.held_out:
+        return [Serving(0.0), Serving(1.0)]
+    if not recorded.samplings:
+        raise DataError(
+            "the held-out responses do not say how they were sampled, as older files do not; say "
+            "it with --sampled-by temperature=1, or name the rules with --serving and --off-policy"
+        )
+    return [Serving(s.temperature, s.top_k, s.top_p) for s in recorded.samplings]
 
 
 def _require(
     target: Target,
     target_path: str,
     drafts: Sequence[LoadedDraft],
-    benchmarks: dict[str, str],
+    asked: Asked,
     settings: Settings,
 ) -> None:
     """Refuse what cannot be measured, before anything is."""
@@ -144,12 +185,11 @@ def _require(
                 f"draft {draft.path} proposes {limit} tokens at most, not {settings.heads}; "
                 f"set --heads to at most {limit}"
             )
-    if benchmarks and not target.rewinds:
+    if asked.sampled and not target.rewinds:
         raise ValueError(
-            f"benchmarks ({', '.join(benchmarks)}) are decoded speculatively, but the target "
-            f"{target_path} has layers whose cache cannot leave out rejected tokens here "
-            "(recurrent ones, or attention that is neither full nor sliding); leave out "
-            "--benchmark and give --held-out, or measure in a serving engine"
+            f"--sampled decodes speculatively, but the target {target_path} has layers whose cache "
+            "cannot leave out rejected tokens here (recurrent ones, or attention that is neither "
+            "full nor sliding); leave --sampled out, or measure in a serving engine"
         )
 
 
@@ -163,8 +203,9 @@ class _Evaluation:
     """
 
     target: Target
+    target_path: str
     drafts: Sequence[LoadedDraft]
-    temperatures: Sequence[float]
+    rules: Sequence[Serving]
     settings: Settings
     out: Path
     track: Track
@@ -175,78 +216,133 @@ class _Evaluation:
     def __post_init__(self) -> None:
         self.identities = [digest(draft.path) for draft in self.drafts]
 
-    def measure_held_out(self, source: Source) -> None:
+    def measure_held_out(self, recorded: Recorded) -> None:
+        """Measure along held-out responses."""
+        # Every rule's are looked for before anything is measured.
+        chosen = {rule: recorded.along(rule, self.settings.held_out_limit) for rule in self.rules}
+        ends = sorted(self.target.eos_ids)
+        for identity, rules in _together(chosen, lambda rule: chosen[rule].identity):
+            of = chosen[rules[0]]
+            self._measure(
+                "held-out responses",
+                HELD_OUT,
+                rules,
+                f"{identity}, ended by {ends}",
+                partial(conversations_of, of, self.target),
+                {"off_policy": of.off_policy},
+            )
+
+    def measure_benchmark(self, benchmark: Benchmark) -> None:
+        """Measure along the target's own responses to a benchmark."""
+        for sampling, rules in _together(self.rules, lambda rule: rule.target):
+            answers = respond(
+                *(self.target, self.target_path, benchmark.name, benchmark.prompts, sampling),
+                *(self.settings, self.out.parent / f"{self.out.stem}-responses", self.track),
+            )
+            self._measure(
+                f"{benchmark.name}, {sampling}",
+                benchmark.name,
+                rules,
+                fingerprint(benchmark.identity, answers.rows),
+                partial(last_responses_of, answers.rows, self.target),
+                {"prompts": len(set(answers.prompt.tolist())), "skipped": answers.skipped},
+                answers.prompt,
+            )
+
+    def _measure(
+        self,
+        what: str,
+        name: str,
+        rules: Sequence[Serving],
+        identity: str,
+        conversations: Callable[[], list[Tokens]],
+        known: dict[str, Any],
+        prompt: np.ndarray | None = None,
+    ) -> None:
         """Measure all drafts at once, since they share the target's pass over a response."""
-        pending: list[list[Result]] = [
-            [r for t in self.temperatures if not self._kept(r := self._empty(i, source, t))]
+        pending = [
+            {
+                rule: result
+                for rule in rules
+                if not self._kept(result := self._empty(i, name, identity, rule, "exact"))
+            }
             for i in range(len(self.drafts))
         ]
         wanted = [
-            (draft.model, [result.temperature for result in results])
+            (draft.model, list(results))
             for draft, results in zip(self.drafts, pending, strict=True)
             if results
         ]
         if not wanted:
             return
-        encoded = [tokenize(row, self.target.tokenizer, self.target.eos_ids) for row in source.rows]
+        encoded = conversations()
         longest = min(self.settings.max_length, self.target.max_positions - self.settings.heads)
-        fitting = [c for c in encoded if len(c.input_ids) <= longest]
+        fits = [len(c.input_ids) <= longest for c in encoded]
+        fitting = [c for c, fit in zip(encoded, fits, strict=True) if fit]
         began = time.monotonic()
-        with self.track("held-out responses", sum(len(c.input_ids) for c in fitting)) as progress:
-            measured = measure_held_out(
+        with self.track(what, sum(len(c.input_ids) for c in fitting)) as progress:
+            measured = measure_responses(
                 self.target, wanted, fitting, self.settings, progress.advance
             )
         seconds = round(time.monotonic() - began, 1)
         for results, found in zip(filter(None, pending), measured, strict=True):
-            for result in results:
-                starts = found[result.temperature]
-                figures = starts.figures(self.settings.seed)
-                skipped = len(encoded) - len(fitting)
-                self._put(result, starts, {**figures, "skipped": skipped, "seconds": seconds})
+            for rule, result in results.items():
+                rounds = found[rule]
+                if prompt is not None:
+                    rounds = replace(rounds, conversation=prompt[fits][rounds.conversation])
+                figures = rounds.figures(self.settings.seed)
+                skipped = known.get("skipped", 0) + len(encoded) - len(fitting)
+                more = {**known, "skipped": skipped, "seconds": seconds}
+                self._put(result, rounds, {**figures, **more})
         self.report.write(self.out)
 
-    def measure_benchmark(self, source: Source, prompts: Sequence[Sequence[str]]) -> None:
-        """Measure every draft at every temperature, and write the report after each."""
+    def decode_benchmark(self, benchmark: Benchmark) -> None:
+        """Decode with every draft under every rule, and write the report after each."""
         layers = [layer for draft in self.drafts for layer in draft.model.capture_layers]
         prefills = Prefills(self.target, layers)
-        turns = sum(min(len(turns), self.settings.turns) for turns in prompts)
-        for temperature in self.temperatures:
+        turns = sum(min(len(turns), self.settings.turns) for turns in benchmark.prompts)
+        for rule in self.rules:
             for index, draft in enumerate(self.drafts):
-                result = self._empty(index, source, temperature)
+                result = self._empty(index, benchmark.name, benchmark.identity, rule, "sampled")
                 if self._kept(result):
                     continue
                 began = time.monotonic()
-                what = f"{source.name}, T = {temperature:g}, {draft.loss}"
+                what = f"{benchmark.name}, {rule}, {draft.loss}"
                 with self.track(what, turns * self.settings.max_new_tokens) as progress:
-                    figures, counts = measure_benchmark(
-                        self.target,
-                        draft.model,
-                        prompts,
-                        temperature,
-                        self.settings,
-                        prefills,
-                        progress.advance,
+                    figures, counts = decode_benchmark(
+                        *(self.target, draft.model, benchmark.prompts, rule, self.settings),
+                        *(prefills, progress.advance),
                     )
                 seconds = round(time.monotonic() - began, 1)
                 self._put(result, counts, {**figures, "seconds": seconds})
                 self.report.write(self.out)
 
-    def _empty(self, index: int, source: Source, temperature: float) -> Result:
+    def _empty(
+        self,
+        index: int,
+        benchmark: str,
+        identity: str,
+        rule: Serving,
+        method: Literal["exact", "sampled"],
+    ) -> Result:
         """Return a result without its figures."""
         draft = self.drafts[index]
         layers = list(draft.model.capture_layers)
+        measured = [self.common, self.identities[index], layers, identity, str(rule), method]
         return Result(
             algorithm=draft.model.algorithm,
             loss=draft.loss,
             seed=draft.seed,
-            temperature=temperature,
-            benchmark=source.name,
-            draft_sampling=str(self.settings.draft_sampling),
+            temperature=rule.temperature,
+            benchmark=benchmark,
+            draft_sampling=str(rule.drafting),
+            serving=str(rule),
+            method=method,
             heads=self.settings.heads,
             alpha_per_head=[],
             coverage=None,
             draft=draft.path,
-            fingerprint=fingerprint(self.common, self.identities[index], layers, source.identity),
+            fingerprint=fingerprint(*measured),
         )
 
     def _kept(self, result: Result) -> bool:
@@ -258,69 +354,25 @@ class _Evaluation:
 
     def _put(self, result: Result, arrays: Arrays, figures: dict[str, Any]) -> None:
         """Save the arrays of a measurement and put its figures into the report."""
-        name = f"{result.algorithm}-{result.loss}-seed{result.seed}-T{result.temperature:g}"
-        if result.benchmark != HELD_OUT:
-            name = f"{quote(result.benchmark, safe='')}-{name}"
+        name = f"{result.algorithm}-{result.loss}-seed{result.seed}-{result.serving}"
+        name = f"{quote(result.benchmark, safe='')}-{name}-{result.method}"
         # Relative to the report's folder.
-        path = f"{self.out.stem}-arrays/{name}-{result.draft_sampling}.npz"
+        path = f"{self.out.stem}-arrays/{name}.npz"
         arrays.save(self.out.parent / path)
         self.report.put(result.model_copy(update={**figures, "arrays": path}))
 
-    def compare(self, benchmarks: Sequence[str]) -> None:
-        """Compare every draft with every earlier one of its algorithm and seed; write the report.
 
-        Pairs that this run did not measure stay as they are.
-        """
-        order = [(d.model.algorithm, d.loss, d.seed) for d in self.drafts]
-
-        def measured_here(of: Paired | Result, loss: str) -> bool:
-            return (
-                of.benchmark in benchmarks
-                and of.temperature in self.temperatures
-                and of.draft_sampling == self.settings.draft_sampling
-                and (of.algorithm, loss, of.seed) in order
-            )
-
-        self.report.paired = [
-            p
-            for p in self.report.paired
-            if not (measured_here(p, p.loss) or measured_here(p, p.baseline))
-        ]
-        measured = [r for r in self.report.results if r.arrays and measured_here(r, r.loss)]
-        measured.sort(key=lambda r: order.index((r.algorithm, r.loss, r.seed)))
-        measured.sort(key=lambda r: (benchmarks.index(r.benchmark), r.temperature))
-        same = ("algorithm", "seed", "benchmark", "temperature")
-        for baseline, result in combinations(measured, 2):
-            if all(getattr(baseline, name) == getattr(result, name) for name in same):
-                self.report.paired.append(self._paired(result, baseline))
-        self.report.write(self.out)
-
-    def _paired(self, result: Result, baseline: Result) -> Paired:
-        """Compare two results, from the arrays of both."""
-        files = [self.out.parent / str(r.arrays) for r in (result, baseline)]
-        size: dict[str, int]
-        if result.benchmark == HELD_OUT:
-            a, b = map(ChainStarts.load, files)
-            difference, interval = paired_difference(a, b, self.settings.seed)
-            size = a.size
-        else:
-            c, d = map(Drafted.load, files)
-            difference, interval = paired_benchmark_difference(
-                c, d, result.heads, self.settings.seed
-            )
-            size = c.size
-        return Paired(
-            benchmark=result.benchmark,
-            algorithm=result.algorithm,
-            seed=result.seed,
-            temperature=result.temperature,
-            draft_sampling=result.draft_sampling,
-            loss=result.loss,
-            baseline=baseline.loss,
-            difference=difference,
-            ci=interval,
-            **size,
-        )
+_Key = TypeVar("_Key")
 
 
-__all__ = ["LoadedDraft", "Source", "run"]
+def _together(
+    rules: Iterable[Serving], key: Callable[[Serving], _Key]
+) -> list[tuple[_Key, list[Serving]]]:
+    """Group rules by what they are measured along, in order."""
+    found: dict[_Key, list[Serving]] = {}
+    for rule in rules:
+        found.setdefault(key(rule), []).append(rule)
+    return list(found.items())
+
+
+__all__ = ["Asked", "Benchmark", "LoadedDraft", "run"]

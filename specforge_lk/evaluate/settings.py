@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 #: Part of every fingerprint; raise it when a change makes earlier figures incomparable.
-MEASUREMENT = 1
+MEASUREMENT = 2
 
 #: Called with tokens processed, and with the share of the announced total they stand for.
 Advance = Callable[[int, int], None]
@@ -34,23 +33,13 @@ def silent(items: int, work: int) -> None:
     """Show no progress."""
 
 
-class DraftSampling(StrEnum):
-    """How draft tokens are chosen above temperature 0."""
-
-    #: Sample from q.
-    PROBABILISTIC = "probabilistic"
-    #: Take argmax q at any temperature, as engines do by default (the paper's Appendix D).
-    GREEDY = "greedy"
-
-
 @dataclass(frozen=True)
 class Settings:
     """The settings of an evaluation; part of each result's fingerprint.
 
     Attributes:
         heads: drafted tokens per verification step, K.
-        draft_sampling: how they are chosen above temperature 0.
-        max_new_tokens: longest benchmark response.
+        max_new_tokens: longest response to a benchmark's prompt.
         limit: rows of each benchmark to use, from its start; None for all.
         held_out_limit: the same for held-out responses.
         batch_size: prompts (conversations) per batch.
@@ -60,7 +49,6 @@ class Settings:
     """
 
     heads: int = 7
-    draft_sampling: DraftSampling = DraftSampling.PROBABILISTIC
     max_new_tokens: int = 256
     limit: int | None = None
     held_out_limit: int | None = None
@@ -95,7 +83,6 @@ def fingerprint(*parts: object) -> str:
 __all__ = [
     "MEASUREMENT",
     "Advance",
-    "DraftSampling",
     "Progress",
     "Settings",
     "Track",

@@ -29,24 +29,49 @@ def _table_order(result: Result) -> tuple:
     return (result.benchmark == HELD_OUT, result.benchmark, result.temperature)
 
 
+def _name(of: Result | Paired) -> str:
+    """Return the benchmark's name in a table."""
+    if of.benchmark != HELD_OUT:
+        return of.benchmark
+    return "held-out" if of.serving else "held-out (exact)"
+
+
+def drafting_of(of: Result | Paired) -> str:
+    """Return how a draft chooses its tokens; "" at temperature 0, where all do the same."""
+    return "" if of.serving and of.temperature == 0 else of.draft_sampling
+
+
+def rule_of(of: Result | Paired) -> str:
+    """Return what the serving rule has beside temperature and drafting."""
+    settings = (of.serving or "").split(",")
+    return ", ".join(s for s in settings if not s.startswith(("temperature=", "drafting=")))
+
+
+def _how(of: Result | Paired) -> str:
+    """Return how it was measured."""
+    off_policy = of.off_policy if isinstance(of, Result) else None
+    return f"exact, of responses at {off_policy}" if off_policy else of.method or ""
+
+
 def result_rows(report: Report) -> Table:
     """Header and rows of all results, benchmarks first.
 
-    Training seed and drafting are columns only where they vary.
+    Training seed, rule and method are columns only where they vary.
     """
-    header = ["benchmark", "T", "draft", "seed", "drafting", "τ [95 %]", "α per head", "coverage"]
+    header = ["benchmark", "T", "draft", "seed", "drafting", "rule", "measured", "τ [95 %]"]
+    header += ["α per head", "coverage"]
     rows = []
     for r in sorted(report.results, key=_table_order):
-        held_out = r.benchmark == HELD_OUT
-        interval = r.tau_expected_ci if held_out else r.tau_ci
         rows.append(
             [
-                "held-out (exact)" if held_out else r.benchmark,
+                _name(r),
                 f"{r.temperature:g}",
                 f"{r.algorithm} {r.loss}",
                 str(r.seed),
-                r.draft_sampling,
-                number(r.measured_tau) + _interval(interval),
+                drafting_of(r),
+                rule_of(r),
+                _how(r),
+                number(r.measured_tau) + _interval(r.measured_interval),
                 _positions(r.alpha_per_head),
                 number(r.coverage),
             ]
@@ -55,12 +80,17 @@ def result_rows(report: Report) -> Table:
 
 
 def _without_constant(
-    header: list[str], rows: list[list[str]], names: Sequence[str] = ("seed", "drafting")
+    header: list[str],
+    rows: list[list[str]],
+    names: Sequence[str] = ("seed", "drafting", "rule", "measured"),
 ) -> Table:
-    """Drop the named columns that hold a single value."""
-    kept = [
-        i for i, name in enumerate(header) if name not in names or len({row[i] for row in rows}) > 1
-    ]
+    """Drop the named columns that hold a single value; a drafting of "" is any."""
+
+    def varies(column: int) -> bool:
+        values = {row[column] for row in rows}
+        return len(values - {""} if header[column] == "drafting" else values) > 1
+
+    kept = [i for i, name in enumerate(header) if name not in names or varies(i)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
@@ -70,31 +100,40 @@ def paired_rows(report: Report) -> Table:
     "of τ - 1" is the difference as a share of what the baseline's draft adds to a verification
     step.
     """
-    header = ["benchmark", "T", "seed", "drafting", "draft", "against", "Δ τ [95 %]"]
+    header = ["benchmark", "T", "seed", "drafting", "rule", "measured", "draft", "against"]
+    header += ["Δ τ [95 %]"]
     header += ["of τ - 1", "over"]
     rows = []
     for p in report.paired:
-        held_out = p.benchmark == HELD_OUT
         share = relative_difference(report, p)
         rows.append(
             [
-                "held-out (exact)" if held_out else p.benchmark,
+                _name(p),
                 f"{p.temperature:g}",
                 str(p.seed),
-                p.draft_sampling,
+                drafting_of(p),
+                rule_of(p),
+                _how(p),
                 f"{p.algorithm} {p.loss}",
                 p.baseline,
                 f"{p.difference:+.4f} [{p.ci[0]:+.4f}, {p.ci[1]:+.4f}]",
                 "–" if share is None else f"{100 * share:+.1f} %",
-                f"{p.chain_starts} chain starts" if held_out else f"{p.prompts} prompts",
+                _size(p),
             ]
         )
     return _without_constant(header, rows)
 
 
+def _size(p: Paired) -> str:
+    """Return over how much a difference was measured."""
+    if p.responses is not None:
+        return f"{p.responses} responses"
+    return f"{p.prompts} prompts" if p.chain_starts is None else f"{p.chain_starts} chain starts"
+
+
 def relative_difference(report: Report, paired: Paired) -> float | None:
     """The difference over the baseline's τ - 1; None where that is not in the report, or 0."""
-    same = ("algorithm", "seed", "benchmark", "temperature", "draft_sampling")
+    same = ("algorithm", "seed", "benchmark", "temperature", "draft_sampling", "serving", "method")
     for r in report.results:
         if r.loss == paired.baseline and all(getattr(r, n) == getattr(paired, n) for n in same):
             tau = r.measured_tau
@@ -103,22 +142,23 @@ def relative_difference(report: Report, paired: Paired) -> float | None:
 
 
 def published_rows(report: Report) -> Table:
-    """Header and rows of sampled τ beside the paper's, a row per draft and T.
+    """Header and rows of τ on benchmarks beside the paper's, a row per draft and rule.
 
     There are no rows where the paper has no figure. The mean is there once all three benchmarks
     are measured.
     """
-    header = ["T", "draft", "seed", "drafting", "K (paper)"]
+    header = ["T", "draft", "seed", "drafting", "rule", "K (paper)"]
     header += [f"{name} (paper)" for name in (*published.BENCHMARKS, "mean")]
     measured: dict[tuple, dict[int, float]] = {}
     for r in sorted(report.results, key=_table_order):
         benchmark = published.find_benchmark(r.benchmark)
-        if r.tau is not None and benchmark is not None:
-            key = (r.temperature, r.algorithm, r.loss, r.seed, r.draft_sampling, r.heads)
-            measured.setdefault(key, {})[benchmark] = r.tau
+        if r.measured_tau is not None and benchmark is not None and not r.check:
+            drawn = (drafting_of(r), rule_of(r))
+            key = (r.temperature, r.algorithm, r.loss, r.seed, *drawn, r.heads)
+            measured.setdefault(key, {})[benchmark] = r.measured_tau
     drafts = published.PUBLISHED.get(report.published or "", {})
     rows = []
-    for (temperature, algorithm, loss, seed, sampling, heads), taus in measured.items():
+    for (temperature, algorithm, loss, seed, sampling, rule, heads), taus in measured.items():
         paper = drafts.get((algorithm, loss), {}).get(temperature)
         if paper is None:
             continue
@@ -132,6 +172,7 @@ def published_rows(report: Report) -> Table:
                 f"{algorithm} {loss}",
                 str(seed),
                 sampling,
+                rule,
                 f"{heads} ({published.HEADS[algorithm]})",
                 *(f"{number(a, 2)} ({number(b, 2)})" for a, b in zip(ours, theirs, strict=True)),
             ]
@@ -148,37 +189,44 @@ def _over_seeds(values: Sequence[float | None], form: str = ".3f") -> str:
 
 
 def seed_rows(report: Report) -> Table:
-    """Header and rows of the summary over training seeds: a row per algorithm, loss and T."""
-    benchmarks = list(dict.fromkeys(r.benchmark for r in report.results if r.tau is not None))
+    """Header and rows of the summary over training seeds: a row per algorithm, loss and rule."""
+    known = [r for r in report.results if r.measured_tau is not None and not r.check]
+    benchmarks = list(dict.fromkeys(r.benchmark for r in known if r.benchmark != HELD_OUT))
     paired = [p for p in report.paired if p.benchmark == HELD_OUT]
     baselines = list(dict.fromkeys(p.baseline for p in paired))
-    header = ["T", "drafting", "draft", "seeds", "expected τ", "α per head"]
-    header += [f"Δ expected τ to {name}" for name in baselines] + [f"τ {b}" for b in benchmarks]
+    tau = held_out_name(report)
+    header = ["T", "drafting", "rule", "draft", "seeds", tau, "α per head"]
+    header += [f"Δ {tau} to {name}" for name in baselines] + [f"τ {b}" for b in benchmarks]
     groups: dict[tuple, list[Result]] = {}
-    for r in sorted(report.results, key=lambda r: r.temperature):
+    for r in sorted(known, key=lambda r: r.temperature):
         groups.setdefault(_across_seeds(r), []).append(r)
-    order = list(dict.fromkeys(r.algorithm for r in report.results))
+    order = list(dict.fromkeys(r.algorithm for r in known))
     rows = []
     for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
-        algorithm, temperature, sampling, loss = key
+        algorithm, temperature, sampling, rule, loss = key
         results = groups[key]
         held_out = [r for r in results if r.benchmark == HELD_OUT]
-        row = [f"{temperature:g}", sampling, f"{algorithm} {loss}"]
+        row = [f"{temperature:g}", sampling, rule, f"{algorithm} {loss}"]
         row += [str(len({r.seed for r in results}))]
-        row += [_over_seeds([r.tau_expected for r in held_out])]
+        row += [_over_seeds([r.measured_tau for r in held_out])]
         row += [_positions(mean_alphas(held_out))]
         for baseline in baselines:
             pairs = [p for p in paired if _across_seeds(p) == key and p.baseline == baseline]
             row.append(_over_seeds([p.difference for p in pairs], "+.4f"))
         for benchmark in benchmarks:
-            row.append(_over_seeds([r.tau for r in results if r.benchmark == benchmark]))
+            row.append(_over_seeds([r.measured_tau for r in results if r.benchmark == benchmark]))
         rows.append(row)
-    return _without_constant(header, rows, ("drafting",))
+    return _without_constant(header, rows, ("drafting", "rule"))
 
 
-def _across_seeds(of: Result | Paired) -> tuple[str, float, str, str]:
+def held_out_name(report: Report) -> str:
+    """Return what τ on held-out responses is called: in older reports, it is another estimate."""
+    return "held-out τ" if any(r.serving for r in report.results) else "expected τ"
+
+
+def _across_seeds(of: Result | Paired) -> tuple[str, float, str, str, str]:
     """What the training seeds of one draft have in common."""
-    return of.algorithm, of.temperature, of.draft_sampling, of.loss
+    return of.algorithm, of.temperature, drafting_of(of), rule_of(of), of.loss
 
 
 def mean_alphas(results: Sequence[Result]) -> list[float | None]:
@@ -195,10 +243,11 @@ def gain_rows(report: Report) -> Table:
     """Header and rows of the gains over KL in percent, ours beside the paper's.
 
     The gains are those of τ, and of τ - 1, what the draft adds. Ours are means over training
-    seeds, with the least and the greatest: of the exact expected τ on held-out responses, and of
-    sampled τ, the mean of the benchmarks.
+    seeds, with the least and the greatest: on held-out responses, and the mean of the benchmarks.
     """
-    header = ["T", "draft", "paper: τ", "τ - 1", "expected τ", "expected τ - 1", "sampled τ"]
+    ours = held_out_name(report)
+    benchmarks = "sampled τ" if ours == "expected τ" else "benchmarks τ"
+    header = ["T", "draft", "paper: τ", "τ - 1", ours, f"{ours} - 1", benchmarks]
     rows = []
     for algorithm, target in report.gains.items():
         paper = published.PUBLISHED[target]
@@ -230,11 +279,13 @@ def _published_gain(tau: published.Tau | None, kl: published.Tau | None, base: i
 def _tau_by_seed(
     report: Report, draft: tuple[str, str], temperature: float, held_out: bool
 ) -> dict[int, float]:
-    """By training seed: expected τ on held-out responses, or the mean sampled τ of benchmarks."""
+    """By training seed: τ on held-out responses, or the mean τ of benchmarks."""
     found: dict[int, list[float]] = {}
     for r in report.results:
-        tau = r.tau_expected if held_out else r.tau
-        if (r.algorithm, r.loss) == draft and r.temperature == temperature and tau is not None:
+        tau = r.measured_tau
+        if (r.benchmark == HELD_OUT) is not held_out or r.check or tau is None:
+            continue
+        if (r.algorithm, r.loss) == draft and r.temperature == temperature:
             found.setdefault(r.seed, []).append(tau)
     return {seed: mean(taus) for seed, taus in found.items()}
 
@@ -246,12 +297,15 @@ def _percent(value: float, baseline: float, base: float) -> float:
 
 __all__ = [
     "Table",
+    "drafting_of",
     "gain_rows",
+    "held_out_name",
     "mean_alphas",
     "number",
     "paired_rows",
     "published_rows",
     "relative_difference",
     "result_rows",
+    "rule_of",
     "seed_rows",
 ]

@@ -10,6 +10,7 @@ from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model, build_tokenizer
 
 from specforge_lk.decode.draft import DraftError, load_draft
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Sampling
 
 BLOCK, LENGTH, MASK = 5, 19, 3
 SPARK = {"markov_rank": 6, "confidence_head_alpha": 1.0}
@@ -115,13 +116,13 @@ def test_proposals_equal_teacher_forcing(variant, target, tmp_path, monkeypatch)
             return tokens[torch.arange(BATCH), ends + 2 + next(truth)]
 
         monkeypatch.setattr("specforge_lk.decode.dflash.choose", true_token)
-        proposal = draft.propose(heads, 1.0, False, None)
+        proposal = draft.propose(heads, Sampling(1), None)
         torch.testing.assert_close(proposal.logits, expected, rtol=1e-4, atol=1e-4)
         # Rows may leave.
         draft.keep_rows(torch.tensor([1]))
         truth = iter(range(heads))
         monkeypatch.setattr("specforge_lk.decode.dflash.choose", lambda *_: true_token()[1:])
-        again = draft.propose(heads, 1.0, False, None)
+        again = draft.propose(heads, Sampling(1), None)
         torch.testing.assert_close(again.logits, expected[1:], rtol=1e-4, atol=1e-4)
 
 

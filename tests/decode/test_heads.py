@@ -20,6 +20,7 @@ from specforge_lk.decode.target import Target
 from specforge_lk.drafts.medusa import MedusaConfig, MedusaModel
 from specforge_lk.drafts.mlp_speculator import MLPSpeculatorConfig
 from specforge_lk.drafts.model import TargetWeights
+from specforge_lk.serving import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_proposals_equal_teacher_forcing(variant, target, tmp_path):
     with torch.no_grad():
         draft.start(BATCH, LENGTH)
         draft.observe(tokens[:, 1 : known + 2], features[:, : known + 1], positions, valid)
-        proposal = draft.propose(HEADS, 1.0, False, torch.Generator().manual_seed(0))
+        proposal = draft.propose(HEADS, Sampling(1), torch.Generator().manual_seed(0))
         for row, start in enumerate((known, known - 2)):
             text = tokens[row : row + 1].clone()
             text[0, start + 2 : start + 2 + HEADS] = proposal.tokens[row]

@@ -22,6 +22,7 @@ from specforge_lk.decode.draft import DraftError, load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.model import TargetWeights
 from specforge_lk.drafts.mtp import MTPConfig, MTPDraftModel
+from specforge_lk.serving import Sampling
 
 
 @pytest.fixture(scope="module", params=MTP_FAMILIES)
@@ -73,7 +74,7 @@ def test_proposals_equal_teacher_forcing(target, tmp_path):
             following = tokens[:, first + 1 : first + count + 1]
             seen = features[:, first : first + count]
             draft.observe(following, seen, positions, positions <= known)
-            proposal = draft.propose(HEADS, 1.0, False, torch.Generator().manual_seed(0))
+            proposal = draft.propose(HEADS, Sampling(1), torch.Generator().manual_seed(0))
         for row, start in enumerate(known.flatten().tolist()):
             text = tokens[row : row + 1].clone()
             text[0, start + 2 : start + 2 + HEADS] = proposal.tokens[row]
@@ -85,7 +86,7 @@ def test_proposals_equal_teacher_forcing(target, tmp_path):
                     proposal.logits[row, head], logits[0], rtol=1e-4, atol=1e-4
                 )
         draft.keep_rows(torch.tensor([1]))
-        alone = draft.propose(HEADS, 0.0, True, None)
+        alone = draft.propose(HEADS, Sampling(0), None)
     assert alone.tokens.shape == (1, HEADS)
     torch.testing.assert_close(alone.logits[0, 0], proposal.logits[1, 0], rtol=1e-4, atol=1e-4)
 

@@ -10,6 +10,7 @@ from tiny_target import VOCAB_SIZE, build_model, build_tokenizer, draft_config
 
 from specforge_lk.decode.draft import DraftError, load_draft
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Sampling
 
 LENGTH, HEADS, MASK, DRAFT_VOCAB = 19, 4, 3, 40
 
@@ -77,11 +78,11 @@ def test_proposals_equal_teacher_forcing(target, tmp_path):
                 following[:, block], features[:, block], positions, positions <= ends[:, None]
             )
         for heads in (1, HEADS):
-            proposal = draft.propose(heads, 1.0, False, generator)
+            proposal = draft.propose(heads, Sampling(1), generator)
             torch.testing.assert_close(proposal.logits, expected[:, :heads], rtol=1e-4, atol=1e-4)
             assert torch.equal(proposal.tokens, draft.draft_ids[proposal.index])
         draft.keep_rows(torch.tensor([1]))
-        again = draft.propose(HEADS, 1.0, True, None)
+        again = draft.propose(HEADS, Sampling(0), None)
         torch.testing.assert_close(again.logits, expected[1:], rtol=1e-4, atol=1e-4)
         assert torch.equal(again.index, expected[1:].argmax(-1))
 

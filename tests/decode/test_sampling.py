@@ -5,7 +5,15 @@ import torch
 from scipy import stats
 
 from specforge_lk.decode import sampling
-from specforge_lk.decode.sampling import Verification, check_finite, verify, verify_greedy
+from specforge_lk.decode.sampling import (
+    Verdict,
+    check_finite,
+    distribution,
+    verify,
+    verify_block,
+    verify_greedy,
+)
+from specforge_lk.serving import Sampling
 
 VOCAB = 6
 ROWS = 60_000
@@ -71,7 +79,7 @@ def resample_from_p(drafted, count, p, q, *, draft_ids, generator):
     """A wrong rule: after a rejection it samples from p instead of from max(p - q, 0)."""
     right = verify(drafted, count, p, q, draft_ids=draft_ids, generator=generator)
     rows = torch.arange(len(drafted))
-    return Verification(right.accepted, sampling.draw(p[rows, right.accepted], generator))
+    return Verdict(right.accepted, sampling.draw(p[rows, right.accepted], generator))
 
 
 def always_accept_half(drafted, count, p, q, *, draft_ids, generator):
@@ -83,6 +91,17 @@ def always_accept_half(drafted, count, p, q, *, draft_ids, generator):
 @pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
 def test_output_follows_the_target(greedy, ids):
     assert p_value(verify, greedy, ids) > 0.01
+
+
+def as_a_block(drafted, count, p, q, *, draft_ids, generator):
+    return verify_block(drafted, p, q, draft_ids=draft_ids, generator=generator)[0]
+
+
+@pytest.mark.parametrize("ids", DRAFT_IDS.values(), ids=DRAFT_IDS.keys())
+def test_block_verification_follows_the_target_and_accepts_more(ids):
+    assert p_value(as_a_block, False, ids) > 0.01
+    one, whole = (first_two_tokens(rule, False, ids)[2].accepted for rule in (verify, as_a_block))
+    assert whole.float().mean() > 1.01 * one.float().mean()
 
 
 @pytest.mark.parametrize("ids", DRAFT_IDS.values(), ids=DRAFT_IDS.keys())
@@ -122,3 +141,29 @@ def test_non_finite_logits_are_named():
         check_finite(logits, "the draft", "retrain")
     logits[1, 1] = float("-inf")  # a masked token is legitimate
     check_finite(logits, "the draft", "retrain")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(0.7, 5), Sampling(1.3, 0, 0.6), Sampling(0.9, 40, 0.95), Sampling(2, 0, 0.999)],
+)
+def test_truncation_keeps_what_its_definition_does(sampling, dtype):
+    """Also where top-p keeps more tokens than are looked at first."""
+    logits = 2 * torch.randn(20, 2000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    found = distribution(logits, sampling)
+    for row, p in zip(logits.double(), found, strict=True):
+        order = row.argsort(descending=True)[: sampling.top_k or None]
+        q = torch.softmax(row[order] / sampling.temperature, -1)
+        kept = q.cumsum(-1) - q < sampling.top_p
+        expected = torch.zeros_like(row)
+        expected[order[kept]] = q[kept] / q[kept].sum()
+        torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_ties_at_the_last_token_are_kept():
+    logits = torch.tensor([[3.0, 1.0, 1.0, 0.0]])
+    kept = [True, True, True, False]
+    assert (distribution(logits, Sampling(1.0, 2)) > 0).tolist() == [kept]
+    assert (distribution(logits, Sampling(1.0, 0, 0.9)) > 0).tolist() == [kept]
+    assert distribution(logits, Sampling(0)).tolist() == [[1, 0, 0, 0]]

@@ -8,24 +8,19 @@ import torch
 from rounding import rounding
 from tiny_target import VOCAB_SIZE, build_model, build_tokenizer, save_draft
 from transformers import AutoConfig, AutoModelForCausalLM
+from written_drafts import Bigram, Endless, Oracle, nearly_bigram
 
-from specforge_lk.decode.draft import Proposal, load_draft
+from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.prefill import Prefills
-from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.speculate import speculate
 from specforge_lk.decode.target import Target
+from specforge_lk.serving import Drafting, Serving
 
 HEADS = 3
 #: A chain verified token by token, in two steps, and at once.
 BLOCKS = pytest.mark.parametrize("block", [1, 2, HEADS + 1])
 #: Ragged on purpose: lengths 1 to 23.
 PROMPTS = [list(range(10, 10 + n)) for n in (7, 1, 23, 12, 3)]
-
-
-class Endless(Target):
-    """A target whose responses never end, so that every cycle counts in full."""
-
-    eos_ids = frozenset()
 
 
 @pytest.fixture(scope="module")
@@ -53,49 +48,13 @@ def _greedy_alone(model, eos_ids, prompt):
     return tokens[len(prompt) :]
 
 
-class Oracle:
-    """A draft that knows the target's greedy continuation and errs at every fifth position."""
-
-    algorithm = "oracle"
-    capture_layers = (0,)
-    draft_ids = None
-    max_heads = None
-
-    def __init__(self, sequences):
-        self.sequences = sequences
-
-    def start(self, batch, capacity):
-        self.rows = torch.arange(batch)
-
-    def observe(self, tokens, features, positions, valid):
-        assert features.shape[:2] == tokens.shape
-        self.position = (positions * valid).amax(1)
-
-    def propose(self, heads, temperature, greedy, generator):
-        index = torch.zeros(len(self.rows), heads, dtype=torch.long)
-        for i, (row, start) in enumerate(
-            zip(self.rows.tolist(), self.position.tolist(), strict=True)
-        ):
-            for head in range(heads):
-                at = start + 2 + head
-                known = self.sequences[row]
-                right = known[at] if at < len(known) else 0
-                index[i, head] = right + 1 if at % 5 == 0 else right
-        logits = torch.nn.functional.one_hot(index, 264).double()
-        return Proposal(index, index, logits)
-
-    def keep_rows(self, rows):
-        self.rows, self.position = self.rows[rows], self.position[rows]
-
-
 def check_equal(target, draft, block, count=40):
     results = speculate(
         target,
         draft,
         PROMPTS,
         heads=HEADS,
-        temperature=0,
-        greedy_draft=False,
+        rule=Serving(0),
         max_new_tokens=count,
         block=block,
     )
@@ -176,8 +135,7 @@ def test_nothing_counts_behind_the_end_of_sequence(target, block):
         oracle,
         [prompt],
         heads=HEADS,
-        temperature=0,
-        greedy_draft=False,
+        rule=Serving(0),
         max_new_tokens=8,
         block=block,
     )
@@ -196,8 +154,7 @@ def test_neither_blocks_nor_shared_prefills_change_the_record(target):
             oracle,
             PROMPTS,
             heads=HEADS,
-            temperature=0,
-            greedy_draft=False,
+            rule=Serving(0),
             max_new_tokens=30,
             block=block,
             prefills=shared,
@@ -212,43 +169,15 @@ def test_neither_blocks_nor_shared_prefills_change_the_record(target):
             np.testing.assert_array_equal(a.accepted_at, b.accepted_at)
 
 
-class Bigram(Oracle):
-    """Drafts from the target's logits after the last token alone, on the even half of the ids."""
-
-    draft_ids = torch.arange(0, 264, 2)
-
-    def __init__(self, target):
-        with torch.inference_mode():
-            self.table = target.model(torch.arange(264)[:, None]).logits[:, 0, self.draft_ids]
-
-    def observe(self, tokens, features, positions, valid):
-        last = torch.where(valid, torch.arange(valid.shape[1]), -1).amax(1, keepdim=True)
-        self.position = tokens.gather(1, last)  # the last token is all it looks at
-
-    def propose(self, heads, temperature, greedy, generator):
-        token, index, logits = self.position, [], []
-        for _ in range(heads):
-            logits.append(self.table[token])
-            index.append(choose(logits[-1], temperature, greedy, generator))
-            token = self.draft_ids[index[-1]]
-        index = torch.cat(index, 1)
-        return Proposal(index, self.draft_ids[index], torch.cat(logits, 1))
-
-
-@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
-def test_exact_alpha_agrees_with_the_acceptances(greedy):
-    model = build_model(layers=1).double()
-    for layer in model.model.layers:  # makes the last token matter most, as the draft assumes
-        layer.self_attn.o_proj.weight.data *= 0.1
-        layer.mlp.down_proj.weight.data *= 0.1
-    target = Endless(model, build_tokenizer())
+@pytest.mark.parametrize("drafting", Drafting)
+def test_exact_alpha_agrees_with_the_acceptances(drafting):
+    target = nearly_bigram(Endless)
     results = speculate(
         target,
         Bigram(target),
         PROMPTS * 12,
         heads=HEADS,
-        temperature=0.2,
-        greedy_draft=greedy,
+        rule=Serving(0.2, drafting=drafting),
         max_new_tokens=48,
         generator=torch.Generator().manual_seed(0),
     )

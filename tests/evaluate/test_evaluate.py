@@ -1,4 +1,4 @@
-"""`specforge-lk eval` end to end, pooled τ, exact expected τ, paired intervals."""
+"""`specforge-lk eval` end to end, acceptance against the definition, paired intervals."""
 
 import gzip
 import json
@@ -19,23 +19,14 @@ from specforge_lk.data.prompts import (
 )
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.acceptance import ACCEPTANCE, Rule, of_sampled_token
-from specforge_lk.evaluate.benchmarks import (
-    Drafted,
-    measure_benchmark,
-    paired_benchmark_difference,
-    pooled_tau,
-)
-from specforge_lk.evaluate.held_out import (
-    ChainStarts,
-    chain_starts,
-    measure_held_out,
-    paired_difference,
-)
+from specforge_lk.evaluate.acceptance import RULES
 from specforge_lk.evaluate.intervals import bootstrap_ratio
 from specforge_lk.evaluate.report import read_report
-from specforge_lk.evaluate.runner import LoadedDraft, run
-from specforge_lk.evaluate.settings import DraftSampling, Settings
+from specforge_lk.evaluate.runner import Asked, LoadedDraft, run
+from specforge_lk.evaluate.sampled import Decoded, decode_benchmark, paired_decoded_difference
+from specforge_lk.evaluate.settings import Settings
+from specforge_lk.evaluate.teacher_forced import measure_responses
+from specforge_lk.serving import Drafting, Sampling, Serving, Verification, parse
 
 HEADS = 3
 
@@ -45,44 +36,29 @@ def target():
     return Target(build_model(), build_tokenizer())
 
 
-def starts_of(alpha, conversation):
-    alpha = np.asarray(alpha, dtype=np.float32)
-    position = np.arange(len(alpha))
-    return ChainStarts(np.asarray(conversation), position, alpha, np.ones_like(alpha))
-
-
-def test_tau_is_pooled_over_drafted_tokens(target, tmp_path):
-    assert pooled_tau(accepted=6, drafted=24, heads=4) == 2.0
+def test_decoding_counts_rounds_and_drafted_tokens(target, tmp_path):
     draft = load_draft(save_draft(tmp_path), target)
-    fields, counts = measure_benchmark(
+    fields, counts = decode_benchmark(
         target,
         draft,
         [["a short one"], ["another prompt, with a second turn", "go on"]],
-        1.0,
+        Serving(1.0),
         Settings(heads=HEADS, max_new_tokens=24, turns=2),
     )
     assert fields["tau"] == HEADS * fields["accepted"] / fields["drafted"] + 1
+    assert fields["tau_rounds"] == counts.tokens.sum() / fields["rounds"]
     assert fields["prompts"] == 2
     assert counts.prompt.tolist() == [0, 1]
-    assert (counts.drafted.sum(), counts.accepted.sum()) == (fields["drafted"], fields["accepted"])
-    assert fields["generated_tokens"] <= 3 * 24
+    assert counts.tokens.sum() == fields["generated_tokens"] - 3 <= 3 * 23
     assert all(a is None or a <= 1 for a in fields["alpha_per_head"])
 
 
-def test_benchmarks_are_not_decoded_by_a_rule_that_decoding_does_not_know(
-    target, tmp_path, monkeypatch
-):
-    held_out_only = Rule(of_sampled_token, greedy_draft=None)
-    rules = {**ACCEPTANCE, DraftSampling.GREEDY: held_out_only}
-    monkeypatch.setattr("specforge_lk.evaluate.benchmarks.ACCEPTANCE", rules)
-    draft = load_draft(save_draft(tmp_path), target)
-    settings = Settings(heads=HEADS, draft_sampling=DraftSampling.GREEDY)
-    with pytest.raises(ValueError, match="--draft-sampling greedy cannot be decoded"):
-        measure_benchmark(target, draft, [["a short one"]], 1.0, settings)
-
-
-def test_every_way_of_drafting_has_a_rule():
-    assert ACCEPTANCE.keys() == set(DraftSampling)
+def test_every_rule_can_be_measured():
+    combinations = [
+        (drafting, verification) for drafting in Drafting for verification in Verification
+    ]
+    rules = [Serving(drafting=d, verification=v) for d, v in combinations]
+    assert {(rule.drafting, rule.verification) for rule in rules} == RULES.keys()
 
 
 def test_bootstrap_interval_covers_at_its_level():
@@ -97,51 +73,25 @@ def test_bootstrap_interval_covers_at_its_level():
     assert 0.90 <= hits / 200 <= 0.99
 
 
-def test_paired_difference():
-    rng = np.random.default_rng(0)
-    conversation = np.repeat(np.arange(40), 25)
-    base = rng.uniform(0.1, 0.8, (1000, 2))
-    a = starts_of(base + 0.02, conversation)
-    b = starts_of(base, conversation)
-    difference, (low, high) = paired_difference(a, b)
-    assert difference == pytest.approx(a.tau.mean() - b.tau.mean())
-    assert low <= difference <= high
-    # Pairing removes the variation that both drafts share: far narrower than either τ's interval.
-    alone = bootstrap_ratio(np.bincount(conversation, a.tau), np.bincount(conversation), 0)
-    assert low > 0 and high - low < 0.1 * (alone[1] - alone[0])
-    # Dependent chain starts: had they been resampled singly, this interval would be narrower.
-    shared = np.repeat(rng.normal(0, 0.02, 40), 25)[:, None]
-    clustered = paired_difference(starts_of(base + shared, conversation), b)[1]
-    single = paired_difference(
-        starts_of(base + shared, np.arange(1000)), starts_of(base, np.arange(1000))
-    )[1]
-    assert clustered[1] - clustered[0] > 2 * (single[1] - single[0])
-
-
 def test_benchmarks_are_paired_by_prompt(tmp_path):
     """Prompts differ far more than the drafts, in length and in acceptance."""
     rng = np.random.default_rng(0)
-    drafted = rng.integers(40, 200, 60)
-    rate = rng.beta(2, 5, 60)
-    a = Drafted(np.arange(60), drafted, np.round(drafted * (rate + 0.02)))
-    b = Drafted(np.arange(60), drafted, np.round(drafted * rate))
-    difference, (low, high) = paired_benchmark_difference(a, b, heads=4)
-    taus = [pooled_tau(d.accepted.sum(), d.drafted.sum(), 4) for d in (a, b)]
-    assert difference == pytest.approx(taus[0] - taus[1])
+    tokens = rng.integers(40, 200, 60)
+    tau = 1 + 4 * rng.beta(2, 5, 60)
+    a = Decoded(np.arange(60), tokens, np.round(tokens / (tau + 0.05)))
+    b = Decoded(np.arange(60), tokens, np.round(tokens / tau))
+    difference, (low, high) = paired_decoded_difference(a, b)
+    assert difference == pytest.approx(
+        tokens.sum() / a.rounds.sum() - tokens.sum() / b.rounds.sum()
+    )
     assert 0 < low < difference < high
-    alone = bootstrap_ratio(a.accepted, a.drafted, 0)
-    assert high - low < 0.1 * 4 * (alone[1] - alone[0])
+    alone = bootstrap_ratio(a.tokens, a.rounds, 0)
+    assert high - low < 0.2 * (alone[1] - alone[0])
     a.save(tmp_path / "a.npz")
-    again = paired_benchmark_difference(Drafted.load(tmp_path / "a.npz"), b, heads=4)
+    again = paired_decoded_difference(Decoded.load(tmp_path / "a.npz"), b)
     assert again == (difference, [low, high])
     with pytest.raises(ValueError, match="different prompts"):
-        paired_benchmark_difference(a, Drafted(b.prompt + 1, b.drafted, b.accepted), heads=4)
-
-
-def test_paired_difference_wants_the_same_chain_starts():
-    a = starts_of([[0.5], [0.5]], [0, 1])
-    with pytest.raises(ValueError, match="different chain starts"):
-        paired_difference(a, starts_of([[0.5], [0.5]], [0, 2]))
+        paired_decoded_difference(a, Decoded(b.prompt + 1, b.tokens, b.rounds))
 
 
 def test_held_out_figures_do_not_depend_on_batching(target, tmp_path, monkeypatch):
@@ -154,82 +104,102 @@ def test_held_out_figures_do_not_depend_on_batching(target, tmp_path, monkeypatc
     results = []
     # All at once; and 12 * 12 * 2 attention scores, so that only the two of 12 tokens fit together.
     for scores in (1 << 22, 300):
-        monkeypatch.setattr("specforge_lk.evaluate.held_out.SCORES", scores)
+        monkeypatch.setattr("specforge_lk.evaluate.teacher_forced.SCORES", scores)
         settings = Settings(heads=HEADS)
-        results.append(measure_held_out(target, [(draft, [1.0])], conversations, settings)[0][1.0])
-    np.testing.assert_array_equal(results[0].position, results[1].position)
+        rule = Serving(1.0)
+        results.append(
+            measure_responses(target, [(draft, [rule])], conversations, settings)[0][rule]
+        )
+    np.testing.assert_array_equal(results[0].length, results[1].length)
+    np.testing.assert_array_equal(results[0].length, [6, 9, 9, 17])
     np.testing.assert_allclose(results[0].alpha, results[1].alpha, atol=1e-5)
+    np.testing.assert_allclose(results[0].past, results[1].past, atol=1e-5)
 
 
-def test_chain_starts_need_every_position_supervised():
-    response = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 1, 1]]).bool()
-    # Tokens 2..6 are a response: with K = 3, t + 1 … t + 4 fit for t = 1 and t = 2 only.
-    assert chain_starts(response, 3).nonzero()[:, 1].tolist() == [1, 2]
-
-
-def test_expected_tau_is_the_definition(target, tmp_path, monkeypatch):
+def test_acceptance_is_the_definition(target, tmp_path, monkeypatch):
     """Against a loop over chain starts, with the cached draft and full-vocabulary vectors."""
     drafts = [load_draft(save_draft(tmp_path / str(s), seed=s), target) for s in range(2)]
     generator = torch.Generator().manual_seed(5)
     # Responses of tokens that both drafts can propose, so that they can draft them.
     both = drafts[0].draft_ids[torch.isin(drafts[0].draft_ids, drafts[1].draft_ids)]
     conversations = []
-    for length in (11, 19):
+    for length in (11, 15):
         prompt = torch.randint(264, (5,), generator=generator)
         response = both[torch.randint(len(both), (length - 5,), generator=generator)]
         tokens = torch.cat([prompt, response]).tolist()
         conversations.append(Tokens(tokens, [int(i > 4) for i in range(length)]))
-    for sampling in DraftSampling:
-        settings = Settings(heads=HEADS, draft_sampling=sampling, batch_size=2)
-        wanted = [(draft, [0.0, 0.7]) for draft in drafts]
-        for draft, measured in zip(
-            drafts, measure_held_out(target, wanted, conversations, settings), strict=True
-        ):
-            index = 0
-            for number, conversation in enumerate(conversations):
-                tokens = torch.tensor(conversation.input_ids)
-                for t in range(4, len(conversation.input_ids) - HEADS - 1):
-                    logits = chain_logits(target, draft, tokens, t, monkeypatch)
-                    for temperature, starts in measured.items():
-                        assert (starts.conversation[index], starts.position[index]) == (number, t)
-                        alpha, coverage = by_hand(*logits, temperature, sampling)
-                        np.testing.assert_allclose(starts.alpha[index], alpha, atol=1e-5)
-                        np.testing.assert_allclose(starts.coverage[index], coverage, atol=1e-5)
-                    index += 1
-            for starts in measured.values():
-                assert index == len(starts.position)
-                product = np.cumprod(starts.alpha, 1)
-                np.testing.assert_allclose(starts.tau, 1 + product.sum(1), rtol=1e-5)
+    rules = [
+        parse(text)
+        for text in (
+            "temperature=0",
+            "temperature=0.7",
+            "temperature=0.7,drafting=greedy",
+            "temperature=0.9,top_k=100,draft_temperature=0.5",
+            "temperature=0.7,verification=block",
+        )
+    ]
+    wanted = [(draft, rules) for draft in drafts]
+    settings = Settings(heads=HEADS, batch_size=2)
+    for draft, measured in zip(
+        drafts, measure_responses(target, wanted, conversations, settings), strict=True
+    ):
+        index = 0
+        for conversation in conversations:
+            tokens = torch.tensor(conversation.input_ids)
+            for t in range(4, len(tokens) - 2):
+                left = min(HEADS, len(tokens) - t - 2)
+                logits = chain_logits(target, draft, tokens, t, left, monkeypatch)
+                for rule, rounds in measured.items():
+                    by = by_hand(*logits, tokens[t + 2 : t + 2 + left], draft.draft_ids, rule)
+                    alpha, past, coverage = by
+                    np.testing.assert_allclose(rounds.alpha[index, :left], alpha, atol=1e-5)
+                    np.testing.assert_allclose(rounds.past[index, :left], past, atol=1e-5)
+                    np.testing.assert_allclose(rounds.coverage[index], coverage, atol=1e-5)
+                    assert not rounds.alpha[index, left:].any()
+                    assert not rounds.past[index, left:].any()
+                index += 1
+        assert all(index == len(rounds.alpha) for rounds in measured.values())
 
 
 @torch.inference_mode()
-def chain_logits(target, draft, tokens, t, monkeypatch):
+def chain_logits(target, draft, tokens, t, count, monkeypatch):
     """[K, V] each of one chain, target's and draft's, the latter -inf outside its vocabulary."""
     output = target.forward(tokens[None], layers=draft.capture_layers)
-    p_logits = target.model(tokens[None]).logits[0, t + 1 : t + 1 + HEADS]
-    draft.start(1, len(tokens))
+    p_logits = target.model(tokens[None]).logits[0, t + 1 : t + 1 + count]
+    draft.start(1, len(tokens) + HEADS)
     span = torch.arange(t + 1)[None]
     known = torch.ones_like(span).bool()
     draft.observe(tokens[1 : t + 2][None], output.features[:, : t + 1], span, known)
-    chain = tokens[t + 2 : t + 2 + HEADS]
+    chain = tokens[t + 2 : t + 2 + count]
     # The draft takes the response's tokens, whatever its logits.
     choices = iter((draft.draft_ids == token).nonzero() for token in chain)
     monkeypatch.setattr("specforge_lk.decode.eagle3.choose", lambda *arguments: next(choices))
-    proposal = draft.propose(HEADS, 1.0, False, None)
+    proposal = draft.propose(count, Sampling(1), None)
     assert proposal.tokens[0].tolist() == chain.tolist()
-    q_logits = torch.full((HEADS, 264), float("-inf"))
+    q_logits = torch.full((count, 264), float("-inf"))
     q_logits[:, draft.draft_ids] = proposal.logits[0]
-    return p_logits, q_logits, draft.draft_ids
+    return p_logits, q_logits
 
 
-def by_hand(p_logits, q_logits, draft_ids, temperature, sampling):
-    """α and coverage of every draft position of one chain, from full-vocabulary vectors."""
-    hot = temperature or 1e-6
-    p = torch.softmax(p_logits.double() / hot, -1)
-    q = torch.softmax(q_logits.double() / hot, -1)
-    if sampling == "greedy":
-        q = torch.nn.functional.one_hot(q.argmax(-1), 264)
-    return torch.minimum(p, q).sum(-1), p[:, draft_ids].sum(-1)
+def by_hand(p_logits, q_logits, tokens, draft_ids, rule):
+    """alpha and past of every draft position of one chain, and coverage of the first."""
+    p = torch.softmax(p_logits.double() / (rule.temperature or 1e-6), -1)
+    if rule.top_k:
+        p = torch.where(p >= p.topk(rule.top_k).values[:, -1:], p, 0.0)
+        p /= p.sum(-1, keepdim=True)
+    q = torch.softmax(q_logits.double() / (rule.draft.temperature or 1e-6), -1)
+    if rule.greedy_draft:
+        q = torch.nn.functional.one_hot(q.argmax(-1), 264).double()
+    alphas, pasts, weight = [], [], 1.0
+    for p_row, q_row, token in zip(p, q, tokens, strict=True):
+        scale = weight if rule.verification is Verification.BLOCK else 1.0
+        alphas.append(torch.minimum(scale * p_row, q_row).sum() / scale)
+        if rule.temperature == 0:  # the response's token stands for the target's
+            pasts.append(q_row[token])
+        else:
+            pasts.append((q_row[token] / (scale * p_row[token])).clamp(max=1).nan_to_num())
+        weight = min(1.0, weight * float(p_row[token] / q_row[token]))
+    return torch.stack(alphas), torch.stack(pasts), p[0, draft_ids].sum()
 
 
 # Reading data
@@ -267,7 +237,9 @@ def files(tmp_path_factory):
                 {"role": "user", "content": f"Count to {i}."},
                 {"role": "assistant", "content": " ".join(map(str, range(i)))},
             ],
+            "sampling": {"temperature": t},
         }
+        for t in (0, 1)
         for i in (8, 12, 15)
     ]
     (root / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -287,40 +259,57 @@ def arguments(root, out, *more):
 
 def test_command_writes_a_report_and_continues_it(files, tmp_path):
     out = tmp_path / "report.json"
-    result = CliRunner().invoke(app, arguments(files, out))
+    result = CliRunner().invoke(app, arguments(files, out, "--sampled"))
     assert result.exit_code == 0, result.output
+    # The target did not sample these held-out responses, and that shows at temperature 0.
+    assert "held_out: 100.0 % of the tokens have no probability" in " ".join(result.output.split())
     report = read_report(out)
-    assert len(report.results) == 2 * 2 * 2
-    keys = {"algorithm", "loss", "seed", "temperature", "benchmark", "tau", "tau_ci"}
-    keys |= {"tau_expected", "alpha_per_head", "coverage"}
+    assert len(report.results) == 2 * 2 * 3
+    keys = {"algorithm", "loss", "seed", "temperature", "benchmark", "serving", "method"}
+    keys |= {"tau_rounds", "tau_rounds_ci", "alpha_per_head", "survival_per_head", "coverage"}
     for entry in json.loads(out.read_text())["results"]:
         assert keys <= set(entry)
         assert entry["algorithm"] == "eagle3" and len(entry["alpha_per_head"]) == 3
-        assert (entry["tau"] is None) == (entry["benchmark"] == "held_out")
-    hot = {p.benchmark: p for p in report.paired if p.temperature == 1}
-    assert len(report.paired) == 4 and hot.keys() == {"held_out", "bench"}
-    for name, pair in hot.items():
+        assert (entry["tau"] is None) == (entry["method"] == "exact")
+    hot = {(p.benchmark, p.method): p for p in report.paired if p.temperature == 1}
+    assert len(report.paired) == 6
+    assert hot.keys() == {("held_out", "exact"), ("bench", "exact"), ("bench", "sampled")}
+    for (name, method), pair in hot.items():
         assert (pair.loss, pair.baseline) == ("lk_lambda", "kl")
         tau = {
-            r.loss: r.tau_expected or r.tau
+            r.loss: r.tau_rounds
             for r in report.results
-            if (r.benchmark, r.temperature) == (name, 1)
+            if (r.benchmark, r.method, r.temperature) == (name, method, 1)
         }
         assert pair.difference == pytest.approx(tau["lk_lambda"] - tau["kl"])
         assert pair.ci[0] <= pair.difference <= pair.ci[1]
-    assert hot["bench"].prompts == 3 and hot["held_out"].conversations == 3
+    assert hot["bench", "sampled"].prompts == 3 and hot["held_out", "exact"].conversations == 3
     assert (tmp_path / "acceptance.png").stat().st_size > 10_000
-    assert "| held-out (exact) | 1 | eagle3 kl |" in (tmp_path / "report.md").read_text()
+    assert "| held-out | 1 | eagle3 kl | exact |" in (tmp_path / "report.md").read_text()
     assert report.settings["heads"] == 3 and report.versions["torch"] == torch.__version__
 
     # Same settings: nothing is measured again. A changed draft: that one is.
-    again = CliRunner().invoke(app, arguments(files, out))
+    again = CliRunner().invoke(app, arguments(files, out, "--sampled"))
     assert again.exit_code == 0
     assert read_report(out).results == report.results
     save_draft(files / "lk_lambda", seed=7)
-    assert CliRunner().invoke(app, arguments(files, out)).exit_code == 0
+    assert CliRunner().invoke(app, arguments(files, out, "--sampled")).exit_code == 0
     for new in read_report(out).results:
         assert (new in report.results) == (new.loss == "kl")
+
+
+def test_turns_are_answered_alike_by_both_methods(files, tmp_path):
+    out = tmp_path / "report.json"
+    more = ("--sampled", "--turns", "2", "--max-new-tokens", "40", "--temperature", "0")
+    assert CliRunner().invoke(app, arguments(files, out, *more)).exit_code == 0
+    counts = {
+        (r.loss, r.method): (r.rounds, r.tau_rounds, r.generated_tokens, r.prompts)
+        for r in read_report(out).results
+        if r.temperature == 0 and r.benchmark == "bench"
+    }
+    assert len(counts) == 4
+    for loss in ("kl", "lk_lambda"):
+        assert counts[loss, "exact"] == counts[loss, "sampled"]
 
 
 def test_held_out_figures_belong_to_the_tokens_that_end_a_response(files, tmp_path):
@@ -334,9 +323,7 @@ def test_held_out_figures_belong_to_the_tokens_that_end_a_response(files, tmp_pa
             target,
             path,
             [draft],
-            benchmarks={},
-            held_out=str(files / "held_out.jsonl"),
-            temperatures=[1.0],
+            Asked({}, [str(files / "held_out.jsonl")], [Serving(1.0)]),
             settings=Settings(heads=HEADS),
             out=tmp_path / "report.json",
             track=lambda what, total: ProgressBar(what, total, "tok/s"),
@@ -345,13 +332,42 @@ def test_held_out_figures_belong_to_the_tokens_that_end_a_response(files, tmp_pa
     assert len(fingerprints) == 2 == len(set(fingerprints))
 
 
-def test_command_drafts_greedily_when_asked(files, tmp_path):
-    out = tmp_path / "greedy.json"
-    arguments_ = arguments(files, out, "--draft-sampling", "greedy", "--limit", "1")
-    assert CliRunner().invoke(app, arguments_).exit_code == 0
-    report = read_report(out)
-    assert {r.draft_sampling for r in report.results} == {"greedy"}
-    assert (tmp_path / "greedy.png").exists() and (tmp_path / "greedy.md").exists()
+def test_rules_are_measured_along_samples_of_them(files, tmp_path):
+    def measure(*options):
+        out = tmp_path / "rules.json"
+        some = [
+            *("eval", "--target", str(files / "target"), "--draft", f"kl={files / 'kl'}"),
+            *("--out", str(out), "--heads", "3", "--held-out", str(files / "held_out.jsonl")),
+        ]
+        result = CliRunner().invoke(app, [*some, *options], env={"COLUMNS": "200"})
+        return result, read_report(out) if out.exists() else None
+
+    # Without a rule, those that the responses are samples of.
+    _, report = measure()
+    assert {r.serving: r.responses for r in report.results} == {
+        "temperature=0": 3,
+        "temperature=1": 3,
+    }
+    _, report = measure("--serving", "vllm", "--serving", "verification=block")
+    assert {r.serving for r in report.results} > {"temperature=1,drafting=greedy"}
+    assert (tmp_path / "rules.png").exists() and (tmp_path / "rules.md").exists()
+    refused, _ = measure("--serving", "temperature=0.7,top_p=0.9")
+    assert refused.exit_code == 1
+    assert "generate" in refused.stderr and "--temperature 0.7 --top-p 0.9" in refused.stderr
+    _, report = measure("--serving", "temperature=0.7,top_p=0.9", "--off-policy")
+    (result,) = [r for r in report.results if r.off_policy]
+    assert result.off_policy == "temperature=0; temperature=1" and result.responses == 6
+    assert "of responses at temperature=0; temperature=1" in (tmp_path / "rules.md").read_text()
+
+    old = tmp_path / "old.jsonl"
+    rows = [json.loads(line) for line in (files / "held_out.jsonl").read_text().splitlines()]
+    old.write_text("\n".join(json.dumps({**row, "sampling": None}) for row in rows))
+    refused, _ = measure("--held-out", str(old), "--serving", "temperature=0.5")
+    assert "--sampled-by temperature=0.5" in refused.stderr
+    _, report = measure(
+        "--held-out", str(old), "--serving", "temperature=0.5", "--sampled-by", "temperature=0.5"
+    )
+    assert report.results[-1].responses == 6
 
 
 @pytest.mark.parametrize(
@@ -363,7 +379,8 @@ def test_command_drafts_greedily_when_asked(files, tmp_path):
         (["--benchmark", "b=missing.jsonl"], 1, "missing.jsonl does not exist"),
         (["--target", "no/such/dir"], 1, "target 'no/such/dir' is no model folder"),
         (["--aux-layers", "1,2"], 1, "captured layers [1, 2] do not fit"),
-        (["--heads", "200"], 1, "lower --heads"),
+        (["--heads", "600"], 1, "lower --heads"),
+        (["--serving", "fast"], 2, "is no serving rule"),
         (["--device", "nowhere"], 1, "--device nowhere cannot be used here"),
     ],
 )

@@ -90,7 +90,7 @@ def test_the_command_compares_by_the_target_s_name(tmp_path):
     run = evaluate(LLAMA)
     assert run.exit_code == 0 and f"τ with {LLAMA}, measured (paper)" in run.output, run.output
     report = read_report(tmp_path / "report.json")
-    tau = report.results[0].tau
+    tau = report.results[0].tau_rounds
     row = f"| 1 | eagle3 kl | 3 (7) | – (3.39) | – (4.31) | {tau:.2f} (3.88) | – (3.86) |"
     assert row in (tmp_path / "report.md").read_text()
 

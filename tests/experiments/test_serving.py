@@ -13,6 +13,7 @@ from experiments.serving import __main__ as serve_check
 from experiments.serving import compare
 from experiments.serving.compare import Record
 from experiments.serving.layouts import write_mimo
+from specforge_lk.evaluate.rounds import Rounds
 
 HEADS = 4
 
@@ -65,6 +66,33 @@ def test_sampled_acceptance_agrees_within_its_intervals():
     # A position that is never accepted has an interval as well.
     never = compare.agreement(decode(rng, (0.2, 0.2, 0, 0)), ours, deterministic=False)
     assert all(low < high for low, high in never.intervals)
+
+
+def test_an_engine_takes_the_rounds_that_are_computed():
+    """Two drafted tokens a round, each accepted by a coin; then an engine whose coin is worse."""
+    rng, count, length = np.random.default_rng(0), 400, 41
+    past = np.full((count * (length - 1), 2), 0.5)
+    flat = np.ones(len(past))
+    lengths = np.full(count, length)
+    rounds = Rounds(np.arange(count), lengths, past, past, flat, flat == 0)
+
+    def taken(rate):
+        left, steps = lengths - 1, np.zeros(count, dtype=int)
+        while (left > 0).any():
+            steps += left > 0
+            left = left - 1 - (rng.random((count, 2)) < rate).cumprod(1).sum(1)
+        return steps.tolist()
+
+    found = compare.prediction(rounds, taken(0.5), deterministic=False)
+    assert found.passed and found.error < 0.01 * found.rounds
+    assert found.narrower is None  # the responses are alike: computing leaves no interval at all
+    assert not compare.prediction(rounds, taken(0.45), deterministic=False).passed
+
+    certain = Rounds(np.arange(count), lengths, past > 1, past > 1, flat, flat == 0)
+    steps = [40] * count
+    assert compare.prediction(certain, steps, deterministic=True).passed
+    assert compare.prediction(certain, [41, *steps[1:]], deterministic=True).differing == 1
+    assert not compare.prediction(certain, taken(0.1), deterministic=True).passed
 
 
 def test_score_interval_is_scipys():

@@ -1,0 +1,128 @@
+"""Which recorded responses a serving rule is measured along: samples of the target under it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specforge_lk.data.conversations import Tokens, prompt_ids, tokenize
+from specforge_lk.data.prompts import DataError
+from specforge_lk.data.responses import sampling_of
+from specforge_lk.decode.target import Target
+from specforge_lk.evaluate.settings import fingerprint
+from specforge_lk.serving import Sampling, Serving
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Responses to measure along.
+
+    Attributes:
+        rows: their rows.
+        off_policy: what they were sampled by where that is not the rule's; None where it is.
+    """
+
+    rows: list[Row]
+    off_policy: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells these responses from others."""
+        return fingerprint(self.rows, self.off_policy)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Responses by what they were sampled by.
+
+    Attributes:
+        by_sampling: the rows; those that do not say are at None.
+        off_policy: measure any rule along all of them.
+        remedy: the command that makes others, with ``{options}`` for how they are sampled.
+    """
+
+    by_sampling: Mapping[Sampling | None, list[Row]]
+    off_policy: bool
+    remedy: str
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Row],
+        *,
+        sampled_by: Sampling | None,
+        off_policy: bool,
+        remedy: str,
+    ) -> Recorded:
+        """Sort rows.
+
+        Args:
+            rows: rows of conversations.
+            sampled_by: what those were sampled by that do not say it.
+            off_policy: see the class.
+            remedy: see the class.
+
+        Raises:
+            ValueError: what a row says cannot be read.
+        """
+        found: dict[Sampling | None, list[Row]] = {}
+        for row in rows:
+            found.setdefault(sampling_of(row) or sampled_by, []).append(row)
+        return cls(found, off_policy, remedy)
+
+    @property
+    def samplings(self) -> list[Sampling]:
+        """What responses were sampled by, as far as is known."""
+        return [sampling for sampling in self.by_sampling if sampling is not None]
+
+    def along(self, rule: Serving, limit: int | None) -> Chosen:
+        """Return the first responses to measure a rule along.
+
+        Raises:
+            DataError: no response is known to be a sample of the rule.
+        """
+        fitting = self.by_sampling.get(rule.target)
+        if fitting:
+            return Chosen(fitting[:limit])
+        known = [str(sampling or "unknown") for sampling in self.by_sampling]
+        if self.off_policy:
+            every = [row for rows in self.by_sampling.values() for row in rows]
+            return Chosen(every[:limit], "; ".join(known))
+        options = " ".join(
+            f"--{name.replace('_', '-')} {value}"
+            for name, _, value in (part.partition("=") for part in str(rule.target).split(","))
+        )
+        unknown = ""
+        if None in self.by_sampling:
+            unknown = (
+                f" Row {self.by_sampling[None][0].get('id')!r} does not say how it was sampled; if "
+                f"you know, say it with --sampled-by {rule.target}."
+            )
+        raise DataError(
+            f"no held-out response is a sample of {rule.target}: what is known of their sampling "
+            f"is {', '.join(known)}.{unknown} Make some with `"
+            + self.remedy.format(options=options)
+            + "` and give that file as another --held-out; or measure along these with "
+            "--off-policy, which the report will say"
+        )
+
+
+def conversations_of(chosen: Chosen, target: Target) -> list[Tokens]:
+    """Tokenize conversations, every message of the assistant a response."""
+    return [tokenize(row, target.tokenizer, target.eos_ids) for row in chosen.rows]
+
+
+def last_responses_of(rows: Sequence[Row], target: Target) -> list[Tokens]:
+    """Tokenize rows that `specforge_lk.data.sample_local` made, the last message a response."""
+    found = []
+    for row in rows:
+        prompt = prompt_ids(target.tokenizer, row["conversations"][:-1])
+        ids = list(row["response_ids"])
+        found.append(Tokens(prompt + ids, [0] * len(prompt) + [1] * len(ids)))
+    return found
+
+
+__all__ = ["Chosen", "Recorded", "conversations_of", "last_responses_of"]
