@@ -23,6 +23,8 @@ from specforge_lk.files import atomic_write
 #: The target's own responses to the prompts of `experiments.prompts`: to train on, and held out.
 RESPONSES = Path("experiments/data/responses.jsonl.gz")
 HELD_OUT = Path("experiments/data/held_out.jsonl.gz")
+#: Responses to the same prompts at temperature 0.
+HELD_OUT_GREEDY = Path("experiments/data/held_out-T0.jsonl.gz")
 #: How many of the responses are trained on.
 SAMPLES = 256
 

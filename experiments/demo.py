@@ -21,8 +21,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from experiments.assets import HELD_OUT, SAMPLES, Assets, prepare
-from experiments.demo_summary import preface, sentence, table
+from experiments.assets import HELD_OUT, HELD_OUT_GREEDY, SAMPLES, Assets, prepare
+from experiments.demo_summary import check, preface, sentence, table
 from experiments.runner import (
     ROOT,
     RUNS,
@@ -54,11 +54,14 @@ TUNING = ("training.learning_rate=0.0005",)
 OPTIONS = {"lk_lambda": ("training.loss_options.eta=10",)}
 
 HEADS = 4
-#: Prompts of each benchmark by temperature: sampled tokens need more of them than greedy ones.
-PROMPTS = {1: 48, 0: 16}
+TEMPERATURES = (1, 0)
+#: Prompts of each benchmark; the target answers them once at each temperature.
+PROMPTS = 32
 NEW_TOKENS = 48
-#: Held-out responses; the draws of the bootstrap are whole responses.
-CONVERSATIONS = 64
+#: Held-out responses at each temperature; the draws of the bootstrap are whole responses.
+CONVERSATIONS = 40
+#: What is decoded with sampled tokens as well, to check what is computed.
+CHECKED = "mt_bench"
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def main(
     measurements = DEMO / "measurements" / "report.json"
     with stages.stage(
         "evaluation",
-        "evaluation: held-out responses, and speculative decoding with rejection sampling",
+        "evaluation: exact τ along the target's own responses; a check by rejection sampling",
         lambda: _measured(measurements, runs),
     ):
         _evaluate(assets, runs, measurements, cores)
@@ -224,23 +227,22 @@ def main(
 
 
 def _evaluate(assets: Assets, runs: Runs, out: Path, cores: int) -> None:
-    """Measure every draft on held-out responses, and the fine-tuned ones on the benchmarks."""
+    """Measure every draft along held-out responses, and the fine-tuned ones on the benchmarks."""
     common = (
         *("specforge-lk", "eval", "--target", assets.target, "--out", out),
         *("--heads", HEADS, "--max-new-tokens", NEW_TOKENS, "--max-length", 512),
+        *("--limit", PROMPTS, "--held-out-limit", CONVERSATIONS),
     )
     drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
     starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]
-    temperatures = [word for t in PROMPTS for word in ("--temperature", t)]
-    held_out = ("--held-out", HELD_OUT, "--held-out-limit", CONVERSATIONS)
+    temperatures = [word for t in TEMPERATURES for word in ("--temperature", t)]
+    held_out = [f"--held-out={path}" for path in (HELD_OUT, HELD_OUT_GREEDY)]
     execute(*(*common, *temperatures, *held_out, *starts, *drafts), threads=cores)
-    benchmarks = [f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()]
-    for temperature, prompts in PROMPTS.items():
-        execute(
-            *(*common, "--temperature", temperature, "--limit", prompts),
-            *(*benchmarks, *drafts),
-            threads=cores,
-        )
+    benchmarks = {name: f"--benchmark={name}={path}" for name, path in assets.benchmarks.items()}
+    execute(*(*common, *temperatures, *benchmarks.values(), *drafts), threads=cores)
+    # The exact figures are kept: this adds the sampled one.
+    check = ("--sampled", "--temperature", 1, benchmarks[CHECKED])
+    execute(*(*common, *check, *drafts[:1]), threads=cores)
 
 
 def _show(report: Report, losses: Sequence[str]) -> None:
@@ -252,6 +254,8 @@ def _show(report: Report, losses: Sequence[str]) -> None:
     console.print()
     console.print(shown)
     console.print(f"\n{sentence(report, losses)}")
+    if said := check(report):
+        console.print(f"\n{said}")
 
 
 def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> Report:
@@ -261,8 +265,7 @@ def _report(path: Path, runs: Runs, stages: Stages, command: Sequence[str]) -> R
     report.results = [r for r in report.results if (r.loss, r.seed) in drafts]
     report.paired = [p for p in report.paired if {(p.loss, p.seed), (p.baseline, p.seed)} <= drafts]
     report.training = [run for run in report.training if (run.loss, run.seed) in drafts]
-    report.settings["limit"] = ", ".join(f"{n} at T = {t}" for t, n in PROMPTS.items())
-    report.settings["held_out_limit"] = CONVERSATIONS
+    report.settings["serving"] = "; ".join(f"temperature={t}" for t in TEMPERATURES)
     report.stages, report.command = stages.seconds, list(command)
     report.preface = preface(report, runs.losses)
     return report

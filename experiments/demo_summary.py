@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import mean
 
@@ -12,7 +13,7 @@ from specforge_lk.markdown import markdown_table
 
 #: Titles of the measurements, by the names that the report has for them.
 TITLES = {
-    HELD_OUT: "held-out responses (exact)",
+    HELD_OUT: "held-out responses",
     "mt_bench": "MT-bench",
     "human_eval": "HumanEval",
 }
@@ -27,7 +28,7 @@ def measurements(report: Report) -> list[tuple[str, float]]:
 def taus(report: Report, measurement: tuple[str, float], loss: str) -> list[float]:
     """Return τ of every seed."""
     here = (r for r in report.results if (r.benchmark, r.temperature) == measurement)
-    found = [r.tau_expected if r.benchmark == HELD_OUT else r.tau for r in here if r.loss == loss]
+    found = [r.measured_tau for r in here if r.loss == loss and not r.check]
     return [tau for tau in found if tau is not None]
 
 
@@ -38,7 +39,9 @@ def _pairs(
     return [
         p
         for p in report.paired
-        if (p.benchmark, p.temperature) == measurement and (p.loss, p.baseline) == (loss, baseline)
+        if (p.benchmark, p.temperature) == measurement
+        and (p.loss, p.baseline) == (loss, baseline)
+        and p.method != "sampled"
     ]
 
 
@@ -114,13 +117,39 @@ def _sizes(report: Report) -> str:
     for benchmark, temperature in measurements(report):
         here = (benchmark, temperature)
         (first, *_) = [r for r in report.results if (r.benchmark, r.temperature) == here]
+        what = f"{first.responses or first.conversations} held-out responses"
         if benchmark != HELD_OUT:
-            parts.append(f"{first.prompts} prompts of {TITLES[benchmark]} at T = {temperature:g}")
-        elif first.conversations and not parts:
-            parts.append(
-                f"{first.chain_starts:,} chain starts of {first.conversations} held-out responses"
-            )
+            what = f"{first.prompts} prompts of {TITLES[benchmark]}"
+        parts.append(f"{what} at T = {temperature:g}")
     return ", ".join(parts)
+
+
+def check(report: Report) -> str | None:
+    """Say what was decoded and counted beside what was computed; None where nothing was."""
+    for r in report.results:
+        if not r.check:
+            continue
+        exact = next(
+            (e for e in report.results if e.key == (*r.key[:-1], "exact")),
+            None,
+        )
+        if exact is None:
+            continue
+        (counted, bounds), (computed, around) = (
+            (of.measured_tau, of.measured_interval) for of in (r, exact)
+        )
+        if counted is None or bounds is None or computed is None or around is None:
+            continue
+        # Both intervals are of other responses: the difference has the root of their squares.
+        width = math.hypot(bounds[1] - bounds[0], around[1] - around[0]) / 2
+        verdict = "agree" if abs(counted - computed) <= width else "DISAGREE"
+        return (
+            f"Check, `{r.loss}` on {r.prompts} prompts of {TITLES[r.benchmark]} at "
+            f"T = {r.temperature:g}: decoded and counted, τ is {counted:.3f} "
+            f"[{bounds[0]:.3f}, {bounds[1]:.3f}]; computed along other responses to the same "
+            f"prompts, {computed:.3f} [{around[0]:.3f}, {around[1]:.3f}]. They {verdict}."
+        )
+    return None
 
 
 def preface(report: Report, losses: Sequence[str]) -> str:
@@ -131,11 +160,12 @@ def preface(report: Report, losses: Sequence[str]) -> str:
     return "\n\n".join(
         [
             "τ, and the paired difference to the first loss: "
-            f"{spread}; then that difference in percent of τ − 1, what a draft adds to a step of "
-            "the target. `*`: a gain beyond the 95 % interval"
+            f"{spread}; then that difference in percent of τ − 1, what a draft adds to a round. "
+            "`*`: a gain beyond the 95 % interval"
             + (" with every seed. " if seeds > 1 else ". ")
             + f"Measured on {_sizes(report)}.",
             markdown_table(header, rows),
             sentence(report, losses),
+            *filter(None, [check(report)]),
         ]
     )

@@ -17,7 +17,7 @@ from typing import Annotated, Final
 
 import typer
 
-from experiments.assets import HELD_OUT, prepare
+from experiments.assets import HELD_OUT, HELD_OUT_GREEDY, prepare
 from experiments.runner import (
     ROOT,
     RUNS,
@@ -208,7 +208,8 @@ def evaluate(
         *("specforge-lk", "eval", "--target", target, "--out", report),
         *(f"--draft={run.loss}@{run.seed}={run.draft}" for run in trainings),
         *(f"--benchmark={name}={source}" for name, source in benchmarks.items()),
-        *("--held-out", HELD_OUT, "--held-out-limit", CONVERSATIONS),
+        *("--held-out", HELD_OUT, "--held-out", HELD_OUT_GREEDY),
+        *("--held-out-limit", CONVERSATIONS),
         *("--temperature", 0, "--temperature", 1, "--heads", HEADS, "--limit", PROMPTS),
         *("--max-new-tokens", new_tokens, "--max-length", 512),
         threads=cores,

@@ -61,7 +61,9 @@ def test_the_readme_names_what_every_loss_of_the_demo_gains(
         gain = 0.04 * temperature + 0.02 * seed
         for loss, tau in (("start", 1.3), ("kl", 1.4), ("tv", 1.4 + gain)):
             fields = {"heads": 4, "alpha_per_head": [0.3], "coverage": 0.9}
-            report.results.append(Result(loss=loss, tau_expected=tau, **here, **fields))
+            serving = f"temperature={temperature:g}"
+            fields |= {"tau_rounds": tau, "serving": serving, "method": "exact"}
+            report.results.append(Result(loss=loss, **here, **fields))
         report.paired += [
             Paired(loss="tv", baseline=baseline, **here, difference=gain + more, ci=[0, 1])
             for baseline, more in (("kl", 0), ("start", 0.1))
@@ -75,7 +77,7 @@ def test_the_readme_names_what_every_loss_of_the_demo_gains(
     ]
     monkeypatch.setattr(gains, "read_report", lambda path: report)
     for temperature, tau in ((1, "1.450"), (0, "1.410")):
-        expected = f"T = {temperature}: `kl` → `tv` (eta = 10) | held-out responses (exact) 1.400"
+        expected = f"T = {temperature}: `kl` → `tv` (eta = 10) | held-out responses 1.400"
         assert f"{expected} → {tau} |" in gains.gains()
     report.training = report.training[1:]
     assert gains.demo() == "Not measured yet."

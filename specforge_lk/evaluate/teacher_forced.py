@@ -94,7 +94,7 @@ def _batches(conversations: Sequence[Tokens], batch_size: int) -> Iterator[list[
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Where responses are in a padded batch, and where rounds may begin.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Places:
     left: torch.Tensor
 
     @classmethod
-    def of(cls, response: np.ndarray, device: torch.device) -> _Places:
+    def of(cls, response: np.ndarray, device: torch.device) -> Places:
         """Find the responses in [B, L] bool, each a run of True in a row."""
         edges = np.diff(np.pad(response, ((0, 0), (1, 1))).astype(np.int8), axis=1)
         row, first = (edges == 1).nonzero()
@@ -133,7 +133,7 @@ class _Places:
 
 def _pad(
     conversations: list[Tokens], heads: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, _Places]:
+) -> tuple[torch.Tensor, torch.Tensor, Places]:
     """Return right-padded tokens and attention mask [B, L], and where the responses are.
 
     There are ``heads`` columns more than the longest conversation has, so that every chain fits.
@@ -146,7 +146,7 @@ def _pad(
         tokens[row, here] = conversation.input_ids
         response[row, here] = conversation.loss_mask
         mask[row, here] = True
-    places = _Places.of(response, device)
+    places = Places.of(response, device)
     return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device), places
 
 
@@ -176,7 +176,7 @@ class _TargetAlong:
     """
 
     def __init__(
-        self, target: Target, hidden: torch.Tensor, tokens: torch.Tensor, places: _Places
+        self, target: Target, hidden: torch.Tensor, tokens: torch.Tensor, places: Places
     ) -> None:
         self._target = target
         # Every chain start is one token before a position that its first draft position reads.
@@ -293,4 +293,4 @@ def _measure(
     return found
 
 
-__all__ = ["measure_responses"]
+__all__ = ["Places", "measure_responses"]

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from experiments.demo import Runs, Stages
-from experiments.demo_summary import preface, sentence, table
+from experiments.demo_summary import check, preface, sentence, table
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, Training
 
 LOSSES = ("kl", "lk_lambda", "tv")
@@ -37,11 +39,12 @@ def result(loss: str, benchmark: str, temperature: float, tau: float, seed: int 
         heads=4,
         alpha_per_head=[0.3],
         coverage=0.8,
-        **(
-            {"tau_expected": tau, "chain_starts": 7865, "conversations": 64}
-            if benchmark == HELD_OUT
-            else {"tau": tau, "prompts": 48}
-        ),
+        serving=f"temperature={temperature:g}",
+        method="exact",
+        tau_rounds=tau,
+        tau_rounds_ci=[tau - 0.03, tau + 0.03],
+        responses=40 if benchmark == HELD_OUT else 32,
+        prompts=None if benchmark == HELD_OUT else 32,
     )
 
 
@@ -54,6 +57,8 @@ def paired(loss: str, benchmark: str, temperature: float, gain: float, seed: int
         temperature=temperature,
         benchmark=benchmark,
         draft_sampling="probabilistic",
+        serving=f"temperature={temperature:g}",
+        method="exact",
         difference=gain,
         ci=[gain - 0.02, gain + 0.02],
     )
@@ -87,9 +92,9 @@ def test_table_of_one_seed() -> None:
     header, rows = table(report_of(0), LOSSES)
     assert header == ["", "T", "start", "kl", "lk_lambda − kl", "tv − kl"]
     assert [row[:4] for row in rows] == [
-        ["held-out responses (exact)", "1", "1.300", "1.400"],
+        ["held-out responses", "1", "1.300", "1.400"],
         ["MT-bench", "1", "", "1.300"],
-        ["held-out responses (exact)", "0", "1.300", "1.400"],
+        ["held-out responses", "0", "1.300", "1.400"],
     ]
     assert rows[0][4:] == [
         "1.440: +0.040 [+0.020, +0.060], +10.0 % *",
@@ -115,7 +120,7 @@ def test_sentence_names_the_best_loss() -> None:
     said = sentence(report_of(0), LOSSES)
     assert said == (
         "After the same 96 steps from the same draft, `tv` in place of `kl` raises τ at T = 1: "
-        "1.400 → 1.460 on held-out responses (exact) (+15 % of what a draft adds); "
+        "1.400 → 1.460 on held-out responses (+15 % of what a draft adds); "
         "1.300 → 1.390 on MT-bench (+30 % of what a draft adds); "
         "at T = 0 -0.010 on held-out responses."
     )
@@ -128,9 +133,21 @@ def test_preface_says_what_the_cells_are() -> None:
     one, two = preface(report_of(0), LOSSES), preface(report_of(0, 1), LOSSES)
     assert "in brackets the 95 % interval" in one and "in parentheses every seed" in two
     assert sentence(report_of(0), LOSSES) in one
-    measured = "7,865 chain starts of 64 held-out responses, 48 prompts of MT-bench at T = 1."
+    measured = "40 held-out responses at T = 1, 32 prompts of MT-bench at T = 1, 40 held-out"
     assert f"Measured on {measured}" in one
-    assert "| held-out responses (exact) | 1 | 1.300 | 1.400 |" in one
+    assert "| held-out responses | 1 | 1.300 | 1.400 |" in one
+
+
+@pytest.mark.parametrize(("counted", "verdict"), [(1.27, "agree"), (1.18, "DISAGREE")])
+def test_what_was_counted_stands_beside_what_was_computed(counted: float, verdict: str) -> None:
+    report = report_of(0)
+    assert check(report) is None
+    decoded = result("kl", "mt_bench", 1.0, counted)
+    report.results.append(decoded.model_copy(update={"method": "sampled"}))
+    said = check(report)
+    assert said is not None and said.endswith(f"They {verdict}.")
+    assert f"τ is {counted:.3f} [" in said and "1.300 [1.270, 1.330]" in said
+    assert table(report, LOSSES) == table(report_of(0), LOSSES)
 
 
 def test_only_a_whole_stage_has_a_time(tmp_path: Path) -> None:

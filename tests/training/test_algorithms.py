@@ -111,13 +111,15 @@ def test_training_and_evaluation_measure_the_same(trained: Trained) -> None:
     run("specforge", "export", "--to", "hf", *paths, "--draft-config", setup.draft_config)
     models = ["--target", setup.target, "--draft", f"lk_lambda={draft}"]
     data = ["--held-out", setup.held_out, "--benchmark", f"questions={setup.questions}"]
-    settings = ["--heads", HEADS, "--temperature", 1, "--max-new-tokens", 16]
+    settings = ["--heads", HEADS, "--max-new-tokens", 16, "--sampled"]
+    settings += ["--sampled-by", "temperature=1"]
     run("specforge-lk", "eval", *models, *data, *settings, "--out", report)
-    exact, sampled = read_report(report).results
+    exact, answered, sampled = read_report(report).results
     assert exact.loss == "lk_lambda" and exact.conversations == HELD_OUT
-    assert exact.tau_expected - 1 == pytest.approx(measured["tau_expected"] - 1, rel=MEAN_ERROR)
+    assert exact.tau_start - 1 == pytest.approx(measured["tau_expected"] - 1, rel=MEAN_ERROR)
     last = f"alpha_{HEADS - 1}"
     assert exact.alpha_per_head[-1] == pytest.approx(measured[last], rel=MEAN_ERROR)
+    assert 1 <= answered.tau_rounds <= 1 + HEADS
     # By rejection sampling: the acceptance that occurred is the one computed, within its noise.
     reached = sampled.drafted / HEADS
     noise = 4 * (sampled.alpha_per_head[0] / reached) ** 0.5

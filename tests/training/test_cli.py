@@ -24,8 +24,8 @@ from training_run import (
     run,
 )
 
-from specforge_lk.evaluate.held_out import ChainStarts
 from specforge_lk.evaluate.report import Result, read_report
+from specforge_lk.evaluate.rounds import Rounds
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def evaluations(setup: Setup, lambda_run: Finished) -> list[Path]:
     source = ["--embedding-source", setup.target]
     run("specforge", "export", "--to", "hf", *paths, *config, *source, fresh=True)
     models = ["--target", setup.target, "--draft", f"lk_lambda={draft}"]
-    settings = ["--temperature", 1, "--held-out", setup.held_out]
+    settings = ["--held-out", setup.held_out, "--sampled-by", "temperature=1"]
     reports = [setup.root / f"report-{heads}.json" for heads in range(1, HEADS + 1)]
     for heads, report in enumerate(reports, start=1):
         several = ["--heads", heads, "--out", report]
@@ -182,17 +182,18 @@ def test_two_processes_equal_one(setup: Setup, lambda_run: Finished) -> None:
     assert (weights - expected).norm() < 0.01 * (expected - earlier).norm()
 
 
-def report_result(path: Path) -> tuple[Result, ChainStarts]:
+def report_result(path: Path) -> tuple[Result, Rounds]:
     (result,) = read_report(path).results
-    return result, ChainStarts.load(path.parent / result.arrays)
+    return result, Rounds.load(path.parent / result.arrays)
 
 
 def test_exported_draft_is_evaluated(evaluations: list[Path]) -> None:
-    result, starts = report_result(evaluations[-1])
+    result, rounds = report_result(evaluations[-1])
     assert result.loss == "lk_lambda" and result.conversations == HELD_OUT
-    assert 1 < result.tau_expected_ci[0] <= result.tau_expected <= 1 + HEADS
+    assert 1 < result.tau_rounds_ci[0] <= result.tau_rounds <= 1 + HEADS
     assert all(0 < alpha <= 1 for alpha in result.alpha_per_head)
-    np.testing.assert_allclose(result.alpha_per_head, starts.alpha.mean(0), rtol=1e-5)
+    alpha = rounds.alpha[rounds.whole].mean(0)
+    np.testing.assert_allclose(result.alpha_per_head, alpha, rtol=1e-5)
 
 
 def test_engines_find_the_captured_layers(setup: Setup, evaluations: list[Path]) -> None:
@@ -211,11 +212,12 @@ def test_training_and_evaluation_measure_the_same(
     """
     metrics = lambda_run.evaluations[STEPS]
     for head, evaluation in enumerate(evaluations):
-        result, starts = report_result(evaluation)
+        result, rounds = report_result(evaluation)
+        alpha = rounds.alpha[rounds.whole]
         # Were acceptance much the same everywhere, a head at a wrong position would not show.
-        assert starts.alpha.std(0).min() > 0.02
-        expected = float(starts.alpha[:, head].mean())
+        assert alpha.std(0).min() > 0.02
+        expected = float(alpha[:, head].mean())
         assert metrics[f"alpha_{head}"] == pytest.approx(expected, rel=MEAN_ERROR)
-        coverage = float(starts.coverage[:, head].mean())
+        coverage = float(rounds.coverage[rounds.whole.nonzero()[0] + head].mean())
         assert metrics[f"coverage_{head}"] == pytest.approx(coverage, rel=MEAN_ERROR)
-    assert metrics["tau_expected"] == pytest.approx(result.tau_expected, rel=MEAN_ERROR)
+    assert metrics["tau_expected"] == pytest.approx(result.tau_start, rel=MEAN_ERROR)

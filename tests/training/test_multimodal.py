@@ -91,8 +91,10 @@ def test_text_from_capture_to_evaluation(multimodal: tuple[Setup, str], tmp_path
     embedding = ["--embedding-source", setup.target, "--embedding-key", key]
     run("specforge", "export", "--to", "hf", *paths, *embedding)
     data = ["--held-out", setup.held_out, "--benchmark", f"q={setup.questions}", "--limit", 2]
-    settings = ["--heads", HEADS, "--temperature", 1, "--max-new-tokens", 8, "--out", report]
+    settings = ["--heads", HEADS, "--sampled-by", "temperature=1", "--sampled"]
+    settings += ["--max-new-tokens", 8, "--out", report]
     invoke("eval", "--target", setup.target, "--draft", f"lk={draft}", *data, *settings)
-    exact, sampled = read_report(report).results
-    assert exact.conversations == HELD_OUT and exact.tau_expected > 1
+    exact, answered, sampled = read_report(report).results
+    assert exact.conversations == HELD_OUT and exact.tau_rounds > 1
+    assert answered.prompts == sampled.prompts == 2
     assert sampled.drafted

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from specforge.application import resolve_run
@@ -23,7 +24,7 @@ from tiny_target import HIDDEN_SIZE, VOCAB_SIZE
 from training_run import DRAFT_VOCAB_SIZE, HEADS, prepare
 
 from specforge_lk.data.vocabulary import save_mapping, vocabulary_mapping
-from specforge_lk.evaluate.held_out import chain_starts
+from specforge_lk.evaluate.teacher_forced import Places
 
 BLOCKS = ("dflash", "domino", "dspark")
 LAST_STATE_ALONE = ("medusa", "mlp_speculator", "mtp")
@@ -210,8 +211,15 @@ def test_the_target_states_of_every_draft_position(training: Training, source: s
         counts = [sum(k == head for row in pairs for k, _ in row) for head in range(1, HEADS + 1)]
         assert metrics["kl"][1].tolist() == counts and counts[-1] > 0
         # Chains of all draft positions start where the evaluation's do.
-        starts = [chain_starts(torch.tensor([SAMPLES[n]]).bool(), HEADS).sum() for n in names]
+        starts = [_whole_chains(SAMPLES[name]) for name in names]
         assert int(metrics["tau_expected"][1]) == sum(starts) == counts[-1]
+
+
+def _whole_chains(mask: list[int]) -> int:
+    """Return how many chains of the evaluation all K positions of which are a response's."""
+    response = np.array([mask + [0] * (HEADS + 1)], dtype=bool)
+    places = Places.of(response, torch.device("cpu"))
+    return int((places.left >= HEADS).sum())
 
 
 def test_the_positions_that_drafts_start_from(training: Training) -> None:
