@@ -1,8 +1,9 @@
 """Conversation JSONL: SpecForge's ``conversations`` rows, read and tokenized with a loss mask.
 
 A row is ``{"id", "conversations": [{"role", "content"}, ...]}``. Rows written by ``specforge-lk
-generate`` also have ``response_ids``, the sampled tokens of the last message, and ``finished``,
-whether they end with the end-of-turn token. The ids are kept because text does not give them
+generate`` also have ``response_ids``, the sampled tokens of the last message, ``finished``,
+whether they end with the end-of-turn token, and ``sampling``, what they were sampled from
+(`specforge_lk.data.responses.sampling_of`). The ids are kept because text does not give them
 back: at temperature 1 a model often samples another token sequence than its tokenizer makes of
 the same text, and training on the latter would not be on-policy.
 """

@@ -40,13 +40,19 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def responses(tmp_path: Path) -> Path:
-    """Rows with sampled ids of different lengths, one that did not finish, one of plain text."""
+    """Sampled ids of different lengths, one that did not finish; plain text; old rows and new."""
 
     def chat(user: str, assistant: str) -> list[dict]:
         return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
+    sampled = {"sampling": {"temperature": 1.0}}
     rows = [
-        {"conversations": chat("a", "bc"), "finished": True, "response_ids": [30, 31, 2]},
+        {
+            "conversations": chat("a", "bc"),
+            "finished": True,
+            "response_ids": [30, 31, 2],
+            **sampled,
+        },
         {"conversations": chat("a" * 40, "b"), "finished": False, "response_ids": [40] * 20},
         {"conversations": chat("hello", "world") + chat("more", "text")},
         {"conversations": chat("a" * 9, "cut"), "finished": False},

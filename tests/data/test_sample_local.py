@@ -177,8 +177,11 @@ def test_responses_of_other_settings_or_prompts_are_refused(
 ):
     out = tmp_path / "out.jsonl"
     run(target, prompts, out, "--limit", "2")
+    assert [row["sampling"] for row in rows(out)] == [{"temperature": 1.0}] * 2
     result = CliRunner().invoke(app, arguments(target, prompts, out, "--temperature", "0.5"))
     assert result.exit_code == 1 and "temperature=1.0, not 0.5" in result.output
+    result = CliRunner().invoke(app, arguments(target, prompts, out, "--serving", "vllm,top_k=5"))
+    assert result.exit_code == 1 and "top_k=None, not 5" in result.output
     prompts.write_text(json.dumps({"id": "p0", "prompt": "another question"}))
     result = CliRunner().invoke(app, arguments(target, prompts, out))
     assert result.exit_code == 1 and "'p0' belongs to another prompt" in result.output

@@ -74,7 +74,7 @@ def assert_whole(directory: Path, count: int) -> None:
 
 def test_requests_ask_for_the_target_s_own_distribution(server, tmp_path: Path):
     prompts(tmp_path, 3)
-    options = ["--temperature", "0.5", "--top-p", "0.9", "--seed", "3"]
+    options = ["--serving", "sglang,temperature=0.5,top_p=0.9", "--seed", "3"]
     output = run(server, tmp_path, *options, env={"OPENAI_API_KEY": "secret"})
     assert "3 responses (3 new, 3 finished), 39 tokens" in output
     assert_whole(tmp_path, 3)
@@ -87,6 +87,7 @@ def test_requests_ask_for_the_target_s_own_distribution(server, tmp_path: Path):
     assert all(0 <= body["seed"] < 2**31 for body in server.requests)
     assert server.headers[0]["Authorization"] == "Bearer secret"
     assert "secret" not in (tmp_path / "out.jsonl.settings.json").read_text()
+    assert [row["sampling"] for row in rows(tmp_path)] == [{"temperature": 0.5, "top_p": 0.9}] * 3
 
     result = invoke(server, tmp_path, *options, "--target", "other")
     assert result.exit_code == 1 and "target='tiny', not 'other'" in result.output
@@ -105,6 +106,7 @@ def test_plain_openai_servers_give_rows_that_capture_tokenizes(server, tmp_path:
     tokenizer = build_tokenizer()
     for row in rows(tmp_path):
         assert "response_ids" not in row and row["finished"] is False
+        assert "sampling" not in row  # what else this server truncates is not known
         tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
         said = [t for t, mask in zip(tokens.input_ids, tokens.loss_mask, strict=True) if mask]
         assert tokenizer.decode(said) == answer(row["conversations"][0]["content"])
@@ -133,6 +135,28 @@ def test_sampled_tokens_end_with_the_one_that_ended_the_response(
     assert rows(tmp_path)[0]["response_ids"] == [7, 8, END]
     # Without both, SGLang 0.5.14 gives no token ids.
     assert server.requests[0]["logprobs"] and server.requests[0]["return_meta_info"]
+
+
+@pytest.mark.parametrize(
+    ("options", "choice", "sampling"),
+    [
+        (["--top-k", "20", "--top-p", "0.9"], {}, {"temperature": 1, "top_k": 20, "top_p": 0.9}),
+        (["--top-k", "20"], {"meta_info": {}}, {"temperature": 1, "top_k": 20}),
+        # SGLang takes top-p of another set of tokens.
+        (["--top-k", "20", "--top-p", "0.9"], {"meta_info": {}}, None),
+        ([], {"token_ids": None}, None),
+    ],
+    ids=["vLLM", "SGLang", "SGLang with both", "without token ids"],
+)
+def test_rows_say_how_they_were_sampled_where_that_is_known(
+    options: list[str], choice: dict, sampling: dict | None, server, tmp_path: Path
+):
+    prompts(tmp_path, 1)
+    server.choice = choice
+    run(server, tmp_path, *options)
+    assert server.requests[0]["top_k"] == (20 if options else -1)
+    (row,) = rows(tmp_path)
+    assert row.get("sampling") == sampling
 
 
 def test_failures_that_pass_are_tried_again(server, tmp_path: Path):
