@@ -103,7 +103,7 @@ def test_every_draft_is_evaluated_without_specforge(tmp_path: Path) -> None:
         *("eval", "--target", target, "--out", out, "--device", "cpu", "--heads", HEADS),
         *(word for draft in drafts for word in ("--draft", draft)),
         *("--held-out", tmp_path / "rows.jsonl", "--benchmark", f"b={tmp_path / 'rows.jsonl'}"),
-        *("--temperature", 1, "--max-new-tokens", 8),
+        *("--sampled-by", "temperature=1", "--sampled", "--max-new-tokens", 8),
         without=("specforge", "triton", "gguf", "accelerate"),
     )
     measured = {result.algorithm: result for result in read_report(out).results}

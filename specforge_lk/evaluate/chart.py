@@ -88,7 +88,8 @@ def _draw_tau(axes: Axes, results: list[Result], report: Report, colors: dict[st
             seeds.setdefault(key, []).append((tau, interval))
     _draw_bars(axes, seeds, colors)
     axes.set(title="Speculative decoding", ylabel="τ (tokens per target step)")
-    axes.set_ylim(bottom=1)  # τ = 1 is decoding without a draft
+    # τ = 1 is decoding without a draft.
+    axes.set_ylim(1, max(1.01, axes.get_ylim()[1]))
 
 
 def _draw_differences(axes: Axes, algorithm: str, report: Report, colors: dict[str, str]) -> None:

@@ -126,15 +126,16 @@ def test_logits_are_the_models_own(family: str):
     assert target.rewinds == (family not in RECURRENT)
 
 
-def test_benchmarks_need_a_cache_that_forgets(tmp_path: Path):
+def test_decoding_needs_a_cache_that_forgets(tmp_path: Path):
     """Of a recurrent target, whose state has seen rejected tokens, responses are still measured."""
     build("falcon_h1").save_pretrained(tmp_path / "target")
     build_tokenizer().save_pretrained(tmp_path / "target")
-    prompts = ["--benchmark", f"b={tmp_path / 'prompts.jsonl'}", "--aux-layers", "0,0,1"]
+    prompts = ["--benchmark", f"b={tmp_path / 'prompts.jsonl'}", "--sampled"]
+    prompts += ["--aux-layers", "0,0,1"]
     result = command("eval", tmp_path / "target", tmp_path, *prompts)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "cannot leave out rejected tokens" in result.stderr.replace("\n", " ")
-    result = command("eval", tmp_path / "target", tmp_path, *prompts[2:])
+    result = command("eval", tmp_path / "target", tmp_path, *prompts[3:])
     assert result.exit_code == 0, result.output
 
 
@@ -276,7 +277,8 @@ def command(name: str, target: Path, root: Path, *more: str):
         ],
         "eval": [
             *("--target", target, "--held-out", root / "responses.jsonl", "--out", root / "out"),
-            *("--draft", f"kl={root / 'draft'}", "--heads", 2, *more),
+            *("--draft", f"kl={root / 'draft'}", "--heads", 2, "--sampled-by", "temperature=1"),
+            *more,
         ],
         "capture": ["--config", root / "run.json", "--responses", root / "responses.jsonl"],
     }[name]
