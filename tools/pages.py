@@ -24,6 +24,7 @@ from specforge_lk.evaluate.tables import gain_rows
 from specforge_lk.losses import LOSSES
 from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import SUPPORTED
+from specforge_lk.serving import PRESETS
 from tools import cover_letter, gains
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -131,6 +132,18 @@ def options() -> str:
             [f"`{name}`", ", ".join(losses), values, shown, option.meaning.replace("|", r"\|")]
         )
     return markdown_table(["option", "of", "values", "default", "meaning"], rows)
+
+
+# ------------------------------------------------------------------------------ evaluation
+
+
+def presets() -> str:
+    """Every serving rule that has an engine's name."""
+    rows = [
+        [f"`{name}`", f"`{preset.rule}`", preset.engine, preset.options]
+        for name, preset in PRESETS.items()
+    ]
+    return markdown_table(["name", "rule", "read from", "what has the engine decode so"], rows)
 
 
 # ------------------------------------------------------------------------------ benchmark
@@ -254,6 +267,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "README.md": {"gains": gains.gains},
     "docs/results.md": {"demo": gains.demo, "algorithms": algorithms, "paper": paper},
     "docs/cost.md": {"operation": operation, "bounds": bounds},
+    "docs/evaluate.md": {"presets": presets},
     "docs/serving.md": {"vllm": vllm},
     "docs/install.md": {"versions": versions},
     "docs/losses.md": {"options": options},
