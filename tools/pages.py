@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, Final
+from typing import Final
 
 from configs import recipes
 from experiments.serving.report import ServingReport
 from specforge_lk.cli.losses import Option, find_losses
-from specforge_lk.evaluate.report import HELD_OUT, read_report
-from specforge_lk.evaluate.tables import gain_rows
+from specforge_lk.evaluate.report import HELD_OUT, Result, read_report
+from specforge_lk.evaluate.tables import gain_rows, held_out_name
 from specforge_lk.losses import LOSSES
 from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import SUPPORTED
@@ -78,18 +78,21 @@ def algorithms() -> str:
     return markdown_table(header, rows)
 
 
-def _taus(results: Sequence[Any], loss: str) -> list[float]:
-    return [r.tau_expected for r in results if r.loss == loss]
+def _taus(results: Sequence[Result], loss: str) -> list[float]:
+    found = (r.measured_tau for r in results if r.loss == loss and not r.check)
+    return [tau for tau in found if tau is not None]
 
 
 def paper() -> str:
     """Gains over KL in percent of τ - 1: ours beside the paper's."""
-    header, rows = gain_rows(read_report(RESULTS / "paper.json"))
-    at = {name: header.index(name) for name in ("T", "draft", "τ - 1", "expected τ - 1")}
+    report = read_report(RESULTS / "paper.json")
+    header, rows = gain_rows(report)
+    ours = f"{held_out_name(report)} - 1"
+    at = {name: header.index(name) for name in ("T", "draft", "τ - 1", ours)}
     by_draft: dict[str, dict[str, tuple[str, str]]] = {}
     for row in rows:
         measured = by_draft.setdefault(row[at["draft"]], {})
-        measured[row[at["T"]]] = row[at["expected τ - 1"]], row[at["τ - 1"]]
+        measured[row[at["T"]]] = row[at[ours]], row[at["τ - 1"]]
     return markdown_table(
         ["", "T = 1: here", "the paper", "T = 0: here", "the paper"],
         [[draft, *measured["1"], *measured["0"]] for draft, measured in by_draft.items()],
