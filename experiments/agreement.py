@@ -149,8 +149,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['prompts']}, {report['new_tokens']} new tokens at most, K = {report['heads']}. "
         "Rounds are computed along the responses that were decoded. At T = 0 every response must "
         "take as many as computed, near-ties aside; elsewhere the sum must be within three "
-        "standard errors. The last figure is the ratio of the widths of the intervals of τ, counted "
-        "to computed, of the same responses.",
+        "standard errors. The last figure is the ratio of the widths of the intervals of τ, "
+        "counted to computed, of the same responses.",
         "",
         markdown_table(header, rows, tight=True),
     ]
