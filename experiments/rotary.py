@@ -27,7 +27,7 @@ from specforge_lk.data.conversations import Tokens, tokenize
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.intervals import bootstrap_ratio
-from specforge_lk.evaluate.rounds import Rounds, paired_difference
+from specforge_lk.evaluate.rounds import Rounds, paired_differences
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.evaluate.teacher_forced import measure_responses
 from specforge_lk.files import write_text
@@ -155,7 +155,9 @@ def _figures(rounds: Rounds, own: Rounds, far: np.ndarray) -> dict[str, Any]:
         "alpha": figures["alpha_per_head"],
     }
     if rounds is not own:
-        difference, bounds = paired_difference(rounds, own)
+        (difference,), (bounds,) = (
+            getattr(paired_differences(rounds, own)["tau_rounds"], name) for name in ("value", "ci")
+        )
         found |= {"difference": difference, "difference ci": bounds}
         # Of rounds that begin far from the start of the text.
         gap, conversation = (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
-from specforge_lk.evaluate.report import Paired, Report, Result
-from specforge_lk.evaluate.rounds import Rounds, paired_difference
+from specforge_lk.evaluate.report import Difference, Paired, Report, Result
+from specforge_lk.evaluate.rounds import Rounds, paired_differences
 from specforge_lk.evaluate.sampled import Decoded, paired_decoded_difference
 
 
@@ -55,15 +55,27 @@ def _paired(folder: Path, result: Result, baseline: Result, seed: int) -> Paired
     """Compare two results, from the arrays of both."""
     files = [folder / str(r.arrays) for r in (result, baseline)]
     size: dict[str, int]
+    others: dict[str, Difference] = {}
+    difference: float | None
+    interval: list[float] | None
     if result.method == "exact":
         a, b = map(Rounds.load, files)
-        difference, interval = paired_difference(a, b, seed)
+        found = paired_differences(a, b, seed)
+        (difference,), (interval,) = found["tau_rounds"].value, found["tau_rounds"].ci
+        others = {
+            name: Difference(difference=of.value, ci=of.ci)
+            for name, of in found.items()
+            if name != "tau_rounds"
+        }
         size = a.size
     else:
         c, d = map(Decoded.load, files)
         difference, interval = paired_decoded_difference(c, d, seed)
         size = c.size
+    if difference is None or interval is None:  # nothing is compared that nothing was drafted for
+        raise ValueError(f"{result.arrays}: no response needs a round of decoding")
     return Paired(
+        others=others,
         benchmark=result.benchmark,
         algorithm=result.algorithm,
         seed=result.seed,

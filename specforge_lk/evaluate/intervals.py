@@ -25,4 +25,29 @@ def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, seed: int) -
     return percentiles((weights @ numerator)[total > 0] / total[total > 0])
 
 
-__all__ = ["RESAMPLES", "bootstrap_ratio", "percentiles", "resamples"]
+def pooled(
+    numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Return Σ numerator / Σ denominator over the entries, for every resample.
+
+    Args:
+        numerator: [C, ...].
+        denominator: [C, ...].
+        weights: [R, C], how often each entry counts; None counts all once.
+
+    Returns:
+        [R, ...], or [...] without weights; NaN where the denominator is 0.
+    """
+    of = np.ones(len(numerator)) if weights is None else weights
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.tensordot(of, numerator, 1) / np.tensordot(of, denominator, 1)
+    return np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def bounds(values: np.ndarray) -> list[float] | None:
+    """Return the 95 % percentiles of resampled values [R]; None where all are NaN."""
+    known = values[~np.isnan(values)]
+    return percentiles(known) if len(known) else None
+
+
+__all__ = ["RESAMPLES", "bootstrap_ratio", "bounds", "percentiles", "pooled", "resamples"]

@@ -59,6 +59,7 @@ class Result(_Strict):
     tokens_per_forward: float | None = Field(
         default=None, description="tokens over rounds and prefills, each a target forward"
     )
+    tokens_per_forward_ci: Interval | None = None
     tau: float | None = Field(
         default=None, description="sampled: K · accepted / drafted + 1, pooled over all chains"
     )
@@ -69,16 +70,20 @@ class Result(_Strict):
         description="exact: mean acceptance probability over all chain starts that K tokens "
         "follow; sampled: over the chains that reached the position"
     )
+    alpha_per_head_ci: list[Interval | None] | None = None
     acceptance_per_head: list[float | None] | None = Field(
         default=None, description="exact: acceptance over the rounds that reach the position"
     )
+    acceptance_per_head_ci: list[Interval | None] | None = None
     survival_per_head: list[float | None] | None = Field(
         default=None, description="share of the rounds in which the position was accepted"
     )
+    survival_per_head_ci: list[Interval | None] | None = None
     alpha_per_head_empirical: list[float | None] | None = Field(
         default=None, description="sampled: acceptances counted where alpha_per_head is computed"
     )
     coverage: float | None
+    coverage_ci: Interval | None = None
     drafted: int | None = None
     accepted: int | None = None
     prompts: int | None = None
@@ -136,6 +141,13 @@ class Result(_Strict):
         return self.tau_expected_ci if self.benchmark == HELD_OUT else self.tau_ci
 
 
+class Difference(_Strict):
+    """A difference per draft position, or one: null where a draft has no such figure."""
+
+    difference: list[float | None]
+    ci: list[Interval | None]
+
+
 class Paired(_Strict):
     """The difference in `Result.measured_tau` between two drafts, ``loss`` minus ``baseline``.
 
@@ -153,6 +165,9 @@ class Paired(_Strict):
     ci: Interval
     serving: str | None = None
     method: Literal["exact", "sampled"] | None = None
+    others: dict[str, Difference] = Field(
+        default={}, description="exact: the differences of the other figures, by field of a result"
+    )
     chain_starts: int | None = None
     conversations: int | None = None
     responses: int | None = None
@@ -240,5 +255,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["HELD_OUT", "Interval", "Paired", "Report", "Result", "Training", "read_report"]
-__all__ += ["versions"]
+__all__ = [
+    "HELD_OUT",
+    "Difference",
+    "Interval",
+    "Paired",
+    "Report",
+    "Result",
+    "Training",
+    "read_report",
+    "versions",
+]

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from specforge_lk.evaluate.arrays import Arrays
-from specforge_lk.evaluate.intervals import bootstrap_ratio, percentiles, resamples
+from specforge_lk.evaluate.intervals import bounds, pooled, resamples
 
 #: Responses that the recursion takes at once.
 RESPONSES = 256
@@ -84,15 +84,43 @@ class Rounds(Arrays):
         return 1 + (before * self.alpha).sum(1)
 
     @cached_property
-    def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and rounds of every conversation, which is what a bootstrap draws."""
-        return self._per_conversation(self.tokens), self._per_conversation(self.expected.rounds)
+    def ratios(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By field of a `Result`, numerator and denominator of every conversation: [C'] or [C', K].
+
+        A figure is the ratio of their sums, so that one bootstrap over conversations serves all.
+        """
+        expected, ones = self.expected, np.ones(len(self.length))
+        whole = self.whole.astype(float)
+        starts = np.ones(len(whole))
+
+        def of_starts(values: np.ndarray) -> np.ndarray:
+            """Sum values of chain starts [N, ...] over those of each response."""
+            ends = np.concatenate([[0], self.tokens.cumsum()])
+            total = np.concatenate([np.zeros((1, *values.shape[1:])), values.cumsum(0)])
+            return total[ends[1:]] - total[ends[:-1]]
+
+        alpha = whole[:, None] * self.alpha
+        parts = {
+            "tau_rounds": (self.tokens, expected.rounds),
+            "tokens_per_forward": (self.length, expected.rounds + ones),
+            "tau_start": (of_starts(whole * self.per_start), of_starts(whole)),
+            "alpha_per_head": (of_starts(alpha), of_starts(np.ones_like(alpha) * whole[:, None])),
+            "acceptance_per_head": (expected.accepted, expected.reached),
+            "survival_per_head": (
+                expected.accepted,
+                np.repeat(expected.rounds[:, None], self.alpha.shape[1], axis=1),
+            ),
+            "coverage": (of_starts(self.coverage.astype(np.float64)), of_starts(starts)),
+        }
+        return {
+            name: (self._per_conversation(top), self._per_conversation(bottom))
+            for name, (top, bottom) in parts.items()
+        }
 
     @property
     def tau(self) -> float:
-        """Σ tokens / Σ R."""
-        tokens, rounds = self.sums
-        return float(tokens.sum() / rounds.sum()) if rounds.sum() else float("nan")
+        """Σ tokens / Σ R; NaN where no response needs a round."""
+        return float(pooled(*self.ratios["tau_rounds"]))
 
     @property
     def size(self) -> dict[str, int]:
@@ -104,45 +132,29 @@ class Rounds(Arrays):
         }
 
     def figures(self, seed: int) -> dict[str, Any]:
-        """Return the fields of a `Result` that are measured."""
-        expected, whole = self.expected, self.whole
-        reached = expected.reached.sum(0)
-        with np.errstate(invalid="ignore"):
-            acceptance = expected.accepted.sum(0) / reached
-        rounds = float(expected.rounds.sum())
-        start = self.per_start[whole]
-        return {
-            "tau_rounds": self.tau,
-            "tau_rounds_ci": bootstrap_ratio(*self.sums, seed),
-            "tau_start": float(start.mean()) if len(start) else None,
-            "tau_start_ci": self._start_interval(start, whole, seed),
-            "alpha_per_head": _figures(_mean(self.alpha[whole])),
-            "acceptance_per_head": _figures(acceptance),
-            "survival_per_head": _figures(expected.accepted.sum(0) / rounds),
-            "rounds": rounds,
-            "tokens_per_forward": float(self.length.sum() / (rounds + len(self.length))),
-            "coverage": float(self.coverage.mean()),
+        """Return the fields of a `Result` that are measured, intervals in ``<name>_ci``."""
+        weights = resamples(len(self.ratios["tau_rounds"][0]), seed)
+        found: dict[str, Any] = {
+            "rounds": float(self.expected.rounds.sum()),
             "generated_tokens": int(self.length.sum()),
             "off_rule_tokens": int(self.off_rule.sum()),
             **self.size,
         }
-
-    def _start_interval(
-        self, start: np.ndarray, whole: np.ndarray, seed: int
-    ) -> list[float] | None:
-        owner = np.repeat(np.arange(len(self.length)), self.tokens)[whole]
-        if not len(start):
-            return None
-        value, count = (
-            self._per_conversation(np.bincount(owner, of, minlength=len(self.length)))
-            for of in (start, np.ones_like(start))
-        )
-        return bootstrap_ratio(value, count, seed)
+        for name, of in self.ratios.items():
+            figure, drawn = pooled(*of), pooled(*of, weights)
+            if figure.ndim:
+                found[name] = [_number(value) for value in figure]
+                found[f"{name}_ci"] = [bounds(values) for values in drawn.T]
+            else:
+                found[name], found[f"{name}_ci"] = _number(figure), bounds(drawn)
+        return found
 
     def _per_conversation(self, values: np.ndarray) -> np.ndarray:
-        """Sum values of responses [C] over those of each conversation."""
-        _, owner = np.unique(self.conversation, return_inverse=True)
-        return np.bincount(owner, weights=values)
+        """Sum values of responses [C, ...] over those of each conversation."""
+        conversations, owner = np.unique(self.conversation, return_inverse=True)
+        total = np.zeros((len(conversations), *values.shape[1:]))
+        np.add.at(total, owner, values)
+        return total
 
     def _padded(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield tokens [c], alpha and past [c, longest, K] of some responses after the others."""
@@ -203,8 +215,21 @@ def _expected(
     return begins.sum(1), reached, accepted
 
 
-def paired_difference(a: Rounds, b: Rounds, seed: int = 0) -> tuple[float, list[float]]:
-    """Return τ_a - τ_b over the same responses, and its 95 % interval.
+@dataclass(frozen=True)
+class Difference:
+    """A figure of one draft minus that of another.
+
+    Attributes:
+        value: per draft position, or one; None where one of the two has none.
+        ci: its 95 % intervals.
+    """
+
+    value: list[float | None]
+    ci: list[list[float] | None]
+
+
+def paired_differences(a: Rounds, b: Rounds, seed: int = 0) -> dict[str, Difference]:
+    """Return a's figures minus b's along the same responses, with intervals.
 
     The bootstrap resamples conversations, the same ones for both: what makes one easy for both does
     not widen the interval.
@@ -217,20 +242,21 @@ def paired_difference(a: Rounds, b: Rounds, seed: int = 0) -> tuple[float, list[
             "the two drafts were measured along different responses; evaluate both with the same "
             "files, --serving and --max-length"
         )
-    weights = resamples(len(a.sums[0]), seed)
-    with np.errstate(invalid="ignore"):
-        first, second = ((weights @ of.sums[0]) / (weights @ of.sums[1]) for of in (a, b))
-    differences = first - second
-    return a.tau - b.tau, percentiles(differences[~np.isnan(differences)])
+    weights = resamples(len(a.ratios["tau_rounds"][0]), seed)
+    found = {}
+    for name, of_a in a.ratios.items():
+        of_b = b.ratios[name]
+        figure = np.atleast_1d(pooled(*of_a) - pooled(*of_b))
+        drawn = pooled(*of_a, weights) - pooled(*of_b, weights)
+        drawn = drawn.reshape(len(drawn), -1)
+        found[name] = Difference(
+            [_number(value) for value in figure], [bounds(values) for values in drawn.T]
+        )
+    return found
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean [K] of rows [n, K]; NaN without any."""
-    return values.mean(0) if len(values) else np.full(values.shape[1], np.nan)
+def _number(value: np.ndarray) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
-def _figures(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]
-
-
-__all__ = ["Expected", "Rounds", "paired_difference"]
+__all__ = ["Difference", "Expected", "Rounds", "paired_differences"]

@@ -7,7 +7,7 @@ import pytest
 from table_models import Enumeration, TableDraft, TableTarget
 
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.evaluate.rounds import Rounds, paired_difference
+from specforge_lk.evaluate.rounds import Rounds, paired_differences
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.evaluate.teacher_forced import measure_responses
 from specforge_lk.serving import parse
@@ -103,9 +103,17 @@ def test_drafts_are_compared_along_the_same_responses():
     rule = parse("temperature=1")
     a, *_ = measured(target, TableDraft(target, None, HEADS, 3), rule)
     b, *_ = measured(target, TableDraft(target, [0, 1], HEADS, 4), rule)
-    difference, (low, high) = paired_difference(a, b)
+    found = paired_differences(a, b)
+    (difference,), ((low, high),) = found["tau_rounds"].value, found["tau_rounds"].ci
     assert difference == pytest.approx(a.tau - b.tau) and low <= difference <= high
+    first, second = a.figures(seed=0), b.figures(seed=0)
+    for name, of in found.items():
+        gaps = np.atleast_1d(first[name]) - np.atleast_1d(second[name])
+        np.testing.assert_allclose(of.value, gaps, atol=1e-12)
+        assert len(of.value) == len(of.ci) == (HEADS if name.endswith("_per_head") else 1)
+        for value, (least, most) in zip(of.value, of.ci, strict=True):
+            assert least <= value <= most
     rest = (getattr(a, f.name)[a.tokens[0] :] for f in fields(Rounds)[2:])
     fewer = Rounds(a.conversation[1:], a.length[1:], *rest)
     with pytest.raises(ValueError, match="different responses"):
-        paired_difference(a, fewer)
+        paired_differences(a, fewer)
