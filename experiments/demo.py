@@ -43,10 +43,10 @@ DEMO = RUNS / "demo"
 
 #: Responses per optimizer step.
 BATCH = 2
-#: One and a half passes over the responses.
-START_STEPS = 192
-#: Three quarters of a pass.
-TUNING_STEPS = 96
+#: A little more than one pass over the responses.
+START_STEPS = 144
+#: Half a pass.
+TUNING_STEPS = 72
 #: Lower than the config's, which is for a draft from scratch.
 TUNING = ("training.learning_rate=0.0005",)
 #: λ = exp(-η α) is the weight of KL. These drafts have α = 0.3, where the paper's η = 3 leaves
@@ -56,10 +56,10 @@ OPTIONS = {"lk_lambda": ("training.loss_options.eta=10",)}
 HEADS = 4
 TEMPERATURES = (1, 0)
 #: Prompts of each benchmark; the target answers them once at each temperature.
-PROMPTS = 32
+PROMPTS = 20
 NEW_TOKENS = 48
 #: Held-out responses at each temperature; the draws of the bootstrap are whole responses.
-CONVERSATIONS = 40
+CONVERSATIONS = 32
 #: What is decoded with sampled tokens as well, to check what is computed.
 CHECKED = "mt_bench"
 
@@ -171,7 +171,7 @@ def main(
     runs = Runs(tuple(losses.split()), tuple(dict.fromkeys(map(int, seeds.split()))))
     console.print(
         f"[bold]SpecForge-LK demo[/]: an EAGLE-3 draft of SmolLM2-135M-Instruct, trained with KL, "
-        f"then fine-tuned with {losses}; {cores} cores. Under 15 minutes a seed on 2 cores; it "
+        f"then fine-tuned with {losses}; {cores} cores. About 10 minutes a seed on 2 cores; it "
         "continues if interrupted."
     )
     stages = Stages(DEMO / "stages.json")
