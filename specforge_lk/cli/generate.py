@@ -45,6 +45,7 @@ def run(
     temperature: Annotated[
         float | None,
         typer.Option(
+            min=0,
             help="1 samples the target's own distribution, 0 takes the likeliest tokens.",
             show_default="1.0",
         ),
@@ -52,6 +53,7 @@ def run(
     top_k: Annotated[
         int | None,
         typer.Option(
+            min=0,
             help="Sample from the likeliest tokens only, this many; 0 for all. It comes before "
             "top-p.",
             show_default="0",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.assets import HELD_OUT, RESPONSES
+from experiments.assets import HELD_OUT, HELD_OUT_GREEDY, RESPONSES
 from specforge_lk.data.jsonl import open_lines, read_jsonl
 from specforge_lk.data.responses import (
     Request,
@@ -18,7 +18,7 @@ from specforge_lk.data.responses import (
 )
 from specforge_lk.serving import Sampling
 
-DATA = Path(__file__).parents[2] / "experiments" / "data"
+ROOT = Path(__file__).parents[2]
 CHAT = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
@@ -98,9 +98,18 @@ def test_files_of_earlier_versions_are_continued(before: dict, sampling: Samplin
     assert [sampling_of(row) for row in read_jsonl(path)] == [None, sampling]
 
 
-@pytest.mark.parametrize(("path", "temperature"), [(RESPONSES, 1), (HELD_OUT, 1)])
+@pytest.mark.parametrize(
+    ("path", "temperature"), [(RESPONSES, 1), (HELD_OUT, 1), (HELD_OUT_GREEDY, 0)]
+)
 def test_the_demo_s_responses_say_it_and_have_no_date(path: Path, temperature: float):
-    content = (DATA / path.name).read_bytes()
+    content = (ROOT / path).read_bytes()
     assert content[3] == 0 and content[4:8] == bytes(4)  # neither a file name nor a time
     rows = [json.loads(line) for line in gzip.decompress(content).splitlines()]
     assert {sampling_of(row) for row in rows} == {Sampling(temperature)}
+
+
+def test_the_demo_s_greedy_responses_answer_its_held_out_prompts():
+    sampled, greedy = (list(read_jsonl(ROOT / path)) for path in (HELD_OUT, HELD_OUT_GREEDY))
+    for one, other in zip(sampled, greedy, strict=True):
+        assert one["id"] == other["id"]
+        assert one["conversations"][0] == other["conversations"][0]
