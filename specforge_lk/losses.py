@@ -31,6 +31,8 @@ class Target(Protocol):
         logits: target logits on the draft vocabulary, [..., V_d].
         log_normalizer: log-sum-exp of the logits over the full vocabulary, [...].
         log_coverage: log of the target's mass on the draft vocabulary, [...].
+        labels: recorded token that the target is to predict there, as an index into the draft
+            vocabulary, -1 where it is outside, [...]; None where it is not known.
     """
 
     @property
@@ -41,6 +43,9 @@ class Target(Protocol):
 
     @property
     def log_coverage(self) -> torch.Tensor: ...
+
+    @property
+    def labels(self) -> torch.Tensor | None: ...
 
 
 class DraftLoss(Protocol):
@@ -128,6 +133,7 @@ class _OverlapLoss:
             target.log_normalizer,
             mask=mask,
             log_coverage=target.log_coverage,
+            tokens=target.labels,
             reverse_kl=self._reverse_kl,
         )
         coverage = overlap.log_coverage.exp()
@@ -140,6 +146,11 @@ class _OverlapLoss:
         }
         if overlap.reverse_kl is not None:
             terms["reverse_kl"] = overlap.reverse_kl
+        if target.labels is not None and overlap.log_q is not None and overlap.log_p is not None:
+            # The chance that a chain gets past the recorded token x, min(1, q(x) / p(x)), and 0
+            # where the draft vocabulary lacks x, without coverage too.
+            past = (overlap.log_q - overlap.log_p).clamp_max(0).exp()
+            terms["past"] = torch.where(target.labels < 0, 0.0, past)
         return terms
 
 

@@ -19,7 +19,7 @@ from specforge.runtime.contracts import TrainBatch
 from specforge.training.strategies.base import DraftTrainStrategy, StepContext, StepOutput
 from torch import nn
 
-from specforge_lk.drafts.model import HeadDraftModel
+from specforge_lk.drafts.model import HeadDraftModel, shifted
 
 if TYPE_CHECKING:
     from specforge.modeling.target.target_head import TargetHead
@@ -78,7 +78,9 @@ class HeadModel(nn.Module):
             decay: γ.
         """
         length = tokens.shape[1]
-        padded = target.pad(self.heads)
+        # The target's state at a position predicts the token after the one that follows it.
+        labels = shifted(tokens, 1)
+        padded = target.with_labels(labels, self.draft_model.t2d).pad(self.heads)
         group = training_group(self.loss_data_parallel)
         token_ids = self.draft_model.token_ids()
         losses, correct = [], []

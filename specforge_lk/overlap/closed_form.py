@@ -77,6 +77,10 @@ def backward(
         if gradients.reverse_kl is not None:
             g = gradients.reverse_kl[at, None]
             chunk.addcmul_(log_ratio.add_(s.reverse_kl[at, None]).mul_(q), g, value=-1)
+        if gradients.log_q is not None and rows.tokens is not None:
+            g = gradients.log_q[at, None]
+            chunk.addcmul_(q, g, value=-1)
+            chunk.scatter_add_(1, rows.tokens[at, None].clamp_min(0), g)
         flat[at] = chunk.to(flat.dtype)
     return out
 

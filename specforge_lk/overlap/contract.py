@@ -1,7 +1,9 @@
 """What every implementation of the overlap operation takes and returns.
 
 A new term of a position is added to `OverlapTerms`, `RowStatistics` and `RowGradients`, and what it
-needs beside the logits to `RowInputs`; then to every implementation.
+needs beside the logits to `RowInputs`; then to every implementation. A term that takes single
+logits rather than a pass over them is computed in `differentiable.log_probabilities`, once for all
+kernels, and has no statistics.
 """
 
 from collections.abc import Callable
@@ -25,6 +27,10 @@ class OverlapTerms:
         log_alpha: log of ``alpha``, finite where ``alpha`` underflows.
         log_coverage: log of the coverage, the target's mass on the draft vocabulary; no gradient.
         reverse_kl: KL(q || p) in nats against the target that is NOT renormalized, if asked for.
+        log_q: log of the draft's probability of the given token, ``LOGIT_FLOOR`` where that is
+            outside the draft vocabulary; None unless tokens are given.
+        log_p: log of the target's probability of it, 0 where it is outside the draft vocabulary; no
+            gradient; None unless tokens are given.
     """
 
     kl: torch.Tensor
@@ -32,6 +38,8 @@ class OverlapTerms:
     log_alpha: torch.Tensor
     log_coverage: torch.Tensor
     reverse_kl: torch.Tensor | None = None
+    log_q: torch.Tensor | None = None
+    log_p: torch.Tensor | None = None
 
 
 class RowInputs(NamedTuple):
@@ -44,12 +52,15 @@ class RowInputs(NamedTuple):
         log_coverage: what the caller knows of the log coverage, in the same dtype: 0 where the
             mask is False. None has it computed.
         mask: bool. Rows where it is False are not read; their terms and gradients are 0.
+        tokens: int64 index into the draft vocabulary of the token that ``log_q`` and ``log_p`` are
+            of, negative where that is outside it. None where they are not asked for.
         reverse_kl: whether ``reverse_kl`` is asked for.
     """
 
     log_normalizer: torch.Tensor
     log_coverage: torch.Tensor | None
     mask: torch.Tensor
+    tokens: torch.Tensor | None
     reverse_kl: bool
 
     @property
@@ -94,12 +105,14 @@ class RowStatistics(NamedTuple):
 class RowGradients(NamedTuple):
     """Gradients of the loss with respect to a row's terms, each [N]; None where it has none.
 
-    ``alpha`` and ``log_alpha`` are one: d alpha = alpha d log_alpha.
+    ``alpha`` and ``log_alpha`` are one: d alpha = alpha d log_alpha. ``log_q`` is 0 where the row's
+    token is negative.
     """
 
     kl: torch.Tensor | None
     log_alpha: torch.Tensor | None
     reverse_kl: torch.Tensor | None
+    log_q: torch.Tensor | None
 
 
 _OfRows = TypeVar("_OfRows", RowInputs, RowStatistics, RowGradients)
@@ -154,6 +167,7 @@ class Kernels(Protocol):
         It is contiguous, [..., V_d] in their dtype. With g the row's gradients and r = log(p / q),
 
             g_kl (q - p~) + g_log_alpha q (w / alpha - below) - g_reverse q (r + reverse_kl)
+            + g_log_q (1[token] - q)
 
         and 0 in rows outside the mask, which leaves out rows without coverage, too. It is written
         to ``out`` if given, which may be ``draft_logits`` itself, and to a new tensor otherwise.

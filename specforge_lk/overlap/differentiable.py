@@ -1,11 +1,12 @@
 """Two passes over the logits made differentiable: what all closed-form implementations share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from specforge_lk.overlap.contract import (
+    LOGIT_FLOOR,
     Kernels,
     OverlapTerms,
     RowGradients,
@@ -44,8 +45,11 @@ class _Overlap(torch.autograd.Function):
         statistics = kernels.forward(draft_logits, target_logits, flat)
         ctx.save_for_backward(draft_logits, target_logits, *flat.vectors)
         ctx.reverse_kl, ctx.statistics, ctx.kernels = rows.reverse_kl, statistics, kernels
-        terms = terms_of(statistics, rows)
-        ctx.mark_non_differentiable(terms[3])
+        of_tokens = None
+        if flat.tokens is not None:
+            of_tokens = log_probabilities(draft_logits, target_logits, flat, statistics)
+        terms = terms_of(statistics, rows, of_tokens)
+        ctx.mark_non_differentiable(*without_gradient(terms))
         ctx.set_materialize_grads(False)
         return terms
 
@@ -54,22 +58,54 @@ class _Overlap(torch.autograd.Function):
         refuse_second_derivative()
         draft_logits, target_logits, *vectors = ctx.saved_tensors
         rows = RowInputs._make((*vectors, ctx.reverse_kl))
+        of_terms = row_gradients(ctx.statistics, rows, gradients)
         grad = ctx.kernels.backward(
             draft_logits,
             target_logits,
             covered(rows, ctx.statistics),
             ctx.statistics,
-            row_gradients(ctx.statistics, gradients),
+            of_terms,
         )
         return grad, None, None, *[None] * len(RowInputs._fields)
 
 
+def log_probabilities(
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    rows: RowInputs,
+    statistics: RowStatistics,
+) -> torch.Tensor:
+    """Return log q and log p of the rows' tokens, [2, N], from one logit of each tensor.
+
+    Args:
+        draft_logits: [..., V_d] of any strides.
+        target_logits: [..., V_d].
+        rows: flat, with tokens.
+        statistics: of these rows.
+    """
+    s, tokens = statistics, rows.tokens
+    assert tokens is not None
+    at = tokens.clamp_min(0).view(*draft_logits.shape[:-1], 1)
+    z, y = (
+        logits.gather(-1, at).flatten().to(s.kl.dtype).clamp_min(LOGIT_FLOOR)
+        for logits in (draft_logits, target_logits)
+    )
+    log_q = torch.where(tokens < 0, LOGIT_FLOOR, (z - s.draft_shift) - s.draft_log_sum)
+    log_p = torch.where(tokens < 0, 0.0, y - rows.log_normalizer)
+    return torch.where(covered(rows, s).mask, torch.stack([log_q, log_p]), 0.0)
+
+
 def terms_of(
-    statistics: RowStatistics, rows: RowInputs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    statistics: RowStatistics, rows: RowInputs, of_tokens: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     """Return the fields of `OverlapTerms` in the shape of ``rows``, [...].
 
     They are copies, as a caller may write to what it gets.
+
+    Args:
+        statistics: of all rows.
+        rows: vectors [...].
+        of_tokens: what `log_probabilities` returns; None where there are no tokens.
     """
     shape = rows.log_normalizer.shape
     log_coverage = rows.log_coverage
@@ -81,7 +117,14 @@ def terms_of(
         statistics.log_alpha.view(shape).clone(),
         log_coverage.clone(),
         statistics.reverse_kl.view(shape).clone() if rows.reverse_kl else None,
+        *((None, None) if of_tokens is None else (log.reshape(shape).clone() for log in of_tokens)),
     )
+
+
+def without_gradient(terms: tuple[torch.Tensor | None, ...]) -> Iterator[torch.Tensor]:
+    """Yield those of `terms_of`'s that have none: ``log_coverage`` and ``log_p``."""
+    _, _, _, log_coverage, _, _, log_p = terms
+    return (term for term in (log_coverage, log_p) if term is not None)
 
 
 def covered(rows: RowInputs, statistics: RowStatistics) -> RowInputs:
@@ -90,17 +133,22 @@ def covered(rows: RowInputs, statistics: RowStatistics) -> RowInputs:
 
 
 def row_gradients(
-    statistics: RowStatistics, gradients: Sequence[torch.Tensor | None]
+    statistics: RowStatistics, rows: RowInputs, gradients: Sequence[torch.Tensor | None]
 ) -> RowGradients:
-    """Return gradients with respect to the fields of `OverlapTerms` as the kernels take them."""
-    kl, alpha, log_alpha, _, reverse_kl = (
+    """Return gradients with respect to the fields of `OverlapTerms` as the kernels take them.
+
+    ``rows`` are flat.
+    """
+    kl, alpha, log_alpha, _, reverse_kl, log_q, _ = (
         None if g is None else g.to(statistics.kl.dtype).reshape(-1).contiguous() for g in gradients
     )
     if alpha is not None:
         # alpha = exp(log_alpha): one gradient, with respect to log_alpha, serves both.
         alpha = alpha * statistics.alpha
         log_alpha = alpha if log_alpha is None else log_alpha + alpha
-    return RowGradients(kl, log_alpha, reverse_kl)
+    if log_q is not None and rows.tokens is not None:
+        log_q = torch.where(rows.tokens < 0, 0.0, log_q)
+    return RowGradients(kl, log_alpha, reverse_kl, log_q)
 
 
 def refuse_second_derivative() -> None:

@@ -167,7 +167,7 @@ struct Statistics {  // contract.RowStatistics, in its order
 constexpr int TERMS = sizeof(Statistics) / sizeof(float);
 
 struct Gradients {  // contract.RowGradients
-    float kl, log_alpha, reverse_kl;
+    float kl, log_alpha, reverse_kl, log_q;
 };
 
 // q < p where y - z is above this.
@@ -224,7 +224,7 @@ void backward_careful(const float* z, const float* y, int64_t V, float log_z,
         const double q = std::exp(log_q), p = std::exp(yi - log_z - double(s.target_log_sum));
         const double w = r > 0 ? 1 : r == 0 ? 0.5 : 0;
         const double share = w == 0 ? 0 : w * std::exp(std::fmin(log_q - s.log_alpha, 0));
-        grad[i] = g.kl * (q - p) + g.log_alpha * (share - q * s.below);
+        grad[i] = g.kl * (q - p) + g.log_alpha * (share - q * s.below) - g.log_q * q;
         if (g.reverse_kl) grad[i] -= g.reverse_kl * q * (r + s.reverse_kl);
     }
 }
@@ -322,7 +322,8 @@ void backward_row(const float* z, const float* y, int64_t V, float log_z, const 
     const double scale = std::exp(-double(s.draft_log_sum)) * draft.factor;
     const float of_p = g.kl * std::exp(-double(s.target_log_sum)) * normalizer.factor;
     const double of_kl_and_overlap = g.kl - double(g.log_alpha) * s.below;
-    const double of_q = of_kl_and_overlap - (REVERSE ? double(g.reverse_kl) * s.reverse_kl : 0);
+    const double of_reverse_kl = REVERSE ? double(g.reverse_kl) * s.reverse_kl : 0;
+    const double of_q = of_kl_and_overlap - of_reverse_kl - g.log_q;
     const double of_w = double(g.log_alpha) / s.alpha;
     const Floats above = splat(of_q * scale), tied = splat((of_q + 0.5 * of_w) * scale);
     const Floats below = splat((of_q + of_w) * scale);
@@ -340,12 +341,12 @@ void backward_row(const float* z, const float* y, int64_t V, float log_z, const 
 // ---------------------------------------------------------------------------- all rows
 
 // Row i of N has its logits at z + z_offsets[i] and y + y_offsets[i], counted in elements. Rows
-// outside the mask are not read.
+// outside the mask are not read. There may be no tokens.
 struct Inputs {
     const char *z, *y;
     const float* log_z;
     const bool* mask;
-    const int64_t *z_offsets, *y_offsets;
+    const int64_t *z_offsets, *y_offsets, *tokens;
     int64_t N, V;
     int32_t z_dtype, y_dtype, threads;
 };
@@ -413,7 +414,7 @@ extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* sta
     });
 }
 
-// gradients: [3, N] of contract.RowGradients; grad: [N, V] in z's dtype, which may be z.
+// gradients: [4, N] of contract.RowGradients; grad: [N, V] in z's dtype, which may be z.
 extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
                                  const float* gradients, char* grad) {
     const int64_t N = in->N, V = in->V, size = in->z_dtype == FLOAT32 ? 4 : 2;
@@ -428,7 +429,8 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
         for (int k = 0; k < TERMS; ++k) values[k] = statistics[k * N + i];
         Statistics s;
         std::memcpy(&s, values, sizeof s);
-        const Gradients g = {gradients[i], gradients[N + i], gradients[2 * N + i]};
+        const Gradients g = {gradients[i], gradients[N + i], gradients[2 * N + i],
+                             gradients[3 * N + i]};
         const auto backward = needs_care(s)  ? backward_careful
                               : g.reverse_kl ? backward_row<true>
                                              : backward_row<false>;
@@ -437,6 +439,7 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
         backward(read_row(in->z, in->z_dtype, in->z_offsets[i], V, buffers[0]),
                  read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, in->log_z[i], s,
                  g, out);
+        if (in->tokens && in->tokens[i] >= 0) out[in->tokens[i]] += g.log_q;
         if (!direct) write_row(row, in->z_dtype, V, out);
     });
 }

@@ -46,7 +46,7 @@ class _Inputs(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("z", "y", "log_z", "mask", "z_offsets", "y_offsets")
+            for name in ("z", "y", "log_z", "mask", "z_offsets", "y_offsets", "tokens")
         ),
         *((name, ctypes.c_int64) for name in ("n", "v")),
         *((name, ctypes.c_int32) for name in ("z_dtype", "y_dtype", "threads")),
@@ -100,6 +100,7 @@ def _inputs(
     tensors = z, y, rows.log_normalizer, rows.mask, row_offsets(z), row_offsets(y)
     return _Inputs(
         *(t.data_ptr() for t in tensors),
+        None if rows.tokens is None else rows.tokens.data_ptr(),
         *(len(rows.mask), z.shape[-1]),
         *(_DTYPES[z.dtype], _DTYPES[y.dtype], torch.get_num_threads()),
     ), tensors

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from specforge_lk.overlap.contract import Kernels, OverlapTerms, RowInputs, RowStatistics, take
 from specforge_lk.overlap.differentiable import (
     covered,
+    log_probabilities,
     refuse_second_derivative,
     row_gradients,
     terms_of,
+    without_gradient,
 )
 
 # One chunk's logits in bytes. A CPU's matrix product is at full speed with a hundred rows, a GPU's
@@ -78,15 +80,21 @@ class _LinearOverlap(torch.autograd.Function):
         rows = RowInputs(*fields)
         flat = rows.flat()
         statistics = RowStatistics.zeros(flat)
+        of_tokens = None
+        if flat.tokens is not None:
+            of_tokens = torch.zeros_like(flat.log_normalizer).repeat(2, 1)
         for index, h, y in _chunks(flat.mask, hidden, head, target, target_head):
-            of_chunk = kernels.forward(F.linear(h, head), y, take(flat, index))
-            del y
+            z, chunk = F.linear(h, head), take(flat, index)
+            of_chunk = kernels.forward(z, y, chunk)
+            if of_tokens is not None:
+                of_tokens[:, index] = log_probabilities(z, y, chunk, of_chunk)
+            del z, y
             for whole, part in zip(statistics, of_chunk, strict=True):
                 whole[index] = part
         ctx.save_for_backward(hidden, head, target, target_head, *flat.vectors)
         ctx.reverse_kl, ctx.statistics, ctx.kernels = rows.reverse_kl, statistics, kernels
-        terms = terms_of(statistics, rows)
-        ctx.mark_non_differentiable(terms[3])
+        terms = terms_of(statistics, rows, of_tokens)
+        ctx.mark_non_differentiable(*without_gradient(terms))
         ctx.set_materialize_grads(False)
         return terms
 
@@ -95,7 +103,7 @@ class _LinearOverlap(torch.autograd.Function):
         refuse_second_derivative()
         hidden, head, target, target_head, *vectors = ctx.saved_tensors
         rows = covered(RowInputs._make((*vectors, ctx.reverse_kl)), ctx.statistics)
-        of_terms = row_gradients(ctx.statistics, gradients)
+        of_terms = row_gradients(ctx.statistics, rows, gradients)
         dtype = rows.log_normalizer.dtype
         grad_hidden = grad_head = None
         if ctx.needs_input_grad[0]:

@@ -36,6 +36,7 @@ def overlap_terms(
     *,
     mask: torch.Tensor | None = None,
     log_coverage: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
     impl: str = "auto",
     reverse_kl: bool = False,
 ) -> OverlapTerms:
@@ -51,11 +52,17 @@ def overlap_terms(
 
     ``kl`` is KL(p~ || q), ``alpha`` the acceptance rate sum_D min(p, q), ``log_alpha`` its
     logarithm, computed as log sum_D exp(min(log p, log q)) so that it stays finite where
-    ``alpha`` underflows, and ``reverse_kl`` is KL(q || p). Gradients flow to ``draft_logits``
+    ``alpha`` underflows, and ``reverse_kl`` is KL(q || p). With a token x given at every position,
+    ``log_q`` is log q(x) and ``log_p`` is log p(x). Gradients flow to ``draft_logits``
     only (LK-losses paper, arXiv 2602.23881, appendix A); with w = 1[q < p] + 1/2 1[q = p] and
     B = sum_D q w they are
 
-        kl: q - p~      alpha: q (w - B)      log_alpha: q (w - B) / alpha
+        kl: q - p~      alpha: q (w - B)      log_alpha: q (w - B) / alpha      log_q: 1[x] - q
+
+    A token outside the draft vocabulary is never drafted: its ``log_q`` is that of a logit of -inf,
+    -1e30, without gradient. What p has there is not known from y: its ``log_p`` is 0. So
+    min(1, exp(log_q - log_p)), the chance that a chain gets past the token x that the target
+    generated, is 0 there, as it must be. A mean of ``log_q`` should leave such positions out.
 
     A position whose ``mask`` is 0 is skipped: its terms and gradients are 0, whatever its
     logits hold, nan included. So are the terms of a position with coverage exactly 0 (log Z =
@@ -75,6 +82,8 @@ def overlap_terms(
         mask: which positions count, [...], bool or 0 and 1; all of them where not given.
         log_coverage: log c, [...]; computed from y and log Z where not given. "reference" and
             "closed_form" save that computation, the others have it in their pass over y.
+        tokens: x as an index into the draft vocabulary, below V_d, [...] of an integer dtype;
+            negative where it is outside. ``log_q`` and ``log_p`` are None without it.
         impl: an implementation's name, or "auto" for the fastest that can run.
         reverse_kl: also compute ``reverse_kl``.
 
@@ -83,7 +92,8 @@ def overlap_terms(
             differentiated twice.
 
     Raises:
-        ValueError: unknown ``impl``, or shapes that do not fit together.
+        ValueError: unknown ``impl``, shapes that do not fit together, or tokens that are not
+            integers.
     """
     impl = _chosen(impl, draft_logits.device)
     _check_shapes(
@@ -93,9 +103,10 @@ def overlap_terms(
         log_normalizer=log_normalizer,
         mask=mask,
         log_coverage=log_coverage,
+        tokens=tokens,
     )
     dtype = _computed_in(draft_logits.dtype, target_logits.dtype)
-    rows = _rows(dtype, log_normalizer, log_coverage, mask, reverse_kl)
+    rows = _rows(dtype, log_normalizer, log_coverage, mask, tokens, reverse_kl)
     target_logits = target_logits.detach()
     if impl == "reference":
         return reference(draft_logits, target_logits, rows)
@@ -110,6 +121,7 @@ def linear_overlap(
     *,
     mask: torch.Tensor | None = None,
     log_coverage: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
     impl: str = "auto",
     reverse_kl: bool = False,
 ) -> OverlapTerms:
@@ -128,7 +140,7 @@ def linear_overlap(
         target: target logits on the draft vocabulary, [..., V_d], or the ``Projection`` of hidden
             states [..., H_t] and the LM head's rows of the draft vocabulary, [V_d, H_t], that
             makes them chunk by chunk. No gradient flows to either.
-        log_normalizer, mask, log_coverage, impl, reverse_kl: as for `overlap_terms`.
+        log_normalizer, mask, log_coverage, tokens, impl, reverse_kl: as for `overlap_terms`.
             "reference" holds all logits.
 
     Returns:
@@ -136,7 +148,8 @@ def linear_overlap(
             ``draft_head``.
 
     Raises:
-        ValueError: unknown ``impl``, or shapes that do not fit together.
+        ValueError: unknown ``impl``, shapes that do not fit together, or tokens that are not
+            integers.
     """
     impl = _chosen(impl, draft_hidden.device)
     draft = _autocast(Projection(draft_hidden, draft_head))
@@ -158,9 +171,10 @@ def linear_overlap(
         log_normalizer=log_normalizer,
         mask=mask,
         log_coverage=log_coverage,
+        tokens=tokens,
     )
     dtype = _computed_in(draft.hidden.dtype, target_dtype)
-    rows = _rows(dtype, log_normalizer, log_coverage, mask, reverse_kl)
+    rows = _rows(dtype, log_normalizer, log_coverage, mask, tokens, reverse_kl)
     if impl == "reference":
         target_logits = F.linear(*target) if isinstance(target, Projection) else target
         return reference(F.linear(*draft), target_logits.detach(), rows)
@@ -212,6 +226,7 @@ def _rows(
     log_normalizer: torch.Tensor,
     log_coverage: torch.Tensor | None,
     mask: torch.Tensor | None,
+    tokens: torch.Tensor | None,
     reverse_kl: bool,
 ) -> RowInputs:
     """Return what travels beside the logits, in ``dtype``; rows without coverage are masked."""
@@ -220,7 +235,13 @@ def _rows(
     if log_coverage is not None:
         log_coverage = torch.where(mask, log_coverage.detach().to(dtype), 0.0)
         mask = mask & (log_coverage != -torch.inf)
-    return RowInputs(log_normalizer, log_coverage, mask, reverse_kl)
+    if tokens is not None:
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(
+                f"tokens must be integers, indices into the draft vocabulary, not {tokens.dtype}"
+            )
+        tokens = tokens.long()
+    return RowInputs(log_normalizer, log_coverage, mask, tokens, reverse_kl)
 
 
 def _autocast(projection: Projection) -> Projection:

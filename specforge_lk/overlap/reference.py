@@ -37,10 +37,18 @@ def reference(
     reverse_kl = None
     if rows.reverse_kl:
         reverse_kl = zero_where_skipped((log_q.exp() * (log_q - log_p)).sum(-1))
+    of_tokens: tuple[torch.Tensor, ...] = ()
+    if rows.tokens is not None:
+        inside, at = rows.tokens >= 0, rows.tokens.clamp_min(0)[..., None]
+        of_tokens = tuple(
+            zero_where_skipped(torch.where(inside, log.gather(-1, at).squeeze(-1), outside))
+            for log, outside in ((log_q, LOGIT_FLOOR), (log_p, 0.0))
+        )
     return OverlapTerms(
         zero_where_skipped(kl),
         zero_where_skipped(alpha),
         zero_where_skipped(log_alpha),
         log_coverage,
         reverse_kl,
+        *of_tokens,
     )

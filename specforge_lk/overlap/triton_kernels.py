@@ -90,6 +90,7 @@ def backward(
             row_offsets(y),
             rows.log_normalizer,
             rows.mask,
+            rows.tokens,
             statistics,
             gradients,
             z.shape[-1],
@@ -206,6 +207,7 @@ def _backward_kernel(
     y_offsets_ptr: tl.tensor,
     log_normalizer_ptr: tl.tensor,
     mask_ptr: tl.tensor,
+    tokens_ptr: tl.tensor | None,
     s: RowStatistics,
     gradients: RowGradients,
     vocabulary: int,
@@ -232,6 +234,8 @@ def _backward_kernel(
     g_kl = 0.0 if gradients.kl is None else tl.load(gradients.kl + row)
     g_log_alpha = 0.0 if gradients.log_alpha is None else tl.load(gradients.log_alpha + row)
     g_reverse = 0.0 if gradients.reverse_kl is None else tl.load(gradients.reverse_kl + row)
+    g_log_q = 0.0 if gradients.log_q is None else tl.load(gradients.log_q + row)
+    token = 0 if tokens_ptr is None else tl.load(tokens_ptr + row)
 
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -247,6 +251,8 @@ def _backward_kernel(
             + g_log_alpha * (share - q * below)
             - g_reverse * (q * (log_ratio + reverse_kl))
         )
+        if gradients.log_q is not None:
+            grad += g_log_q * (tl.where(columns == token, 1.0, 0.0) - q)
         tl.store(grad_ptr + columns, grad, columns < vocabulary)
 
 

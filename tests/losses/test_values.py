@@ -16,10 +16,15 @@ def build(name, **options):
 
 
 def target_of(case):
+    """The target; the recorded token of the first position is outside the draft vocabulary."""
+    shape, vocabulary = case.log_normalizer.shape, case.target_logits.shape[-1]
+    labels = torch.arange(-1, shape.numel() - 1) % vocabulary
+    labels[0] = -1
     return SimpleNamespace(
         logits=case.target_logits,
         log_normalizer=case.log_normalizer,
         log_coverage=case.target_logits.logsumexp(-1) - case.log_normalizer,
+        labels=labels.view(shape),
     )
 
 
@@ -95,6 +100,21 @@ def test_loss_is_its_definition(overlap_case, name, options):
     assert (terms["alpha"] <= terms["coverage"])[mask].all()
 
 
+def test_past_is_the_chance_to_get_past_the_recorded_token(overlap_case):
+    case = overlap_case(2, 6, 15, outside=5)
+    target, mask = target_of(case), torch.ones(2, 6, dtype=torch.bool)
+    past = build("kl").terms(case.draft_logits, target, mask)["past"]
+    ratio = torch.softmax(case.draft_logits, -1)
+    ratio = ratio / (case.target_logits - case.log_normalizer[..., None]).exp()
+    expected = ratio.gather(-1, target.labels.clamp_min(0)[..., None]).squeeze(-1).clamp_max(1)
+    expected[target.labels < 0] = 0
+    torch.testing.assert_close(past, expected)
+    assert past[0, 0] == 0 and (past < 1).any() and (past == 1).any()
+    # A target that comes without recorded tokens has none.
+    target.labels = None
+    assert "past" not in build("kl").terms(case.draft_logits, target, mask)
+
+
 def test_restricted_kl_gradient_is_scaled_by_coverage(overlap_case):
     case = overlap_case(4, 15, outside=30)
     mask = torch.ones(4, dtype=torch.bool)
@@ -123,6 +143,7 @@ def test_padding_changes_neither_loss_nor_gradient(overlap_case, name):
         logits=pad(case.target_logits, (0, 0, 0, 3)),
         log_normalizer=pad(case.log_normalizer, (0, 3), value=torch.inf),
         log_coverage=pad(target_of(case).log_coverage, (0, 3), value=-torch.inf),
+        labels=pad(target_of(case).labels, (0, 3), value=-1),
     )
     *_, padded = evaluate(build(name), z, target, pad(mask, (0, 3)))
     gradient = torch.autograd.grad(padded, z)[0]
@@ -138,8 +159,10 @@ def test_positions_without_coverage_lose_nothing(overlap_case, name, kl_term):
     case = overlap_case(4, 15)
     case.target_logits[2] = -torch.inf
     mask = torch.ones(4, dtype=torch.bool)
-    terms, combined, loss = evaluate(build(name, **options), case[0], target_of(case), mask)
-    assert terms["no_coverage"].tolist() == [0, 0, 1, 0]
+    target = target_of(case)
+    target.labels[2] = -1
+    terms, combined, loss = evaluate(build(name, **options), case[0], target, mask)
+    assert terms["no_coverage"].tolist() == [0, 0, 1, 0] and terms["past"][2] == 0
     assert terms["coverage"][2] == 0
     assert combined["loss"][2] == 0 and (combined["loss"][[0, 1, 3]] != 0).all()
     gradient = torch.autograd.grad(loss, case.draft_logits)[0]

@@ -22,6 +22,7 @@ def test_unknown_implementation_lists_the_known():
         ("log_normalizer", (2, 1)),
         ("mask", (3,)),
         ("log_coverage", (2, 3)),
+        ("tokens", (3,)),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(name, shape):
@@ -32,6 +33,12 @@ def test_shapes_that_do_not_fit_are_named(name, shape):
     }
     with pytest.raises(ValueError, match=name):
         specforge_lk.overlap_terms(**inputs | {name: torch.zeros(shape)})
+
+
+def test_tokens_must_be_integers():
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"tokens.*integers.*float32"):
+        specforge_lk.overlap_terms(z, z, torch.zeros(2), tokens=torch.zeros(2))
 
 
 def test_import_is_light():

@@ -13,14 +13,20 @@ from rounding import rounding
 from specforge_lk.overlap import fused_cpu, overlap_terms
 from specforge_lk.overlap.contract import RowGradients, RowInputs
 
-NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
+NAMES = ("kl", "alpha", "log_alpha", "reverse_kl", "log_q")
+
+
+def tokens_of(logits):
+    """A token of the last for every row; the first row's is outside the draft vocabulary."""
+    rows, vocabulary = torch.arange(len(logits)), logits.shape[-1]
+    return (vocabulary - 1 - rows % vocabulary).masked_fill(rows == 0, -1)
 
 
 def evaluate(case, impl, dtype=None):
-    """Terms [4, N] and the gradient of each of them, [4, N, V]; computed in ``dtype``."""
+    """Terms [5, N] and the gradient of each of them, [5, N, V]; computed in ``dtype``."""
     z, y, log_z = (t.detach().to(dtype or t.dtype) for t in case)
     z.requires_grad_()
-    terms = overlap_terms(z, y, log_z, impl=impl, reverse_kl=True)
+    terms = overlap_terms(z, y, log_z, tokens=tokens_of(z), impl=impl, reverse_kl=True)
     values = [getattr(terms, name) for name in NAMES]
     gradients = [torch.autograd.grad(v.sum(), z, retain_graph=True)[0] for v in values]
     return torch.stack(values).detach().double(), torch.stack(gradients).double()
@@ -48,9 +54,12 @@ def assert_exact(case, distance=0.0):
     z, y, log_z = (t.detach().double() for t in case)
     q, p = torch.softmax(z, -1), torch.softmax(y, -1)
     ratio = y.clamp_min(-1e30) - log_z[:, None] - z.log_softmax(-1).clamp_min(-1e30)
-    _, alpha, _, reverse = expected_values
+    _, alpha, _, reverse, _ = expected_values
     norm = q.norm(dim=-1)
-    scale = [norm + p.norm(dim=-1), norm, norm / alpha, (q * ratio).norm(dim=-1) + norm * reverse]
+    scale = [
+        *(norm + p.norm(dim=-1), norm, norm / alpha, (q * ratio).norm(dim=-1) + norm * reverse),
+        norm + (tokens_of(z) >= 0),
+    ]
     error = (gradients - expected).norm(dim=-1) / torch.stack(scale)
     assert error.max() < exponential_error(distance)
 
@@ -83,7 +92,8 @@ def test_draft_and_target_alike_up_to_a_constant(overlap_case):
     y = (y * 128).round() / 128
     for case in ((y + 2, y, y.logsumexp(-1)), (y + 2, y + 3, (y + 3).logsumexp(-1))):
         _, gradients = evaluate(case, "cpu")
-        assert gradients.norm(dim=-1).max() < 1e-6
+        # That of log q is no difference of the two.
+        assert gradients[:-1].norm(dim=-1).max() < 1e-6
 
 
 def test_the_highest_logit_comes_late(overlap_case):
@@ -148,8 +158,9 @@ def test_every_mixture_of_dtypes(overlap_case, vocabulary, dtypes):
     wide = z.detach().float().requires_grad_()
     gradients = []
     for draft, target in ((z, y), (wide, y.float())):
-        terms = overlap_terms(draft, target, log_z, impl="cpu")
-        gradients += torch.autograd.grad((terms.kl + terms.log_alpha).sum(), draft)
+        terms = overlap_terms(draft, target, log_z, tokens=tokens_of(draft), impl="cpu")
+        of_all = (terms.kl + terms.log_alpha - terms.log_q).sum()
+        gradients += torch.autograd.grad(of_all, draft)
     assert gradients[0].dtype == dtypes[0]
     assert torch.equal(gradients[0], gradients[1].to(dtypes[0]))
 
@@ -175,9 +186,9 @@ def test_gradient_may_overwrite_the_draft_logits(overlap_case, impl, dtype):
 
     kernels = {"cpu": fused_cpu, "closed_form": closed_form}[impl]
     z, y, log_z = (t.detach() for t in overlap_case(5, 1029, dtype=dtype))
-    rows = RowInputs(log_z, None, torch.tensor([1, 0, 1, 1, 0]).bool(), True)
+    rows = RowInputs(log_z, None, torch.tensor([1, 0, 1, 1, 0]).bool(), torch.arange(5), True)
     statistics = kernels.forward(z, y, rows)
-    gradients = RowGradients(*torch.ones(3, 5, dtype=log_z.dtype))
+    gradients = RowGradients(*torch.ones(4, 5, dtype=log_z.dtype))
     arguments = (z, y, rows, statistics, gradients)
     expected = kernels.backward(*arguments)
     assert not torch.equal(expected, z)

@@ -24,7 +24,7 @@ quick = settings(
 )
 
 
-def terms_in_probabilities(case):
+def terms_in_probabilities(case, tokens):
     """The definitions once more, in probabilities, sharing nothing with the package."""
     q = torch.softmax(case.draft_logits.detach().double(), -1)
     p = (case.target_logits.double() - case.log_normalizer.double()[..., None]).exp()
@@ -36,6 +36,8 @@ def terms_in_probabilities(case):
         "log_alpha": torch.minimum(p, q).sum(-1).log(),
         "log_coverage": coverage.log(),
         "reverse_kl": torch.special.xlogy(q, q / p).sum(-1),
+        "log_q": q.gather(-1, tokens[:, None]).squeeze(-1).log(),
+        "log_p": p.gather(-1, tokens[:, None]).squeeze(-1).log(),
     }
 
 
@@ -45,8 +47,9 @@ def terms_in_probabilities(case):
 def test_values_are_the_definition(overlap_case, impl, vocabulary, outside, scale, seed):
     sizes = {"outside": outside, "scale": scale, "seed": seed}
     case = overlap_case(4, vocabulary, **sizes, dtype=torch.float64)
-    terms = overlap_terms(*case, impl=impl, reverse_kl=True)
-    for name, expected in terms_in_probabilities(case).items():
+    tokens = torch.arange(4) * 7 % vocabulary
+    terms = overlap_terms(*case, tokens=tokens, impl=impl, reverse_kl=True)
+    for name, expected in terms_in_probabilities(case, tokens).items():
         torch.testing.assert_close(
             getattr(terms, name).detach(), expected, rtol=1e-9, atol=1e-12, msg=name
         )
@@ -100,6 +103,28 @@ def test_point_mass_target_gives_negative_log_likelihood(impl_case, impl):
     torch.testing.assert_close(
         torch.autograd.grad(-terms.log_alpha.sum(), z)[0], torch.autograd.grad(nll.sum(), z)[0]
     )
+
+
+def test_a_token_s_log_probability_is_its_negative_cross_entropy(impl_case, impl):
+    """Value and gradient, which is that of cross-entropy with hard labels."""
+    case = impl_case(2, 3, 30)
+    tokens = torch.tensor([[0, 29, -1], [7, 7, 12]])
+    terms = overlap_terms(*case, tokens=tokens, impl=impl)
+    z = case.draft_logits
+    expected = torch.nn.functional.cross_entropy(
+        z.flatten(0, 1), tokens.flatten(), ignore_index=-1, reduction="none"
+    ).view(2, 3)
+    inside = tokens >= 0
+    torch.testing.assert_close(-terms.log_q[inside], expected[inside])
+    torch.testing.assert_close(
+        torch.autograd.grad(-terms.log_q[inside].sum(), z, retain_graph=True),
+        torch.autograd.grad(expected.sum(), z),
+    )
+    # What is outside the draft vocabulary is never drafted, so no chain gets past it.
+    chance = (terms.log_q - terms.log_p).clamp_max(0).exp()
+    assert chance[0, 2] == 0 and (chance[inside] > 0).all()
+    (gradient,) = torch.autograd.grad(chance.sum() + terms.log_q.sum(), z)
+    assert gradient.isfinite().all() and not gradient[0, 2].any()
 
 
 def test_shift_of_the_logits_changes_nothing(impl_case, impl):

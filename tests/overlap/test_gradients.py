@@ -5,14 +5,20 @@ import torch
 
 from specforge_lk.overlap import IMPLEMENTATIONS, overlap_terms
 
-NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
+NAMES = ("kl", "alpha", "log_alpha", "reverse_kl", "log_q")
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+
+
+def tokens_of(case):
+    """A token for every row of the case, the last one of the vocabulary among them."""
+    shape, vocabulary = case.log_normalizer.shape, case.draft_logits.shape[-1]
+    return (vocabulary - 1 - torch.arange(shape.numel()) * 3 % vocabulary).view(shape)
 
 
 def gradient(case, impl, coefficients, dtype=None):
     """Gradient of a random combination of all terms, computed in ``dtype`` where given."""
     z = case.draft_logits.detach().to(dtype or case.draft_logits.dtype).requires_grad_()
-    terms = overlap_terms(z, *case[1:], impl=impl, reverse_kl=True)
+    terms = overlap_terms(z, *case[1:], tokens=tokens_of(case), impl=impl, reverse_kl=True)
     sum(
         (c.to(terms.kl.dtype) * getattr(terms, n)).sum()
         for n, c in zip(NAMES, coefficients, strict=True)
@@ -26,7 +32,7 @@ def test_gradcheck(overlap_case, impl, name, outside):
     case = overlap_case(3, 11, outside=outside, dtype=torch.float64)
 
     def term(z):
-        terms = overlap_terms(z, *case[1:], impl=impl, reverse_kl=True)
+        terms = overlap_terms(z, *case[1:], tokens=tokens_of(case), impl=impl, reverse_kl=True)
         return getattr(terms, name)
 
     assert torch.autograd.gradcheck(term, case.draft_logits)
@@ -66,7 +72,7 @@ def test_every_implementation_against_the_reference(overlap_case, impl, shape, d
     case = overlap_case(*shape, dtype=dtype)
     exact = type(case)(*(t.detach().double() for t in case))
     generator = torch.Generator().manual_seed(1)
-    coefficients = torch.randn(4, *shape[:-1], generator=generator, dtype=torch.float64)
+    coefficients = torch.randn(5, *shape[:-1], generator=generator, dtype=torch.float64)
 
     computed = gradient(case, impl, coefficients)
     assert computed.dtype == dtype
@@ -75,11 +81,12 @@ def test_every_implementation_against_the_reference(overlap_case, impl, shape, d
     lost = (1e-12 if dtype == torch.float64 else 1e-5) * expected.abs().max().item()
     torch.testing.assert_close(computed.double(), expected, rtol=tolerance, atol=lost)
 
-    values = overlap_terms(*case, impl=impl, reverse_kl=True)
-    exact_values = overlap_terms(*exact, impl="reference", reverse_kl=True)
+    options = {"tokens": tokens_of(case), "reverse_kl": True}
+    values = overlap_terms(*case, impl=impl, **options)
+    exact_values = overlap_terms(*exact, impl="reference", **options)
     assert values.kl.dtype == torch.promote_types(dtype, torch.float32)
     precise = 1e-12 if dtype == torch.float64 else 5e-6
-    for name in NAMES:
+    for name in (*NAMES, "log_p"):
         torch.testing.assert_close(
             getattr(values, name).detach().double(),
             getattr(exact_values, name),
@@ -138,6 +145,7 @@ def test_differentiates_once_only(overlap_case):
 def test_no_gradient_reaches_the_target(impl_case, impl):
     z, y, log_z = impl_case(2, 5)
     y, log_z = y.requires_grad_(), log_z.requires_grad_()
-    terms = overlap_terms(z, y, log_z, impl=impl)
-    (terms.kl + terms.alpha + terms.log_alpha).sum().backward()
-    assert y.grad is None and log_z.grad is None and not terms.log_coverage.requires_grad
+    terms = overlap_terms(z, y, log_z, tokens=torch.tensor([1, 4]), impl=impl)
+    (terms.kl + terms.alpha + terms.log_alpha + terms.log_q).sum().backward()
+    assert y.grad is None and log_z.grad is None
+    assert not terms.log_coverage.requires_grad and not terms.log_p.requires_grad

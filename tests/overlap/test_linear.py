@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from specforge_lk.overlap import Projection, linear, linear_overlap, overlap_terms
 
-NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
+NAMES = ("kl", "alpha", "log_alpha", "reverse_kl", "log_q")
+# Of every position; the first one's is outside the draft vocabulary.
+TOKENS = torch.arange(-1, 17).view(2, 9)
 V, H, TARGET_H, OUTSIDE = 37, 8, 6, 5
 implementations = pytest.mark.parametrize(
     "impl", ["reference", "closed_form", "cpu"], indirect=True
@@ -44,10 +46,10 @@ def small_chunks(monkeypatch):
 
 
 def evaluate(terms, inputs, shape):
-    """Terms [4, ...] and the gradients of a random combination of them."""
+    """Terms [5, ...] and the gradients of a random combination of them."""
     generator = torch.Generator().manual_seed(1)
     values = torch.stack([getattr(terms, name) for name in NAMES])
-    factors = torch.randn(4, *shape, generator=generator).to(values.dtype)
+    factors = torch.randn(5, *shape, generator=generator).to(values.dtype)
     return values.detach(), *torch.autograd.grad((factors * values).sum(), inputs)
 
 
@@ -60,7 +62,7 @@ def test_equals_the_operation_on_logits(impl_case, small_chunks, impl, masked, p
     # A window of a padded tensor, as the steps of EAGLE-3's training-time test have it.
     window = F.pad(logits, (0, 0, 1, 2))[:, 1:10]
     mask = torch.arange(18).view(2, 9) % 3 > 0 if masked else None
-    options = {"mask": mask, "reverse_kl": True, "impl": impl}
+    options = {"mask": mask, "tokens": TOKENS, "reverse_kl": True, "impl": impl}
     expected = evaluate(
         overlap_terms(F.linear(hidden, head), logits, log_z, **options), (hidden, head), (2, 9)
     )
@@ -77,7 +79,7 @@ def test_equals_the_operation_on_logits(impl_case, small_chunks, impl, masked, p
 def test_masked_positions_are_not_read(impl_case, small_chunks, impl):
     hidden, head, target, log_z = impl_case
     mask = torch.arange(18).view(2, 9) % 3 > 0
-    options = {"mask": mask, "reverse_kl": True, "impl": impl}
+    options = {"mask": mask, "tokens": TOKENS, "reverse_kl": True, "impl": impl}
     expected = evaluate(linear_overlap(*impl_case, **options), (hidden, head), (2, 9))
     broken = torch.where(mask[..., None], hidden.detach(), torch.nan).requires_grad_()
     terms = linear_overlap(broken, head, target, log_z, **options)
@@ -89,7 +91,7 @@ def test_masked_positions_are_not_read(impl_case, small_chunks, impl):
 def test_positions_without_coverage(impl_case, small_chunks, impl):
     hidden, head, target, log_z = impl_case
     log_z[0, 3] = torch.inf
-    terms = linear_overlap(hidden, head, target, log_z, impl=impl, reverse_kl=True)
+    terms = linear_overlap(hidden, head, target, log_z, impl=impl, tokens=TOKENS, reverse_kl=True)
     assert terms.log_coverage[0, 3] == -torch.inf
     values, grad_hidden, grad_head = evaluate(terms, (hidden, head), (2, 9))
     assert not values[:, 0, 3].any() and not grad_hidden[0, 3].any()
@@ -109,8 +111,12 @@ def test_low_precision_heads_add_up_chunks_in_float32(case, small_chunks):
     hidden, head, target, log_z = case
     hidden, head = (t.detach().bfloat16().requires_grad_() for t in (hidden, head))
     rounded = [t.detach().double().requires_grad_() for t in (hidden, head)]
-    exact = evaluate(linear_overlap(*rounded, target, log_z, reverse_kl=True), rounded, (2, 9))
-    terms = linear_overlap(hidden, head, F.linear(*target).float(), log_z, reverse_kl=True)
+    exact = evaluate(
+        linear_overlap(*rounded, target, log_z, tokens=TOKENS, reverse_kl=True), rounded, (2, 9)
+    )
+    terms = linear_overlap(
+        hidden, head, F.linear(*target).float(), log_z, tokens=TOKENS, reverse_kl=True
+    )
     for a, b in zip(evaluate(terms, (hidden, head), (2, 9))[1:], exact[1:], strict=True):
         assert a.dtype == torch.bfloat16
         assert (a.double() - b).norm() < 2e-2 * b.norm()
@@ -121,8 +127,10 @@ def test_autocast_reaches_the_backward_pass(case):
     hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
     logits = F.linear(*case[2]).float()
     with torch.autocast("cpu", torch.bfloat16):
-        terms = linear_overlap(hidden, head, logits, log_z, reverse_kl=True)
-        materialized = overlap_terms(F.linear(hidden, head), logits, log_z, reverse_kl=True)
+        terms = linear_overlap(hidden, head, logits, log_z, tokens=TOKENS, reverse_kl=True)
+        materialized = overlap_terms(
+            F.linear(hidden, head), logits, log_z, tokens=TOKENS, reverse_kl=True
+        )
     computed = evaluate(terms, (hidden, head), (2, 9))
     expected = evaluate(materialized, (hidden, head), (2, 9))
     torch.testing.assert_close(computed[0], expected[0])
@@ -136,9 +144,11 @@ def test_autocast_around_the_backward_pass_changes_nothing(case):
     hidden, head = (t.detach().requires_grad_() for t in case[:2])
     target = Projection(*(t.float() for t in case[2]))
     expected = evaluate(
-        linear_overlap(hidden, head, target, case[3], reverse_kl=True), (hidden, head), (2, 9)
+        linear_overlap(hidden, head, target, case[3], tokens=TOKENS, reverse_kl=True),
+        (hidden, head),
+        (2, 9),
     )
-    terms = linear_overlap(hidden, head, target, case[3], reverse_kl=True)
+    terms = linear_overlap(hidden, head, target, case[3], tokens=TOKENS, reverse_kl=True)
     with torch.autocast("cpu", torch.bfloat16):
         computed = evaluate(terms, (hidden, head), (2, 9))
     for a, b in zip(computed, expected, strict=True):

@@ -5,12 +5,13 @@ import torch
 
 from specforge_lk.overlap import overlap_terms, rows
 
-NAMES = ("kl", "alpha", "log_alpha", "reverse_kl")
+NAMES = ("kl", "alpha", "log_alpha", "reverse_kl", "log_q")
 
 
-def evaluate(z, y, log_z, **options):
-    """Terms [4, ...] and the gradient of their sum."""
-    terms = overlap_terms(z, y, log_z, reverse_kl=True, **options)
+def evaluate(z, y, log_z, token=2, **options):
+    """Terms [5, ...] and the gradient of their sum; all rows have the same token."""
+    tokens = torch.full(log_z.shape, token)
+    terms = overlap_terms(z, y, log_z, tokens=tokens, reverse_kl=True, **options)
     values = torch.stack([getattr(terms, name) for name in NAMES])
     (gradient,) = torch.autograd.grad(values.sum(), z)
     return values.detach(), gradient
@@ -46,7 +47,7 @@ def test_all_masked(impl_case, impl):
 
 def test_no_rows(impl_case, impl):
     values, gradient = evaluate(*impl_case(0, 12), impl=impl)
-    assert values.shape == (4, 0) and gradient.shape == (0, 12)
+    assert values.shape == (5, 0) and gradient.shape == (0, 12)
 
 
 @pytest.mark.parametrize("give_log_coverage", [True, False])
@@ -73,7 +74,8 @@ def test_excluded_tokens_do_not_count(overlap_case, impl, dtype):
     z, y = (t.detach().masked_fill(~kept, -torch.inf) for t in (z, y))
     values, gradient = evaluate(z.requires_grad_(), y, log_z, impl=impl)
     small = z.detach()[:, kept].requires_grad_()
-    expected, expected_gradient = evaluate(small, y[:, kept], log_z, impl=impl)
+    # Of the tokens that are kept, 2 is the second.
+    expected, expected_gradient = evaluate(small, y[:, kept], log_z, token=1, impl=impl)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(gradient[:, kept], expected_gradient)
     assert not gradient[:, ~kept].any()
@@ -105,7 +107,7 @@ def test_draft_without_a_logit(overlap_case, impl, dtype):
     z = z.detach().clone()
     z[1] = -torch.inf
     values, gradient = evaluate(z.requires_grad_(), y, log_z, impl=impl)
-    assert values[:3].isfinite().all() and gradient[[0, 2]].isfinite().all()
+    assert values[[0, 1, 2, 4]].isfinite().all() and gradient[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -165,7 +167,7 @@ def test_inputs_are_not_written_to(impl_case, impl):
 def test_terms_may_be_written_to(impl_case, impl):
     case = impl_case(3, 12)
     _, expected = evaluate(*case, impl=impl)
-    terms = overlap_terms(*case, impl=impl, reverse_kl=True)
+    terms = overlap_terms(*case, tokens=torch.full((3,), 2), impl=impl, reverse_kl=True)
     total = sum(getattr(terms, name).clone() for name in NAMES).sum()
     for name in NAMES:
         getattr(terms, name).mul_(0)

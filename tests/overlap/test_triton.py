@@ -18,15 +18,17 @@ LONG = 2 * TILE + 77
 
 
 def terms_and_gradient(case, log_coverage=None, exact=False):
-    """kl, alpha, log_alpha, reverse_kl [4, ...] and the gradient of their sum."""
+    """kl, alpha, log_alpha, reverse_kl, log_q [5, ...] and the gradient of their sum."""
     z, y, log_z = (t.detach().double() if exact else t.detach() for t in case)
     z.requires_grad_()
-    rows = RowInputs(log_z, log_coverage, torch.ones_like(log_z, dtype=torch.bool), True)
+    tokens = torch.full_like(log_z, z.shape[-1] - 1).long()
+    tokens.view(-1)[0] = -1
+    rows = RowInputs(log_z, log_coverage, torch.ones_like(log_z, dtype=torch.bool), tokens, True)
     if exact:
         terms = reference(z, y, rows._replace(log_coverage=None))
     else:
         terms = differentiable(interpreted_triton(), z, y, rows)
-    values = torch.stack([terms.kl, terms.alpha, terms.log_alpha, terms.reverse_kl])
+    values = torch.stack([terms.kl, terms.alpha, terms.log_alpha, terms.reverse_kl, terms.log_q])
     return values.detach().double(), torch.autograd.grad(values.sum(), z)[0].double()
 
 
@@ -79,9 +81,10 @@ def awkward_rows(overlap_case):
     z[2, 0], y[2, 0] = torch.nan, torch.nan
     mask = torch.ones(9, dtype=torch.bool)
     mask[6] = False
+    tokens = torch.tensor([0, 3, -1, 5, 5, LONG - 1, 7, 5, TILE])
     window = torch.nn.functional.pad(z, (0, 0, 1, 2))[:, 1:4]
     turned = y.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    return window, turned, RowInputs(log_z.flatten(), None, mask, True)
+    return window, turned, RowInputs(log_z.flatten(), None, mask, tokens, True)
 
 
 def test_statistics_are_the_closed_form_s(awkward_rows):
@@ -98,7 +101,7 @@ def test_statistics_are_the_closed_form_s(awkward_rows):
     assert not interpreted_triton().forward(z, y, unasked).reverse_kl.any()
 
 
-@pytest.mark.parametrize("given", list(product([True, False], repeat=3)))
+@pytest.mark.parametrize("given", list(product([True, False], repeat=4)))
 def test_gradients_are_the_closed_form_s(awkward_rows, given):
     z, y, rows = awkward_rows
     statistics = closed_form.forward(z, y, rows)
@@ -107,6 +110,8 @@ def test_gradients_are_the_closed_form_s(awkward_rows, given):
     gradients = RowGradients(
         *(torch.randn(9, generator=generator).double() if g else None for g in given)
     )
+    if gradients.log_q is not None:
+        gradients.log_q[rows.tokens < 0] = 0
     arguments = (z, y, rows, statistics, gradients)
     computed = interpreted_triton().backward(*arguments)
     assert computed.is_contiguous() and not computed.view(9, -1)[~rows.mask].any()
@@ -117,9 +122,9 @@ def test_in_place_gradient_survives_the_autotuner(overlap_case, monkeypatch):
     """It times each tile by running the kernel, which overwrites what the next run reads."""
     z, y, log_z = (t.detach() for t in overlap_case(3, LONG))
     kernels = interpreted_triton()
-    rows = RowInputs(log_z, None, torch.tensor([True, False, True]), True)
+    rows = RowInputs(log_z, None, torch.tensor([True, False, True]), torch.arange(3), True)
     statistics = kernels.forward(z, y, rows)
-    arguments = (y, rows, statistics, RowGradients(log_z, log_z, log_z))
+    arguments = (y, rows, statistics, RowGradients(log_z, log_z, log_z, log_z))
     expected = kernels.backward(z, *arguments)
 
     runs = []
@@ -146,7 +151,9 @@ def test_nan_shows(overlap_case, name):
     else:
         broken.fill_(torch.nan)
     values, _ = terms_and_gradient(case)
-    assert values[:, 0].isfinite().all() and values[:, 1].isnan().all()
+    # log q is the draft's alone.
+    of_all = values if name == "draft_logits" else values[:-1]
+    assert values[:, 0].isfinite().all() and of_all[:, 1].isnan().all()
 
 
 def test_rows_further_apart_than_32_bits_reach():
@@ -154,7 +161,7 @@ def test_rows_further_apart_than_32_bits_reach():
     far = torch.empty((1 << 31) + 8, dtype=torch.bfloat16).as_strided((2, 8), (1 << 31, 1))
     far.copy_(torch.arange(16.0).view(2, 8).sin())
     log_z = far.float().logsumexp(-1)
-    rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), True)
+    rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), None, True)
     near = interpreted_triton().forward(far.clone(), far.clone(), rows)
     for computed, expected in zip(interpreted_triton().forward(far, far, rows), near, strict=True):
         torch.testing.assert_close(computed, expected, rtol=0, atol=0)
@@ -162,6 +169,6 @@ def test_rows_further_apart_than_32_bits_reach():
 
 def test_cpu_tensors_are_told_where_to_go(overlap_case):
     z, y, log_z = overlap_case(2, 3)
-    rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), False)
+    rows = RowInputs(log_z, None, torch.ones(2, dtype=torch.bool), None, False)
     with pytest.raises(ValueError, match=r"GPU.*impl='closed_form'"):
         triton_kernels.forward(z, y, rows)

@@ -48,9 +48,10 @@ def launch(dtype, vocabulary=VOCABULARY):
     """Both passes over a window of a padded [3, 9, V], with all terms and gradients."""
     logits = torch.empty(3, 9, vocabulary, dtype=dtype, device="meta")[:, 1:8]
     log_z = torch.empty(21, device="meta")
-    rows = RowInputs(log_z, None, torch.empty(21, dtype=torch.bool, device="meta"), True)
+    mask, tokens = (torch.empty(21, dtype=d, device="meta") for d in (torch.bool, torch.int64))
+    rows = RowInputs(log_z, None, mask, tokens, True)
     statistics = triton_kernels.forward(logits, logits, rows)
-    gradients = RowGradients(log_z, log_z, log_z)
+    gradients = RowGradients(log_z, log_z, log_z, log_z)
     triton_kernels.backward(logits, logits, rows, statistics, gradients)
 
 

@@ -102,6 +102,7 @@ def test_loss_falls_and_metrics_are_acceptance_rates(
         for head in range(HEADS):
             alpha, coverage = metrics[f"alpha_{head}"], metrics[f"coverage_{head}"]
             assert 0 <= alpha <= coverage * (1 + 1e-6) <= 1
+            assert 0 <= metrics[f"past_{head}"] <= 1
             assert 1 <= metrics["tau_expected"] <= 1 + HEADS
             assert (f"lambda_{head}" in metrics) == (name == "lambda_run")
             if name == "lambda_run":
@@ -118,7 +119,7 @@ def test_losses_are_their_definitions(kl_run: Finished, lambda_run: Finished) ->
                 expected = weight * metrics[f"kl_{head}"] + (1 - weight) * total_variation
                 assert metrics[f"ploss_{head}"] == pytest.approx(expected, rel=1e-5)
     # The same draft on the same batch, before anything was learned.
-    for name in ("alpha_0", "coverage_0", "kl_0", "tau_expected"):
+    for name in ("alpha_0", "coverage_0", "kl_0", "past_0", "tau_expected"):
         assert kl_run.steps[1][name] == pytest.approx(lambda_run.steps[1][name], rel=1e-6)
 
 
@@ -171,7 +172,7 @@ def test_two_processes_equal_one(setup: Setup, lambda_run: Finished) -> None:
     # Before the first update, a difference is one of rounding.
     for step, metrics in together.logged:
         close = MEAN_ERROR if step == 1 else 1e-3
-        for name in ("loss", "tau_expected", "alpha_2", "lambda_2", "coverage_2"):
+        for name in ("loss", "tau_expected", "alpha_2", "lambda_2", "coverage_2", "past_2"):
             assert metrics[name] == pytest.approx(lambda_run.steps[step][name], rel=close)
     # AdamW moves a weight whose gradient is rounding alone by a whole learning rate, either way:
     # single weights may be apart, and their distance as a whole may not be.
@@ -213,11 +214,12 @@ def test_training_and_evaluation_measure_the_same(
     metrics = lambda_run.evaluations[STEPS]
     for head, evaluation in enumerate(evaluations):
         result, rounds = report_result(evaluation)
-        alpha = rounds.alpha[rounds.whole]
-        # Were acceptance much the same everywhere, a head at a wrong position would not show.
-        assert alpha.std(0).min() > 0.02
-        expected = float(alpha[:, head].mean())
-        assert metrics[f"alpha_{head}"] == pytest.approx(expected, rel=MEAN_ERROR)
+        # Were they much the same everywhere, a head at a wrong position would not show.
+        for name, values in (("alpha", rounds.alpha), ("past", rounds.past)):
+            of_starts = values[rounds.whole]
+            assert of_starts.std(0).min() > 0.02
+            expected = float(of_starts[:, head].mean())
+            assert metrics[f"{name}_{head}"] == pytest.approx(expected, rel=MEAN_ERROR)
         coverage = float(rounds.coverage[rounds.whole.nonzero()[0] + head].mean())
         assert metrics[f"coverage_{head}"] == pytest.approx(coverage, rel=MEAN_ERROR)
     assert metrics["tau_expected"] == pytest.approx(result.tau_start, rel=MEAN_ERROR)
