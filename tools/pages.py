@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Final
 
 from configs import recipes
-from experiments.serving.report import ServingReport
+from experiments.serving.report import Prediction, ServingReport
 from specforge_lk.cli.losses import Option, find_losses
 from specforge_lk.evaluate.report import HELD_OUT, Result, read_report
 from specforge_lk.evaluate.tables import gain_rows, held_out_name
@@ -110,9 +110,15 @@ def vllm() -> str:
         )
         same = "(sampled)" if c.same_output is None else f"{c.same_output} of {c.prompts}"
         differing = "(sampled)" if c.differing is None else f"{c.differing} of {c.prompts}"
-        rows.append([c.draft, f"{c.temperature:g}, {c.drafting}", same, engine, ours, differing])
+        row = [c.draft, f"{c.temperature:g}, {c.drafting}", same, engine, ours, differing]
+        rows.append([*row, *(_rounds(c.prediction) if c.prediction else ["–", "–"])])
     header = ["draft", "T, drafting", "output is the target's", "vLLM accepts, by position"]
-    return markdown_table([*header, "our decoding", "prompts that differ"], rows)
+    header += ["our decoding", "prompts that differ", "rounds computed", "vLLM's rounds"]
+    return markdown_table(header, rows)
+
+
+def _rounds(found: Prediction) -> list[str]:
+    return [f"{found.rounds:.1f}", f"{found.taken} ± {found.error:.1f}"]
 
 
 # --------------------------------------------------------------------------------- losses
