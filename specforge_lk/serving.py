@@ -109,7 +109,10 @@ class Serving:
                 f"draft_temperature must be above 0, got {self.draft_temperature}; "
                 "drafting=greedy takes the likeliest tokens"
             )
-        Sampling(1.0, self.draft_top_k, self.draft_top_p)
+        try:
+            Sampling(1.0, self.draft_top_k, self.draft_top_p)
+        except ValueError as error:
+            raise ValueError(f"draft_{error}") from None
         plain = Serving.__dataclass_fields__
         unused: list[str] = []
         if self.temperature == 0:
@@ -140,10 +143,6 @@ class Serving:
         """Whether the draft takes its likeliest token."""
         return self.drafting is Drafting.GREEDY
 
-    def at(self, temperature: float) -> Serving:
-        """Return the same rule at another temperature."""
-        return replace(self, temperature=temperature)
-
     def __str__(self) -> str:
         """``temperature=1,drafting=greedy``: the temperature, and what is not the default.
 
@@ -154,8 +153,9 @@ class Serving:
 
 def _written(rule: Sampling | Serving, always: tuple[str, ...], never: tuple[str, ...] = ()) -> str:
     values = ((field, getattr(rule, field.name)) for field in fields(rule))
+    # All digits of a float, since the text is what a rule is known by.
     return ",".join(
-        f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value}"
+        f"{field.name}={repr(value).removesuffix('.0') if isinstance(value, float) else value}"
         for field, value in values
         if field.name not in never and (field.name in always or value != field.default)
     )
@@ -219,7 +219,7 @@ def parse(text: str) -> Serving:
     Raises:
         ValueError: a name or a value is not known; the message has those that are.
     """
-    preset, _, rest = text.partition(",")
+    preset, _, rest = text.strip().partition(",")
     rule, settings = Serving(), text
     if "=" not in preset:
         if preset not in PRESETS:
@@ -239,7 +239,8 @@ def parse(text: str) -> Serving:
             given[name] = _READ[name](value)
         except ValueError:
             kind = _READ[name]
-            choices = ", ".join(kind) if issubclass(kind, StrEnum) else "a number"
+            number = "a whole number" if kind is int else "a number"
+            choices = ", ".join(kind) if issubclass(kind, StrEnum) else number
             raise ValueError(f"{name}={value}: give {choices}") from None
     return replace(rule, **given)  # type: ignore[arg-type]
 

@@ -259,7 +259,8 @@ class Check:
 
 def _rule(temperature: float, sampling: Sampling) -> Serving:
     """Return the rule that vLLM decodes by here."""
-    return parse("vllm" if sampling == "greedy" else "vllm-probabilistic").at(temperature)
+    preset = "vllm" if sampling == "greedy" else "vllm-probabilistic"
+    return parse(f"{preset},temperature={temperature}")
 
 
 def _files(draft: ServedDraft) -> list[Path]:

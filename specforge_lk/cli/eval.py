@@ -72,7 +72,10 @@ def run(
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(min=0, help="Measure every rule at this temperature; repeatable."),
+        typer.Option(
+            min=0,
+            help="Measure every rule at this temperature; repeatable. Leave it out of the rules.",
+        ),
     ] = None,
     sampled: Annotated[
         bool,
@@ -223,10 +226,11 @@ def run(
 
 def _rules(serving: list[str] | None, temperature: list[float] | None) -> list[Serving] | None:
     """Return the rules asked for, each at every temperature; None where nothing is."""
-    rules = [_rule(text, "--serving") for text in serving or []]
+    texts = serving or []
     if temperature:
-        rules = [rule.at(t) for rule in rules or [Serving()] for t in temperature]
-    return rules or None
+        # Before anything is left out that has no effect at the rule's own temperature.
+        texts = [f"{text},temperature={t}" for text in serving or [""] for t in temperature]
+    return [_rule(text.lstrip(","), "--serving") for text in texts] or None
 
 
 def _rule(text: str, option: str) -> Serving:

@@ -10,6 +10,7 @@ dividing, so that q = 0 needs no special case.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -41,15 +42,20 @@ def check_finite(logits: torch.Tensor, source: str, remedy: str) -> None:
         raise NonFiniteLogits(f"{source} returned non-finite logits; {remedy}")
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Which tokens a row of logits [..., V] may give, and the normalizer of these.
 
+    Logits are counted from the greatest one before they are divided by the temperature: a low one
+    would make them too large for float32 to tell them apart.
+
     Attributes:
+        greatest: [...] the highest logit.
         least: [...] the lowest logit kept; -inf where none is cut off.
-        log_normalizer: [...] log of the sum of exp(logit / temperature) over those kept.
+        log_normalizer: [...] log of the sum of exp((logit - greatest) / temperature) over those
+            kept.
     """
 
+    greatest: torch.Tensor
     least: torch.Tensor
     log_normalizer: torch.Tensor
 
@@ -66,10 +72,11 @@ def shape(logits: torch.Tensor, sampling: Sampling) -> Shape:
     """
     if sampling.temperature == 0:
         raise ValueError("at temperature 0 take the argmax")
-    least = torch.full_like(logits[..., 0], -torch.inf)
+    greatest = logits.amax(-1)
+    least = torch.full_like(greatest, -torch.inf)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, -1).values[..., -1]
-    log_normalizer = _log_normalizer(logits, least, sampling)
+    log_normalizer = _log_normalizer(logits, greatest, least, sampling)
     if sampling.top_p < 1:
         rows = logits.reshape(-1, logits.shape[-1])
         found, over = least.reshape(-1).clone(), log_normalizer.reshape(-1)
@@ -81,14 +88,17 @@ def shape(logits: torch.Tensor, sampling: Sampling) -> Shape:
             whole = rows[rest].sort(-1, descending=True).values
             found[rest] = _least_of_top_p(whole, least.reshape(-1)[rest], over[rest], sampling)[0]
         least = found.view_as(least)
-        log_normalizer = _log_normalizer(logits, least, sampling)
-    return Shape(least, log_normalizer)
+        log_normalizer = _log_normalizer(logits, greatest, least, sampling)
+    return Shape(greatest, least, log_normalizer)
 
 
-def _log_normalizer(logits: torch.Tensor, least: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _log_normalizer(
+    logits: torch.Tensor, greatest: torch.Tensor, least: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    scaled = (logits - greatest[..., None]).div_(sampling.temperature)
     if sampling.truncates:
-        logits = logits.masked_fill(logits < least[..., None], -torch.inf)
-    return torch.logsumexp(logits / sampling.temperature, -1)
+        scaled.masked_fill_(logits < least[..., None], -torch.inf)
+    return torch.logsumexp(scaled, -1)
 
 
 def _least_of_top_p(
@@ -99,10 +109,11 @@ def _least_of_top_p(
     Args:
         likeliest: [n, W] the highest logits, in descending order.
         least: [n] the lowest logit that top-k keeps.
-        log_normalizer: [n] of what top-k keeps.
+        log_normalizer: [n] of what top-k keeps; see `Shape`.
         sampling: the settings.
     """
-    p = torch.exp(likeliest.double() / sampling.temperature - log_normalizer.double()[:, None])
+    scaled = (likeliest - likeliest[:, :1]).double() / sampling.temperature
+    p = torch.exp(scaled - log_normalizer.double()[:, None])
     above = p.cumsum(-1) - p  # the probability of all likelier ones
     kept = (above < sampling.top_p) & (likeliest >= least[:, None])
     kept[:, 0] = True
@@ -116,7 +127,8 @@ def probabilities(logits: torch.Tensor, found: Shape, sampling: Sampling) -> tor
 
     They may be those of a part of the vocabulary: then they do not sum to 1.
     """
-    p = torch.exp(logits / sampling.temperature - found.log_normalizer[..., None])
+    scaled = (logits - found.greatest[..., None]).div_(sampling.temperature)
+    p = scaled.sub_(found.log_normalizer[..., None]).exp_()
     return p.masked_fill_(logits < found.least[..., None], 0) if sampling.truncates else p
 
 

@@ -62,7 +62,7 @@ class TargetRows:
 
     def __getitem__(self, at: torch.Tensor) -> TargetRows:
         """Return the same of some of the positions."""
-        shape = Shape(self.shape.least[at], self.shape.log_normalizer[at])
+        shape = Shape(*(values[at] for values in self.shape))
         vectors = (self.best[at], self.token[at], self.token_probability[at])
         return TargetRows(self.logits, self.rows[at], shape, self.sampling, *vectors)
 

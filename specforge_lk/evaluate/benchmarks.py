@@ -23,7 +23,7 @@ from specforge_lk.data.responses import (
 )
 from specforge_lk.data.sample_local import sample_responses
 from specforge_lk.decode.target import Target
-from specforge_lk.evaluate.settings import Settings, Track, fingerprint
+from specforge_lk.evaluate.settings import Settings, Track, digest, fingerprint
 from specforge_lk.serving import Sampling
 
 
@@ -70,8 +70,8 @@ def respond(
     request = Request(sampling, settings.max_new_tokens, settings.seed)
     dtype = str(target.head.weight.dtype).removeprefix("torch.")
     made_with = settings_of(target_path, dtype, request)
-    # Another target, seed or prompt has a file of its own.
-    identity = fingerprint(made_with, prompts)
+    # Another target, seed or prompt has a file of its own, and so has a target changed in place.
+    identity = fingerprint(made_with, digest(target_path), prompts)
     path = folder / f"{quote(name, safe='')}-{sampling}-{identity}.jsonl"
     longest = min(settings.max_length, target.max_positions - settings.heads - 1)
     longest -= settings.max_new_tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from specforge_lk.evaluate import published
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result
-from specforge_lk.evaluate.tables import drafting_of, mean_alphas, rule_of
+from specforge_lk.evaluate.tables import drafting_of, mean_alphas, name_of, rule_of
 from specforge_lk.files import atomic_write
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _draw_differences(axes: Axes, algorithm: str, report: Report, colors: dict[s
     seeds: Bars = {}
     for p in paired:
         if p.baseline == baseline and p.method != "sampled":
-            name = "held-out" if p.benchmark == HELD_OUT else p.benchmark
-            group = f"{name}\nT = {p.temperature:g}"
+            group = f"{name_of(p)}\nT = {p.temperature:g}"
             key = (group, _label(p, report))
             seeds.setdefault(key, []).append((p.difference, p.ci))
     _draw_bars(axes, seeds, colors)

@@ -21,7 +21,7 @@ def compare(
 ) -> None:
     """Compare every draft with every earlier one of its algorithm and training seed.
 
-    Pairs of other drafts, benchmarks and rules stay as they are.
+    Pairs with other drafts, and those of other benchmarks and rules, stay as they are.
 
     Args:
         report: what was measured; its pairs are changed.
@@ -40,7 +40,7 @@ def compare(
         )
 
     report.paired = [
-        p for p in report.paired if not (measured_here(p, p.loss) or measured_here(p, p.baseline))
+        p for p in report.paired if not (measured_here(p, p.loss) and measured_here(p, p.baseline))
     ]
     measured = [r for r in report.results if r.arrays and measured_here(r, r.loss)]
     measured.sort(key=lambda r: order.index((r.algorithm, r.loss, r.seed)))
@@ -83,6 +83,7 @@ def _paired(folder: Path, result: Result, baseline: Result, seed: int) -> Paired
         draft_sampling=result.draft_sampling,
         serving=result.serving,
         method=result.method,
+        off_policy=result.off_policy,
         loss=result.loss,
         baseline=baseline.loss,
         difference=difference,

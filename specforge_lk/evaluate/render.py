@@ -70,6 +70,7 @@ def render_markdown(report: Report) -> str:
     parts = [
         "# Acceptance",
         *report.notes,
+        *_off_policy(report),
         *([report.preface] if report.preface else []),
         *results,
         *_beside_the_paper(report),
@@ -88,6 +89,18 @@ def render_markdown(report: Report) -> str:
     if report.command:
         parts += ["## Command", "```\n" + " ".join(report.command) + "\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _off_policy(report: Report) -> list[str]:
+    """Return the paragraph on figures that decoding will not meet, if there are any."""
+    found = {r.serving: r.off_policy for r in report.results if r.off_policy}
+    if not found:
+        return []
+    rules = "; ".join(f"`{rule}` of responses at {of}" for rule, of in found.items())
+    return [
+        f"**Off policy**: held-out figures under {rules}. They are not what decoding will meet, "
+        "which happens along samples of the rule itself."
+    ]
 
 
 def _beside_the_paper(report: Report) -> list[str]:

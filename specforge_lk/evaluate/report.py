@@ -168,10 +168,18 @@ class Paired(_Strict):
     others: dict[str, Difference] = Field(
         default={}, description="exact: the differences of the other figures, by field of a result"
     )
+    off_policy: str | None = Field(default=None, description="as of both results")
     chain_starts: int | None = None
     conversations: int | None = None
     responses: int | None = None
     prompts: int | None = None
+
+    def compares(self, result: Result) -> bool:
+        """Whether a result is one of the two."""
+        same = ("algorithm", "seed", "benchmark", "temperature", "draft_sampling")
+        return result.loss in (self.loss, self.baseline) and all(
+            getattr(result, name) == getattr(self, name) for name in (*same, "serving", "method")
+        )
 
 
 class Training(_Strict):
@@ -221,7 +229,8 @@ class Report(_Strict):
         return None
 
     def put(self, result: Result) -> None:
-        """Add a result in place of an older one for the same key."""
+        """Add a result in place of an older one for the same key, and drop that one's pairs."""
+        self.paired = [pair for pair in self.paired if not pair.compares(result)]
         self.results = [old for old in self.results if old.key != result.key] + [result]
 
     def write(self, path: Path) -> None:

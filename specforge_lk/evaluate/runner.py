@@ -276,7 +276,9 @@ class _Evaluation:
         if not wanted:
             return
         encoded = conversations()
-        longest = min(self.settings.max_length, self.target.max_positions - self.settings.heads)
+        # What a conversation is padded by for the last chains has positions, too.
+        longest = self.target.max_positions - self.settings.heads - 1
+        longest = min(self.settings.max_length, longest)
         fits = [len(c.input_ids) <= longest for c in encoded]
         fitting = [c for c, fit in zip(encoded, fits, strict=True) if fit]
         began = time.monotonic()

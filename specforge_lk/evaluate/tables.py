@@ -29,10 +29,12 @@ def _table_order(result: Result) -> tuple:
     return (result.benchmark == HELD_OUT, result.benchmark, result.temperature)
 
 
-def _name(of: Result | Paired) -> str:
-    """Return the benchmark's name in a table."""
+def name_of(of: Result | Paired) -> str:
+    """Return the benchmark's name in a table, with what its responses are where not the rule's."""
     if of.benchmark != HELD_OUT:
         return of.benchmark
+    if of.off_policy:
+        return f"held-out, of responses at {of.off_policy}"
     return "held-out" if of.serving else "held-out (exact)"
 
 
@@ -47,12 +49,6 @@ def rule_of(of: Result | Paired) -> str:
     return ", ".join(s for s in settings if not s.startswith(("temperature=", "drafting=")))
 
 
-def _how(of: Result | Paired) -> str:
-    """Return how it was measured."""
-    off_policy = of.off_policy if isinstance(of, Result) else None
-    return f"exact, of responses at {off_policy}" if off_policy else of.method or ""
-
-
 def result_rows(report: Report) -> Table:
     """Header and rows of all results, benchmarks first.
 
@@ -64,13 +60,13 @@ def result_rows(report: Report) -> Table:
     for r in sorted(report.results, key=_table_order):
         rows.append(
             [
-                _name(r),
+                name_of(r),
                 f"{r.temperature:g}",
                 f"{r.algorithm} {r.loss}",
                 str(r.seed),
                 drafting_of(r),
                 rule_of(r),
-                _how(r),
+                r.method or "",
                 number(r.measured_tau) + _interval(r.measured_interval),
                 _positions(r.alpha_per_head),
                 number(r.coverage),
@@ -108,12 +104,12 @@ def paired_rows(report: Report) -> Table:
         share = relative_difference(report, p)
         rows.append(
             [
-                _name(p),
+                name_of(p),
                 f"{p.temperature:g}",
                 str(p.seed),
                 drafting_of(p),
                 rule_of(p),
-                _how(p),
+                p.method or "",
                 f"{p.algorithm} {p.loss}",
                 p.baseline,
                 f"{p.difference:+.4f} [{p.ci[0]:+.4f}, {p.ci[1]:+.4f}]",
@@ -133,9 +129,8 @@ def _size(p: Paired) -> str:
 
 def relative_difference(report: Report, paired: Paired) -> float | None:
     """The difference over the baseline's τ - 1; None where that is not in the report, or 0."""
-    same = ("algorithm", "seed", "benchmark", "temperature", "draft_sampling", "serving", "method")
     for r in report.results:
-        if r.loss == paired.baseline and all(getattr(r, n) == getattr(paired, n) for n in same):
+        if r.loss == paired.baseline and paired.compares(r):
             tau = r.measured_tau
             return paired.difference / (tau - 1) if tau and tau != 1 else None
     return None
@@ -301,6 +296,7 @@ __all__ = [
     "gain_rows",
     "held_out_name",
     "mean_alphas",
+    "name_of",
     "number",
     "paired_rows",
     "published_rows",

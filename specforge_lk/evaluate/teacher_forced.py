@@ -136,7 +136,8 @@ def _pad(
 ) -> tuple[torch.Tensor, torch.Tensor, Places]:
     """Return right-padded tokens and attention mask [B, L], and where the responses are.
 
-    There are ``heads`` columns more than the longest conversation has, so that every chain fits.
+    There are ``heads`` + 1 columns more than the longest conversation has, so that every chain
+    fits.
     """
     longest = max(len(c.input_ids) for c in conversations) + heads + 1
     tokens = np.zeros((len(conversations), longest), dtype=np.int64)
@@ -214,7 +215,7 @@ class _TargetAlong:
         best, token = of_target[self._best], of_target[self._tokens]
         found = []
         for sampling in samplings:
-            of = self._shapes.get(sampling) or Shape(self._token_logits, self._token_logits)
+            of = self._shapes.get(sampling) or Shape(*[self._token_logits] * 3)
             if sampling.temperature == 0:
                 probability = (self._best == self._tokens).to(logits.dtype)
             else:
@@ -239,11 +240,7 @@ class _TargetAlong:
                 parts.append(shape(logits, sampling))
         self._best, self._token_logits = torch.cat(best), torch.cat(token)
         for sampling, parts in shapes.items():
-            least, log_normalizer = (
-                torch.cat([getattr(part, name) for part in parts])
-                for name in ("least", "log_normalizer")
-            )
-            self._shapes[sampling] = Shape(least, log_normalizer)
+            self._shapes[sampling] = Shape(*map(torch.cat, zip(*parts, strict=True)))
         self._known.append((ids, torch.cat(on_draft)))
         return self._known[-1][1]
 

@@ -9,6 +9,8 @@ from specforge_lk.decode.sampling import (
     Verdict,
     check_finite,
     distribution,
+    probabilities,
+    shape,
     verify,
     verify_block,
     verify_greedy,
@@ -159,6 +161,13 @@ def test_truncation_keeps_what_its_definition_does(sampling, dtype):
         expected = torch.zeros_like(row)
         expected[order[kept]] = q[kept] / q[kept].sum()
         torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1e-6), Sampling(1e-6, 2), Sampling(1e-6, 0, 0.9)])
+def test_a_low_temperature_keeps_probabilities_normalized(sampling):
+    logits = torch.tensor([[30.1, 30.1, 3.0, -40.0]])
+    p = probabilities(logits, shape(logits, sampling), sampling)
+    torch.testing.assert_close(p, torch.tensor([[0.5, 0.5, 0, 0]]), rtol=0, atol=1e-6)
 
 
 def test_ties_at_the_last_token_are_kept():

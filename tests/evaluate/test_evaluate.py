@@ -296,6 +296,27 @@ def test_command_writes_a_report_and_continues_it(files, tmp_path):
     assert CliRunner().invoke(app, arguments(files, out, "--sampled")).exit_code == 0
     for new in read_report(out).results:
         assert (new in report.results) == (new.loss == "kl")
+    # A run with one draft leaves the pairs of both, unless the draft has changed.
+    pairs = read_report(out).paired
+    alone = arguments(files, out)
+    other = alone.index(f"lk_lambda@0={files / 'lk_lambda'}")
+    del alone[other - 1 : other + 1]
+    assert CliRunner().invoke(app, alone).exit_code == 0
+    assert read_report(out).paired == pairs and len(pairs) == 6
+    save_draft(files / "kl", seed=8)
+    assert CliRunner().invoke(app, alone).exit_code == 0
+    assert [p.method for p in read_report(out).paired] == ["sampled", "sampled"]
+
+
+def test_a_target_changed_in_place_answers_anew(files, tmp_path):
+    save_target(tmp_path / "target")
+    some = ["--target", str(tmp_path / "target"), "--temperature", "0"]
+    out = tmp_path / "report.json"
+    assert CliRunner().invoke(app, arguments(files, out, *some)).exit_code == 0
+    save_target(tmp_path / "target", seed=1)
+    assert CliRunner().invoke(app, arguments(files, out, *some)).exit_code == 0
+    results = [r for r in read_report(out).results if r.benchmark == "bench"]
+    assert {r.off_rule_tokens for r in results} == {0}
 
 
 def test_turns_are_answered_alike_by_both_methods(files, tmp_path):
@@ -351,13 +372,19 @@ def test_rules_are_measured_along_samples_of_them(files, tmp_path):
     _, report = measure("--serving", "vllm", "--serving", "verification=block")
     assert {r.serving for r in report.results} > {"temperature=1,drafting=greedy"}
     assert (tmp_path / "rules.png").exists() and (tmp_path / "rules.md").exists()
+    _, report = measure("--serving", "vllm-probabilistic,top_p=0.9", "--temperature", "0")
+    assert report.settings["serving"] == "temperature=0"
+    refused, _ = measure("--serving", "vllm,temperature=0", "--temperature", "1")
+    assert refused.exit_code == 2 and "has temperature twice" in refused.stderr
     refused, _ = measure("--serving", "temperature=0.7,top_p=0.9")
     assert refused.exit_code == 1
     assert "generate" in refused.stderr and "--temperature 0.7 --top-p 0.9" in refused.stderr
     _, report = measure("--serving", "temperature=0.7,top_p=0.9", "--off-policy")
     (result,) = [r for r in report.results if r.off_policy]
     assert result.off_policy == "temperature=0; temperature=1" and result.responses == 6
-    assert "of responses at temperature=0; temperature=1" in (tmp_path / "rules.md").read_text()
+    markdown = (tmp_path / "rules.md").read_text()
+    assert "| held-out, of responses at temperature=0; temperature=1 |" in markdown
+    assert "**Off policy**: held-out figures under `temperature=0.7,top_p=0.9`" in markdown
 
     old = tmp_path / "old.jsonl"
     rows = [json.loads(line) for line in (files / "held_out.jsonl").read_text().splitlines()]
