@@ -14,7 +14,7 @@ from specforge_lk import __version__
 from specforge_lk.cli.shell import example
 
 #: The subcommands in the order of ``--help``.
-_COMMANDS = ("patch", "losses", "data", "generate", "capture", "eval", "cost")
+_COMMANDS = ("patch", "losses", "data", "generate", "capture", "eval", "doctor", "cost")
 
 app = typer.Typer(
     name="specforge-lk",

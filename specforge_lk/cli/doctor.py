@@ -1,0 +1,184 @@
+"""``specforge-lk doctor``: what differs between a draft's training and its serving."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
+from specforge_lk.serving import PRESETS, parse
+
+if TYPE_CHECKING:
+    from specforge_lk.doctor.findings import Report
+
+EXAMPLE = (
+    "specforge-lk doctor --target Qwen/Qwen3-8B --draft drafts/lk --serving vllm "
+    "--held-out held_out.jsonl --config run.yaml --out report.json"
+)
+#: Exit code of a report with a finding that costs something, or may.
+FOUND = 1
+#: Exit code where nothing could be examined.
+_UNUSABLE = 2
+
+
+@errors(
+    memory="lower --limit or --max-length",
+    codes={ValueError: _UNUSABLE, OSError: _UNUSABLE, FloatingPointError: _UNUSABLE},
+)
+def run(
+    target: Annotated[str, typer.Option(help="Target model: a directory or a hub id.")],
+    draft: Annotated[Path, typer.Option(help="Folder of the exported draft.")],
+    serving: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="The rule that the engine decodes by, as for eval: temperature=0.7, or a preset "
+            "such as vllm or sglang-block, and after commas what differs from it. A preset also "
+            "says how that engine reads the draft; without one, both engines are looked at.",
+        ),
+    ] = "vllm",
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="JSONL of the target's own responses under this rule, as specforge-lk generate "
+            "writes them. Without them no cost is measured; a handful suffices."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Held-out responses to measure.")] = 32,
+    sampled_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SAMPLING",
+            help="What held-out responses were sampled by that do not say it, such as "
+            "temperature=1.",
+        ),
+    ] = None,
+    off_policy: Annotated[
+        bool,
+        typer.Option(
+            "--off-policy", help="Measure along responses that are no samples of the rule."
+        ),
+    ] = False,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Leave out responses with more tokens, prompt included.")
+    ] = 2048,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Drafted tokens per verification step, K. [default: the engine's, where its "
+            "counts are given, or 5]",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="SpecForge run config that the draft was trained with.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Captured features that the draft was trained on.")
+    ] = None,
+    accepted: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON of an engine's counts: drafts, accepted_tokens and, if known, draft_tokens "
+            "and accepted_per_position."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Address of a running vLLM or SGLang server, whose /metrics are read."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Smallest cost that counts, in τ.")
+    ] = 0.01,
+    out: Annotated[Path | None, typer.Option(help="report.json to write.")] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type that the target is loaded in here.")
+    ] = Dtype.FLOAT32,
+    device: Annotated[str, device_option()] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the target.")
+    ] = False,
+) -> None:
+    """Compare how a draft was trained with how it will be served.
+
+    Every difference is measured on the target's own responses: the draft as it is served, and with
+    the suspected setting changed. The difference of the two τ is its cost. Exit code 0: nothing is
+    wrong; 1: a finding costs something, or its cost is unknown; 2: nothing could be examined.
+    """
+    rule = parse(serving)
+    if accepted and metrics:
+        raise typer.BadParameter("give --accepted or --metrics, not both")
+
+    import torch
+    import transformers
+
+    from specforge_lk.decode.target import Target
+    from specforge_lk.doctor.case import read_features, read_run
+    from specforge_lk.doctor.diagnosis import Given, diagnose
+    from specforge_lk.doctor.engine import fetch_counts, read_counts
+    from specforge_lk.files import write_text
+
+    counts = read_counts(accepted) if accepted else fetch_counts(metrics) if metrics else None
+    given = Given(
+        rule,
+        _engine(serving),
+        held_out,
+        limit,
+        parse(sampled_by).target if sampled_by else None,
+        off_policy,
+        max_length,
+        heads,
+        read_run(config) if config else None,
+        read_features(features) if features else None,
+        counts,
+        tolerance,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    model = Target.load(
+        target,
+        getattr(torch, dtype.value),
+        find_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    report = diagnose(model, target, dtype.value, draft, given)
+    _print(report)
+    if out:
+        write_text(out, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+        say(f"wrote {out}")
+    if report.wrong:
+        raise typer.Exit(FOUND)
+
+
+def _engine(serving: str) -> str | None:
+    """Return the engine that a preset is of."""
+    name = serving.partition(",")[0]
+    return name.partition("-")[0] if name in PRESETS else None
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from specforge_lk.doctor.render import conclusion, finding_rows, outcome_rows
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a log file wraps little
+    for title, (header, rows) in (
+        ("Checks", outcome_rows(report)),
+        ("Findings", finding_rows(report)),
+    ):
+        if not rows:
+            continue
+        table = Table(title=title, show_lines=title == "Findings")
+        for name in header:
+            table.add_column(escape(name), overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in conclusion(report):
+        say(line)

@@ -1,0 +1,228 @@
+"""What the doctor examines: a draft, its target, and whatever was given beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge_lk.data.capture import MANIFEST
+from specforge_lk.decode.checkpoint import read_weights
+from specforge_lk.decode.draft import Draft
+from specforge_lk.decode.target import Target
+from specforge_lk.doctor.findings import Cost, Finding, Weight
+from specforge_lk.doctor.measure import (
+    SERVED,
+    Bench,
+    Condition,
+    Frequencies,
+    Measured,
+    token_counts,
+)
+from specforge_lk.drafts.table import DraftType
+from specforge_lk.serving import Serving
+
+#: Files of features that are read.
+_SAMPLES = 64
+#: Caveat of a finding whose cost was not asked for.
+NO_RESPONSES = "give --held-out to measure what it costs"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Captured features, as far as they say how a draft was trained.
+
+    Attributes:
+        manifest: ``capture.json``; empty where another program captured them.
+        samples: token ids and loss masks of the first samples.
+    """
+
+    manifest: Mapping[str, Any]
+    samples: Sequence[tuple[list[int], list[int]]]
+
+
+def read_features(folder: Path) -> Features:
+    """Read what a folder of features says.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(folder.rglob("*.ckpt"))[:_SAMPLES]
+    if not files:
+        raise ValueError(f"--features {folder}: no *.ckpt file; give data.hidden_states_path")
+    samples = []
+    for file in files:
+        record = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        samples.append(
+            (record["input_ids"].flatten().tolist(), record["loss_mask"].flatten().tolist())
+        )
+    manifest = folder / MANIFEST
+    found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    return Features(found, samples)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run config that a draft was trained with, as it is written.
+
+    Defaults are SpecForge 0.2.0's.
+    """
+
+    path: Path
+    sections: Mapping[str, Mapping[str, Any]]
+
+    def get(self, section: str, name: str, default: Any = None) -> Any:
+        """Return a setting, or the default where it is not written or null."""
+        value = (self.sections.get(section) or {}).get(name)
+        return default if value is None else value
+
+    def file(self, section: str, name: str) -> Path | None:
+        """Return a path of the config, looked for here and beside the config; None without one.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        named = self.get(section, name, "")
+        if not named:
+            return None
+        for found in (Path(named), self.path.parent / named):
+            if found.is_file():
+                return found
+        raise ValueError(
+            f"{self.path}: {section}.{name}={named} is no file here; run the doctor where the "
+            "training ran, or copy the file"
+        )
+
+    @cached_property
+    def draft_config(self) -> Mapping[str, Any]:
+        """The draft config of the training; empty where the run names none."""
+        file = self.file("model", "draft_model_config")
+        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+
+
+def read_run(path: Path) -> Run:
+    """Read a run config.
+
+    Raises:
+        ValueError: it is no YAML or JSON of sections.
+    """
+    import yaml
+
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: no YAML ({error})") from error
+    if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
+        raise ValueError(f"--config {path}: it has no section model; give the run config")
+    return Run(path, read)
+
+
+@dataclass
+class Case:
+    """Everything that checks read.
+
+    Attributes:
+        target: the target.
+        dtype: name of the dtype that it is served in.
+        path: the draft's folder.
+        config: its config.json.
+        kind: its type.
+        draft: as it loads here.
+        served: the condition in which the engine serves it.
+        rule: the serving rule.
+        engine: ``vllm`` or ``sglang``; None when unknown.
+        rows: the held-out responses as they are written.
+        bench: measures; None without held-out responses.
+        run: the run config; None when not given.
+        features: None when not given.
+        tolerance: smallest cost that counts, in τ.
+    """
+
+    target: Target
+    dtype: str
+    path: Path
+    config: dict[str, Any]
+    kind: DraftType
+    draft: Draft
+    served: Condition
+    rule: Serving
+    engine: str | None = None
+    rows: Sequence[dict[str, Any]] = field(default_factory=list)
+    bench: Bench | None = None
+    run: Run | None = None
+    features: Features | None = None
+    tolerance: float = 0.01
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The draft's tensors."""
+        return read_weights(self.path)
+
+    @cached_property
+    def frequencies(self) -> Measured:
+        """What a draft that only knows how frequent tokens are gives under the rule."""
+        assert self.bench is not None
+        blind: Any = Frequencies(token_counts(self.bench.responses[SERVED]), self.target)
+        return self.bench.measure_draft(blind, Condition())
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that may serve it."""
+        return (self.engine,) if self.engine else ("vllm", "sglang")
+
+    def judged(
+        self,
+        what: str,
+        *,
+        trained: str,
+        served: str,
+        remedy: str,
+        remedied: Condition,
+        as_served: Condition | None = None,
+        caveat: str = "",
+    ) -> Finding:
+        """Return the finding of a difference that is certain, with its cost if it can be had.
+
+        Args:
+            what, trained, served, remedy, caveat: see `Finding`.
+            remedied: the condition without the difference.
+            as_served: the condition with it; None for the engine's own.
+        """
+        weight, found = Weight.UNKNOWN, None
+        if self.bench is None:
+            caveat = NO_RESPONSES
+        else:
+            try:
+                found = self.bench.cost(remedied, as_served or self.served)
+                costs = found.exceeds(self.tolerance)
+                weight = Weight.COSTS if costs else Weight.HARMLESS
+            except ValueError as error:
+                caveat = f"it could not be measured ({error})"
+        return Finding(what, trained, served, remedy, weight, found, caveat)
+
+    def better(self, candidates: Mapping[str, Condition]) -> tuple[str, Cost] | None:
+        """Return the candidate with the highest τ and its cost, if serving as it is costs.
+
+        A candidate that does not load or has no finite logits is none, nor one that knows less
+        than how frequent tokens are: what accepts next to nothing is better by chance.
+        """
+        assert self.bench is not None
+        found: tuple[str, Cost] | None = None
+        for name, condition in candidates.items():
+            try:
+                measured = self.bench.cost(condition, self.served)
+            except ValueError:
+                continue
+            if not measured.exceeds(self.tolerance) or measured.remedied < self.frequencies.tau:
+                continue
+            if found is None or measured.tau > found[1].tau:
+                found = name, measured
+        return found
+
+
+__all__ = ["Case", "Features", "Run", "read_features", "read_run"]
