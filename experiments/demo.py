@@ -43,10 +43,10 @@ DEMO = RUNS / "demo"
 
 #: Responses per optimizer step.
 BATCH = 2
-#: A little more than one pass over the responses.
-START_STEPS = 144
+#: One pass over the responses.
+START_STEPS = 96
 #: Half a pass.
-TUNING_STEPS = 72
+TUNING_STEPS = 48
 #: Lower than the config's, which is for a draft from scratch.
 TUNING = ("training.learning_rate=0.0005",)
 #: λ = exp(-η α) is the weight of KL. These drafts have α = 0.3, where the paper's η = 3 leaves
