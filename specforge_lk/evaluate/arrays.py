@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,9 +23,19 @@ class Arrays:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read arrays written by `save`."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{name: arrays[name] for name in arrays.files})
+        """Read arrays written by `save`.
+
+        Raises:
+            ValueError: the file is damaged, or of another version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**{name: arrays[name] for name in arrays.files})
+        except (ValueError, TypeError, EOFError, BadZipFile) as error:
+            raise ValueError(
+                f"{path} holds no arrays of this version ({error}); delete it, and run the same "
+                "command again: what it held is measured anew"
+            ) from error
 
 
 __all__ = ["Arrays"]

@@ -60,9 +60,12 @@ _OLD_PAIRED = (
 def render_markdown(report: Report) -> str:
     """Return the report as markdown."""
     texts = _EXPLANATION, _OVER_SEEDS, _PAIRED
-    if report.results and not any(r.serving for r in report.results):
+    old = [not r.serving for r in report.results]
+    if old and all(old):
         texts = _OLD_EXPLANATION, _OLD_OVER_SEEDS, _OLD_PAIRED
     explanation, over_seeds, about_pairs = texts
+    if any(old) and not all(old):
+        explanation += f"\n\nWhere `measured` is empty, of an older version: {_OLD_EXPLANATION}"
     results = [explanation, markdown_table(*result_rows(report))]
     if len({r.seed for r in report.results}) > 1:
         summary = [over_seeds, markdown_table(*seed_rows(report))]

@@ -229,9 +229,19 @@ class Report(_Strict):
         return None
 
     def put(self, result: Result) -> None:
-        """Add a result in place of an older one for the same key, and drop that one's pairs."""
-        self.paired = [pair for pair in self.paired if not pair.compares(result)]
-        self.results = [old for old in self.results if old.key != result.key] + [result]
+        """Add a result in place of an older one for the same key, and drop that one's pairs.
+
+        What was measured before there was ``serving``, of the same draft on the same benchmark at
+        the same temperature, goes too: it is another estimate of the same τ.
+        """
+        gone = [
+            old
+            for old in self.results
+            if old.key == result.key
+            or (result.serving and old.serving is None and old.key[:5] == result.key[:5])
+        ]
+        self.paired = [p for p in self.paired if not any(p.compares(old) for old in gone)]
+        self.results = [old for old in self.results if old not in gone] + [result]
 
     def write(self, path: Path) -> None:
         """Write ``path`` as JSON, whole or not at all."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from specforge_lk.evaluate.render import write_all
+from specforge_lk.evaluate.render import render_markdown, write_all
 from specforge_lk.evaluate.report import Paired, Report, Result, read_report
 
 KL = Result(
@@ -116,6 +116,17 @@ def test_a_report_holds_one_result_per_measurement():
     assert [(r.loss, r.tau) for r in report.results] == [("tv", 1.5), ("kl", 1.7)]
     assert report.find(KL.key, "a") is None
     assert report.find(KL.key, "b").tau == 1.7
+
+
+def test_an_exact_result_takes_the_place_of_an_older_estimate():
+    other = KL.model_copy(update={"temperature": 0.0})
+    report = Report(
+        results=[KL, other], paired=[PAIRED.model_copy(update={"benchmark": "mt_bench"})]
+    )
+    report.put(KL.model_copy(update={"serving": "temperature=1", "method": "exact"}))
+    assert [(r.temperature, r.method) for r in report.results] == [(0, None), (1, "exact")]
+    assert not report.paired
+    assert "Where `measured` is empty" in render_markdown(report)
 
 
 def test_another_file_is_not_taken_for_a_report(tmp_path):

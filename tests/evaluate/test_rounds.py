@@ -117,3 +117,11 @@ def test_drafts_are_compared_along_the_same_responses():
     fewer = Rounds(a.conversation[1:], a.length[1:], *rest)
     with pytest.raises(ValueError, match="different responses"):
         paired_differences(a, fewer)
+
+
+def test_damaged_arrays_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    for content in (b"", b"x", b"PK"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npz holds no arrays .*delete it"):
+            Rounds.load(path)
