@@ -122,7 +122,12 @@ def run(
         int, typer.Option(min=1, help="Benchmark turns to answer (MT-bench has 2).")
     ] = 1,
     max_length: Annotated[
-        int, typer.Option(min=1, help="Leave out prompts and conversations with more tokens.")
+        int,
+        typer.Option(
+            min=1,
+            help="Leave out conversations with more tokens, and prompts where a response of "
+            "--max-new-tokens would make it more.",
+        ),
     ] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of sampling and bootstrap.")] = 0,

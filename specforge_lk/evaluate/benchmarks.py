@@ -73,8 +73,7 @@ def respond(
     # Another target, seed or prompt has a file of its own, and so has a target changed in place.
     identity = fingerprint(made_with, digest(target_path), prompts)
     path = folder / f"{quote(name, safe='')}-{sampling}-{identity}.jsonl"
-    longest = min(settings.max_length, target.max_positions - settings.heads - 1)
-    longest -= settings.max_new_tokens
+    longest = settings.longest_prompt(target.max_positions)
     chats: dict[int, list[Message]] = {index: [] for index in range(len(prompts))}
     skipped = 0
     rows: dict[str, dict[str, Any]] = {}

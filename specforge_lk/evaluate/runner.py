@@ -276,9 +276,7 @@ class _Evaluation:
         if not wanted:
             return
         encoded = conversations()
-        # What a conversation is padded by for the last chains has positions, too.
-        longest = self.target.max_positions - self.settings.heads - 1
-        longest = min(self.settings.max_length, longest)
+        longest = self.settings.longest(self.target.max_positions)
         fits = [len(c.input_ids) <= longest for c in encoded]
         fitting = [c for c, fit in zip(encoded, fits, strict=True) if fit]
         began = time.monotonic()

@@ -93,8 +93,7 @@ def decode_benchmark(
         DataError: no token was drafted.
     """
     generator = torch.Generator(target.device).manual_seed(settings.seed)
-    longest = target.max_positions - settings.max_new_tokens - settings.heads - 1
-    longest = min(longest, settings.max_length)
+    longest = settings.longest_prompt(target.max_positions)
     chats = [_Chat(list(turns)) for turns in prompts]
     skipped = 0
     for turn in range(settings.turns):
@@ -176,7 +175,7 @@ def _count(
     if not drafted:
         raise DataError(
             f"no token was drafted in {len(responses)} prompts ({skipped} too long); raise "
-            "--max-length or --max-new-tokens"
+            "--max-length, or change --max-new-tokens"
         )
     counts = Decoded(
         np.array([index for index, gs in enumerate(responses) if gs]),

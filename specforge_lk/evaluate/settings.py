@@ -43,7 +43,7 @@ class Settings:
         limit: rows of each benchmark to use, from its start; None for all.
         held_out_limit: the same for held-out responses.
         batch_size: prompts (conversations) per batch.
-        max_length: longest prompt or conversation, in tokens; longer ones are left out.
+        max_length: longest conversation, in tokens; longer ones are left out.
         turns: benchmark turns to answer (MT-bench has two).
         seed: of all sampling and of the bootstrap.
     """
@@ -56,6 +56,17 @@ class Settings:
     max_length: int = 2048
     turns: int = 1
     seed: int = 0
+
+    def longest(self, max_positions: int) -> int:
+        """Return how many tokens a conversation may have with a target of so many positions.
+
+        What it is padded by for the last chains has positions, too.
+        """
+        return min(self.max_length, max_positions - self.heads - 1)
+
+    def longest_prompt(self, max_positions: int) -> int:
+        """Return how many tokens a prompt may have, so that any response to it fits."""
+        return self.longest(max_positions) - self.max_new_tokens
 
 
 def digest(source: str) -> str:

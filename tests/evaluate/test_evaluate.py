@@ -319,18 +319,22 @@ def test_a_target_changed_in_place_answers_anew(files, tmp_path):
     assert {r.off_rule_tokens for r in results} == {0}
 
 
-def test_turns_are_answered_alike_by_both_methods(files, tmp_path):
+@pytest.mark.parametrize("length", ["140", "2048"])
+def test_turns_are_answered_alike_by_both_methods(length, files, tmp_path):
+    """With 140 tokens, second turns are too long."""
     out = tmp_path / "report.json"
     more = ("--sampled", "--turns", "2", "--max-new-tokens", "40", "--temperature", "0")
+    more += ("--max-length", length)
     assert CliRunner().invoke(app, arguments(files, out, *more)).exit_code == 0
     counts = {
-        (r.loss, r.method): (r.rounds, r.tau_rounds, r.generated_tokens, r.prompts)
+        (r.loss, r.method): (r.rounds, r.tau_rounds, r.generated_tokens, r.prompts, r.skipped)
         for r in read_report(out).results
         if r.temperature == 0 and r.benchmark == "bench"
     }
     assert len(counts) == 4
     for loss in ("kl", "lk_lambda"):
         assert counts[loss, "exact"] == counts[loss, "sampled"]
+        assert (counts[loss, "exact"][-1] > 0) == (length == "140")
 
 
 def test_held_out_figures_belong_to_the_tokens_that_end_a_response(files, tmp_path):
