@@ -53,6 +53,7 @@ class _MixtureTarget:
     logits: torch.Tensor
     log_normalizer: torch.Tensor
     log_coverage: torch.Tensor
+    labels: torch.Tensor | None = None
 
 
 def target_density(x: torch.Tensor) -> torch.Tensor:

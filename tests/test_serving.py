@@ -1,7 +1,11 @@
 """The text of a serving rule."""
 
-import pytest
+from dataclasses import fields
 
+import pytest
+from typer.testing import CliRunner
+
+from specforge_lk.cli import app
 from specforge_lk.serving import PRESETS, Drafting, Sampling, Serving, parse
 
 
@@ -44,3 +48,9 @@ def test_text_says_what_is_not_the_default():
 def test_bad_text_is_named(text, message):
     with pytest.raises(ValueError, match=message):
         parse(text)
+
+
+def test_the_help_of_eval_names_every_preset_and_setting():
+    shown = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "200"}).output
+    for name in (*PRESETS, *(field.name for field in fields(Serving))):
+        assert name in shown

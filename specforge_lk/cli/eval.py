@@ -14,17 +14,15 @@ from specforge_lk.cli.progress import ProgressBar
 from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
 from specforge_lk.evaluate.published import PUBLISHED, find_target
 from specforge_lk.evaluate.settings import Settings
-from specforge_lk.serving import PRESETS, Serving, parse
+from specforge_lk.serving import Serving, parse
 
 if TYPE_CHECKING:
     from specforge_lk.evaluate.report import Report
 
 EXAMPLE = """\
-specforge-lk eval --target Qwen/Qwen3-8B --draft lk_lambda=drafts/lk \\
-    --held-out held_out.jsonl --out report.json
-specforge-lk eval --target Qwen/Qwen3-8B --draft kl=drafts/kl --draft lk_lambda=drafts/lk \\
-    --benchmark humaneval=humaneval.jsonl --serving vllm,temperature=0.7,top_p=0.9 \\
-    --serving vllm-probabilistic,temperature=0.7,top_p=0.9 --out report.json"""
+specforge-lk eval --target Qwen/Qwen3-8B --draft lk=drafts/lk --held-out held_out.jsonl --out r.json
+specforge-lk eval --target Qwen/Qwen3-8B --draft kl=drafts/kl --draft lk=drafts/lk \
+--benchmark humaneval=humaneval.jsonl --serving vllm,temperature=0.7 --out r.json"""
 
 
 @errors(memory="lower --batch-size or --max-length")
@@ -63,10 +61,8 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="RULE",
-            help="The rule that an engine will decode by, such as temperature=0.7,top_p=0.95,"
-            "drafting=greedy. It has temperature, top_k, top_p, drafting (probabilistic, greedy), "
-            "draft_temperature, draft_top_k, draft_top_p and verification (token, block), and may "
-            f"begin with an engine's: {', '.join(PRESETS)}. Repeatable. [default: what the "
+            help="The rule that an engine will decode by: an engine's name, settings with a comma "
+            "between them, or both. See above. Repeatable. [default: what the "
             "held-out responses were sampled by; without them temperature=0 and temperature=1]",
         ),
     ] = None,
@@ -161,6 +157,11 @@ def run(
     are compared along the same responses. The report has τ with a confidence interval, and
     acceptance per draft position. Run the same command again after an interruption: measurements
     with the same models, data and settings are kept.
+
+    A serving rule is an engine's name (vllm, vllm-probabilistic, vllm-block, sglang,
+    sglang-rejection-sampling, sglang-block), then settings that differ from it: temperature, top_k,
+    top_p, drafting (probabilistic, greedy), draft_temperature, draft_top_k, draft_top_p,
+    verification (token, block). For example: vllm,temperature=0.7,top_p=0.95
     """
     specs = _drafts(draft)
     benchmarks = dict(_named(value, "--benchmark", "NAME=PATH") for value in benchmark or [])

@@ -71,9 +71,8 @@ def run(
         str | None,
         typer.Option(
             metavar="RULE",
-            help="Sample as the target is served, such as temperature=0.7,top_p=0.9: the text that "
-            "`eval --serving` takes, in place of the three options above. What it says about "
-            "the draft changes no response.",
+            help="Sample as the target is served: the text that `eval --serving` takes, in place "
+            "of the three options above. What it says about the draft changes no response.",
             show_default=False,
         ),
     ] = None,

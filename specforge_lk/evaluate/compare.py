@@ -48,11 +48,12 @@ def compare(
     same = ("algorithm", "seed", "benchmark", "serving", "method")
     for baseline, result in combinations(measured, 2):
         if all(getattr(baseline, name) == getattr(result, name) for name in same):
-            report.paired.append(_paired(folder, result, baseline, seed))
+            pair = _paired(folder, result, baseline, seed)
+            report.paired += [pair] if pair else []
 
 
-def _paired(folder: Path, result: Result, baseline: Result, seed: int) -> Paired:
-    """Compare two results, from the arrays of both."""
+def _paired(folder: Path, result: Result, baseline: Result, seed: int) -> Paired | None:
+    """Compare two results, from the arrays of both; None where one conversation is all there is."""
     files = [folder / str(r.arrays) for r in (result, baseline)]
     size: dict[str, int]
     others: dict[str, Difference] = {}
@@ -72,8 +73,8 @@ def _paired(folder: Path, result: Result, baseline: Result, seed: int) -> Paired
         c, d = map(Decoded.load, files)
         difference, interval = paired_decoded_difference(c, d, seed)
         size = c.size
-    if difference is None or interval is None:  # nothing is compared that nothing was drafted for
-        raise ValueError(f"{result.arrays}: no response needs a round of decoding")
+    if difference is None or interval is None:
+        return None
     return Paired(
         others=others,
         benchmark=result.benchmark,

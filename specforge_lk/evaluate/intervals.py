@@ -50,4 +50,14 @@ def bounds(values: np.ndarray) -> list[float] | None:
     return percentiles(known) if len(known) else None
 
 
-__all__ = ["RESAMPLES", "bootstrap_ratio", "bounds", "percentiles", "pooled", "resamples"]
+def resampled(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> np.ndarray:
+    """Return the pooled ratio [R, ...] of every resample of the entries [C, ...].
+
+    It is NaN where there is one entry only: a single draw says nothing of how draws vary.
+    """
+    ratio = pooled(numerator, denominator, resamples(len(numerator), seed))
+    return ratio if len(numerator) > 1 else np.full_like(ratio, np.nan)
+
+
+__all__ = ["RESAMPLES", "bootstrap_ratio", "bounds", "percentiles", "pooled", "resampled"]
+__all__ += ["resamples"]

@@ -111,18 +111,24 @@ class Recorded:
 
 
 def conversations_of(chosen: Chosen, target: Target) -> list[Tokens]:
-    """Tokenize conversations, every message of the assistant a response."""
-    return [tokenize(row, target.tokenizer, target.eos_ids) for row in chosen.rows]
+    """Tokenize conversations.
+
+    Where a row has the tokens that were sampled, these are its response: what its earlier messages
+    were sampled by it does not say. In other rows every message of the assistant is a response.
+    """
+    return [
+        last_response_of(row, target)
+        if "response_ids" in row
+        else tokenize(row, target.tokenizer, target.eos_ids)
+        for row in chosen.rows
+    ]
 
 
-def last_responses_of(rows: Sequence[Row], target: Target) -> list[Tokens]:
-    """Tokenize rows that `specforge_lk.data.sample_local` made, the last message a response."""
-    found = []
-    for row in rows:
-        prompt = prompt_ids(target.tokenizer, row["conversations"][:-1])
-        ids = list(row["response_ids"])
-        found.append(Tokens(prompt + ids, [0] * len(prompt) + [1] * len(ids)))
-    return found
+def last_response_of(row: Row, target: Target) -> Tokens:
+    """Tokenize a row with sampled tokens, the last message its response."""
+    prompt = prompt_ids(target.tokenizer, row["conversations"][:-1])
+    ids = list(row["response_ids"])
+    return Tokens(prompt + ids, [0] * len(prompt) + [1] * len(ids))
 
 
-__all__ = ["Chosen", "Recorded", "conversations_of", "last_responses_of"]
+__all__ = ["Chosen", "Recorded", "conversations_of", "last_response_of"]

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from specforge_lk.evaluate.arrays import Arrays
-from specforge_lk.evaluate.intervals import bounds, pooled, resamples
+from specforge_lk.evaluate.intervals import bounds, pooled, resampled
 
 #: Responses that the recursion takes at once.
 RESPONSES = 256
@@ -133,7 +133,6 @@ class Rounds(Arrays):
 
     def figures(self, seed: int) -> dict[str, Any]:
         """Return the fields of a `Result` that are measured, intervals in ``<name>_ci``."""
-        weights = resamples(len(self.ratios["tau_rounds"][0]), seed)
         found: dict[str, Any] = {
             "rounds": float(self.expected.rounds.sum()),
             "generated_tokens": int(self.length.sum()),
@@ -141,7 +140,7 @@ class Rounds(Arrays):
             **self.size,
         }
         for name, of in self.ratios.items():
-            figure, drawn = pooled(*of), pooled(*of, weights)
+            figure, drawn = pooled(*of), resampled(*of, seed)
             if figure.ndim:
                 found[name] = [_number(value) for value in figure]
                 found[f"{name}_ci"] = [bounds(values) for values in drawn.T]
@@ -242,12 +241,11 @@ def paired_differences(a: Rounds, b: Rounds, seed: int = 0) -> dict[str, Differe
             "the two drafts were measured along different responses; evaluate both with the same "
             "files, --serving and --max-length"
         )
-    weights = resamples(len(a.ratios["tau_rounds"][0]), seed)
     found = {}
     for name, of_a in a.ratios.items():
         of_b = b.ratios[name]
         figure = np.atleast_1d(pooled(*of_a) - pooled(*of_b))
-        drawn = pooled(*of_a, weights) - pooled(*of_b, weights)
+        drawn = resampled(*of_a, seed) - resampled(*of_b, seed)
         drawn = drawn.reshape(len(drawn), -1)
         found[name] = Difference(
             [_number(value) for value in figure], [bounds(values) for values in drawn.T]

@@ -23,7 +23,7 @@ from specforge_lk.evaluate.arrays import Arrays
 from specforge_lk.evaluate.benchmarks import respond
 from specforge_lk.evaluate.compare import compare
 from specforge_lk.evaluate.report import HELD_OUT, Report, Result, read_report, versions
-from specforge_lk.evaluate.responses import Recorded, conversations_of, last_responses_of
+from specforge_lk.evaluate.responses import Chosen, Recorded, conversations_of
 from specforge_lk.evaluate.sampled import decode_benchmark
 from specforge_lk.evaluate.settings import MEASUREMENT, Settings, Track, digest, fingerprint
 from specforge_lk.evaluate.teacher_forced import measure_responses
@@ -162,10 +162,11 @@ def _default_rules(asked: Asked, recorded: Recorded) -> list[Serving]:
     """Return the rules to measure where none is given."""
     if not asked.held_out:
         return [Serving(0.0), Serving(1.0)]
-    if not recorded.samplings:
+    if None in recorded.by_sampling:
         raise DataError(
-            "the held-out responses do not say how they were sampled, as older files do not; say "
-            "it with --sampled-by temperature=1, or name the rules with --serving and --off-policy"
+            f"{len(recorded.by_sampling[None])} held-out responses do not say how they were "
+            "sampled, as those of older files; say it with --sampled-by temperature=1, or name the "
+            "rules with --serving and give --off-policy"
         )
     return [Serving(s.temperature, s.top_k, s.top_p) for s in recorded.samplings]
 
@@ -244,7 +245,7 @@ class _Evaluation:
                 benchmark.name,
                 rules,
                 fingerprint(benchmark.identity, answers.rows),
-                partial(last_responses_of, answers.rows, self.target),
+                partial(conversations_of, Chosen(answers.rows), self.target),
                 {"prompts": len(set(answers.prompt.tolist())), "skipped": answers.skipped},
                 answers.prompt,
             )

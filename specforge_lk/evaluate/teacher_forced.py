@@ -48,8 +48,15 @@ def measure_responses(
         For every entry of ``wanted``, the measurement under each of its rules.
 
     Raises:
-        DataError: no response has two tokens, so that decoding none needs a round.
+        DataError: no response has two tokens, so that decoding none needs a round; or one begins a
+            text, where no prompt is that a target could have answered.
     """
+    for conversation in conversations:
+        if conversation.loss_mask[0]:
+            raise DataError(
+                "a conversation begins with a response: the chat template puts nothing before it; "
+                "give conversations that begin with a user's message"
+            )
     parts: list[dict[Serving, list[Rounds]]] = [{rule: [] for rule in rules} for _, rules in wanted]
     layers = tuple(sorted({layer for draft, _ in wanted for layer in draft.capture_layers}))
     heads = settings.heads
