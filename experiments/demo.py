@@ -44,9 +44,9 @@ DEMO = RUNS / "demo"
 #: Responses per optimizer step.
 BATCH = 2
 #: One pass over the responses.
-START_STEPS = 80
+START_STEPS = 72
 #: Half a pass.
-TUNING_STEPS = 40
+TUNING_STEPS = 36
 #: Lower than the config's, which is for a draft from scratch.
 TUNING = ("training.learning_rate=0.0005",)
 #: λ = exp(-η α) is the weight of KL. These drafts have α = 0.3, where the paper's η = 3 leaves
@@ -56,8 +56,8 @@ OPTIONS = {"lk_lambda": ("training.loss_options.eta=10",)}
 HEADS = 4
 TEMPERATURES = (1, 0)
 #: Prompts of each benchmark; the target answers them once at each temperature.
-PROMPTS = 16
-NEW_TOKENS = 48
+PROMPTS = 14
+NEW_TOKENS = 40
 #: Held-out responses at each temperature; the draws of the bootstrap are whole responses.
 CONVERSATIONS = 24
 #: What is decoded with sampled tokens as well, to check what is computed.
