@@ -202,19 +202,32 @@ def verify(
     at = accepted.clamp(max=width - 1)
     p_next = target_probs[rows, at]
     rejected = accepted < count
-    residual = p_next.clone()
     if draft_probs is None:
+        residual = p_next.clone()
         residual[rows[rejected], tokens[rows, at][rejected]] = 0
     else:
-        subtracted = draft_probs[rows, at] * rejected[:, None]
-        if draft_ids is None:
-            residual -= subtracted
-        else:
-            residual[:, draft_ids] -= subtracted
-        residual.clamp_(min=0)
-    # Where p = q up to rounding, a rejection can leave nothing: then p itself is the limit.
+        residual = _left_over(p_next, draft_probs[rows, at] * rejected[:, None], draft_ids)
+    return Verdict(accepted, _drawn_from(residual, p_next, generator))
+
+
+def _left_over(
+    p: torch.Tensor, subtracted: torch.Tensor, draft_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Return max(p - q, 0) [B, V], of q [B, V_d] on the draft vocabulary."""
+    residual = p.clone()
+    if draft_ids is None:
+        residual -= subtracted
+    else:
+        residual[:, draft_ids] -= subtracted
+    return residual.clamp_(min=0)
+
+
+def _drawn_from(
+    residual: torch.Tensor, p: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Sample from weights [B, V]; from p, their limit where p = q, if rounding left nothing."""
     empty = residual.sum(-1, keepdim=True) <= 0
-    return Verdict(accepted, draw(torch.where(empty, p_next, residual), generator))
+    return draw(torch.where(empty, p, residual), generator)
 
 
 def verify_block(
@@ -261,15 +274,10 @@ def verify_block(
     uniform = torch.rand(w.shape, generator=generator, dtype=w.dtype, device=w.device)
     passed = (uniform < chance)[:, 1:] * torch.arange(1, heads + 1, device=w.device)
     accepted = passed.amax(1)
-    residual = target_probs[rows, accepted] * w[rows, accepted, None]
+    p_next = target_probs[rows, accepted]
     subtracted = draft_probs[rows, accepted] * (accepted < heads)[:, None]
-    if draft_ids is None:
-        residual -= subtracted
-    else:
-        residual[:, draft_ids] -= subtracted
-    residual.clamp_(min=0)
-    empty = residual.sum(-1, keepdim=True) <= 0
-    following = draw(torch.where(empty, target_probs[rows, accepted], residual), generator)
+    residual = _left_over(p_next * w[rows, accepted, None], subtracted, draft_ids)
+    following = _drawn_from(residual, p_next, generator)
     return Verdict(accepted, following), overlap / w.clamp(min=torch.finfo(w.dtype).tiny)
 
 
