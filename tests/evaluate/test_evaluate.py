@@ -257,6 +257,7 @@ def arguments(root, out, *more):
     ]
 
 
+@pytest.mark.slow
 def test_command_writes_a_report_and_continues_it(files, tmp_path):
     out = tmp_path / "report.json"
     result = CliRunner().invoke(app, arguments(files, out, "--sampled"))
@@ -319,6 +320,7 @@ def test_a_target_changed_in_place_answers_anew(files, tmp_path):
     assert {r.off_rule_tokens for r in results} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", ["140", "2048"])
 def test_turns_are_answered_alike_by_both_methods(length, files, tmp_path):
     """With 140 tokens, second turns are too long."""
