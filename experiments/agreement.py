@@ -5,12 +5,15 @@ the rounds are computed. At temperature 0 each response must take as many as com
 aside; elsewhere the sum must be within three standard errors, which the responses' own differences
 give. The last figure is what computing is worth: how much narrower the interval of τ is than from
 the counts, of the same responses.
+
+Everything is kept under ``runs/agreement``; what is interrupted continues where it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,7 +21,9 @@ import torch
 import typer
 
 from experiments.assets import prepare
-from experiments.runner import ROOT, RUNS, console, fail
+from experiments.runner import ROOT, RUNS, Training, capture, console, fail, train
+from experiments.serving.cases import DRAFTS as SERVED
+from experiments.serving.cases import ServedDraft
 from experiments.serving.compare import prediction
 from specforge_lk.data.conversations import Tokens, prompt_ids
 from specforge_lk.data.prompts import read_rows, user_turns
@@ -37,24 +42,41 @@ RULES: Final = ("temperature=0", "temperature=0.7,top_p=0.9", "temperature=1")
 HEADS = 4
 #: Prompts that are decoded at once.
 BATCH = 32
+#: The drafts that are trained, by name: those of `make serve-check`, and one that drafts a block.
+DRAFTS: Final[dict[str, Training]] = {
+    **{draft.name: draft for draft in SERVED if draft.method},
+    "dflash": Training("dflash", "lk_lambda", 0, RUNS / "agreement", batch=2, max_steps=64),
+}
 
 
 def main(
-    draft: Annotated[list[str], typer.Option(help="NAME=DIR of an exported draft. Repeatable.")],
+    drafts: Annotated[str, typer.Option(help="Drafts to train and measure.")] = " ".join(DRAFTS),
+    given: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR: measure this exported draft, too. Repeatable."),
+    ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="Serving rule. Repeatable.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of each benchmark.")] = 24,
-    new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 48,
+    seeds: Annotated[
+        int, typer.Option(help="Responses to each prompt, where they are sampled.")
+    ] = 3,
     publish: Annotated[
         Path | None, typer.Option(help="Also write the report here: a .json, with .md beside it.")
     ] = None,
 ) -> None:
     """Decode SmolLM2-135M with drafts, and compute the rounds along what was decoded."""
     publish = publish.resolve() if publish else None
-    folders = dict(value.split("=", 1) for value in draft)
+    paths = {name: Path(d).resolve() for name, d in (v.split("=", 1) for v in given or [])}
+    if unknown := set(drafts.split()) - set(DRAFTS):
+        raise typer.BadParameter(
+            f"{' '.join(sorted(unknown))}: name drafts of {', '.join(DRAFTS)}",
+            param_hint="--drafts",
+        )
     rules = [parse(text) for text in rule or RULES]
-    paths = {name: Path(folder).resolve() for name, folder in folders.items()}
     os.chdir(ROOT)
     assets = prepare(RUNS)
+    paths = _trained([DRAFTS[name] for name in drafts.split()]) | paths
     target = Target.load(str(assets.target))
     turns = [
         user_turns(row, str(path))[0]
@@ -67,16 +89,27 @@ def main(
         "target": str(assets.target),
         "prompts": f"{prompts} each of {', '.join(assets.benchmarks)}",
         "new_tokens": new_tokens,
+        "seeds": seeds,
         "heads": HEADS,
         "versions": versions(),
         "measured": [],
     }
+    kept = RUNS / "agreement" / "report.json"
+    if kept.exists():
+        old = json.loads(kept.read_text())
+        if all(old.get(name) == value for name, value in report.items() if name != "measured"):
+            report = old
+    done = {(row["draft"], row["rule"]) for row in report["measured"]}
     for name, path in paths.items():
         loaded = load_draft(path, target)
         prefills = Prefills(target, loaded.capture_layers)
         for serving in rules:
-            found = _compare(target, loaded, asked, serving, new_tokens, prefills)
+            if (name, str(serving)) in done:
+                continue
+            numbers = range(1 if serving.temperature == 0 else seeds)
+            found = _compare(target, loaded, asked, serving, new_tokens, prefills, numbers)
             report["measured"].append({"draft": name, "rule": str(serving), **found})
+            write_text(kept, json.dumps(report, indent=1) + "\n")
             console.print(f"{name}, {serving}: {found}")
     text = markdown(report)
     if publish is not None:
@@ -87,6 +120,26 @@ def main(
         fail("decoding does not take the rounds that are computed")
 
 
+def _trained(drafts: Sequence[Training]) -> dict[str, Path]:
+    """Train and export the drafts that are not there yet; return their folders by algorithm."""
+    cores = len(os.sched_getaffinity(0))
+    for draft in drafts:
+        if isinstance(draft, ServedDraft):
+            draft.write_config()
+    for features in {draft.features: draft for draft in drafts}.values():
+        # EAGLE-3's features serve every draft that reads no more; only its draft vocabulary counts.
+        mapping = features.features.parent / "vocab_mapping.pt" if features.vocab_mapping else None
+        capture(
+            features.config_path,
+            features.features,
+            mapping,
+            "training.loss=lk_lambda",
+            threads=cores,
+        )
+    train(drafts, cores)
+    return {draft.algorithm: draft.draft for draft in drafts}
+
+
 def _compare(
     target: Target,
     draft: Draft,
@@ -94,25 +147,29 @@ def _compare(
     rule: Serving,
     new_tokens: int,
     prefills: Prefills,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Decode all prompts, and compute the rounds along the responses."""
-    generator = torch.Generator().manual_seed(0)
-    responses = []
-    for start in range(0, len(prompts), BATCH):
-        responses += speculate(
-            target,
-            draft,
-            prompts[start : start + BATCH],
-            heads=HEADS,
-            rule=rule,
-            max_new_tokens=new_tokens,
-            prefills=prefills,
-            generator=generator,
-        )
-    conversations = [
-        Tokens(prompt + r.tokens, [0] * len(prompt) + [1] * len(r.tokens))
-        for prompt, r in zip(prompts, responses, strict=True)
-    ]
+    """Decode all prompts with every seed, and compute the rounds along the responses."""
+    responses, conversations = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            decoded = speculate(
+                target,
+                draft,
+                batch,
+                heads=HEADS,
+                rule=rule,
+                max_new_tokens=new_tokens,
+                prefills=prefills,
+                generator=generator,
+            )
+            responses += decoded
+            conversations += [
+                Tokens(prompt + r.tokens, [0] * len(prompt) + [1] * len(r.tokens))
+                for prompt, r in zip(batch, decoded, strict=True)
+            ]
     (measured,) = measure_responses(
         target, [(draft, [rule])], conversations, Settings(heads=HEADS, batch_size=BATCH)
     )
@@ -146,7 +203,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Rounds computed and decoded",
         "",
         "Written by `python -m experiments.agreement` on a CPU: SmolLM2-135M-Instruct, "
-        f"{report['prompts']}, {report['new_tokens']} new tokens at most, K = {report['heads']}. "
+        f"{report['prompts']}, {report['new_tokens']} new tokens at most, K = {report['heads']}, "
+        f"{report['seeds']} responses to each prompt where they are sampled. "
         "Rounds are computed along the responses that were decoded. At T = 0 every response must "
         "take as many as computed, near-ties aside; elsewhere the sum must be within three "
         "standard errors. The last figure is the ratio of the widths of the intervals of τ, "
