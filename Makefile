@@ -18,6 +18,9 @@ MOONCAKE ?= mooncake-transfer-engine-non-cuda==0.3.13.post1
 # Options of `make algorithms` and `make paper`, such as `--drafts dflash`;
 # `python -m experiments.study --help` lists them.
 STUDY  ?=
+# Part of `make gains` and its options, such as `scratch --architectures eagle3 --seeds 0`, or
+# `report`; `python -m experiments.gains --help` lists them.
+GAINS  ?= fine-tune
 # A git clone of github.com/sgl-project/SpecForge, whose tests `make upstream-tests` runs.
 export SPECFORGE_REPO ?=
 # Options of `make upstream-tests`: `python -m tools.upstream_tests --help`.
@@ -56,7 +59,7 @@ LOWEST_TESTS := $(addprefix tests/,decode evaluate losses/test_options.py losses
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-online test-lowest serve-check upstream-tests defects \
-        algorithms paper bench lint types docs pages dev clean force
+        algorithms paper gains bench lint types docs pages dev clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -130,6 +133,9 @@ algorithms: $(READY) ## train every algorithm of SpecForge with each loss; 140 m
 
 paper: $(READY) ## train the paper's drafts with its losses; continues if interrupted
 	@$(BIN)/python -m experiments.study paper $(STUDY)
+
+gains: $(READY) ## measure what a draft gains by its loss, start and rule; days, keeps rows, continues
+	@$(BIN)/python -m experiments.gains $(GAINS)
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)

@@ -25,6 +25,8 @@ RESPONSES = Path("experiments/data/responses.jsonl.gz")
 HELD_OUT = Path("experiments/data/held_out.jsonl.gz")
 #: Responses to the same prompts at temperature 0.
 HELD_OUT_GREEDY = Path("experiments/data/held_out-T0.jsonl.gz")
+#: Responses to the same prompts at temperature 0.7, truncated by top-p 0.9.
+HELD_OUT_TRUNCATED = Path("experiments/data/held_out-T0.7.jsonl.gz")
 #: How many of the responses are trained on.
 SAMPLES = 144
 

@@ -34,6 +34,8 @@ from specforge_lk.evaluate.report import read_report
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs")
 CONFIGS = Path("configs/smollm2-135m")
+#: Where the configs have captured features and draft vocabulary.
+FEATURES = RUNS / "features"
 
 #: The name of a run without `training.loss`: SpecForge's own objective.
 STOCK = "stock"
@@ -67,7 +69,9 @@ class Training:
 
     ``epochs`` and ``batch`` (samples per optimizer step) replace those of the config, ``max_steps``
     ends a run before its last pass is complete; the draft of ``start`` is where it starts from.
-    ``settings`` are further overrides.
+    ``settings`` are further overrides. ``objective`` are those that ``loss`` is a name for, where
+    it is neither a registered loss nor a variant. ``captured`` is the folder of captured features
+    and draft vocabulary, in place of the config's ``runs/features``.
     """
 
     algorithm: str
@@ -79,6 +83,8 @@ class Training:
     max_steps: int | None = None
     start: Training | None = None
     settings: tuple[str, ...] = ()
+    objective: tuple[str, ...] | None = None
+    captured: Path = FEATURES
 
     @property
     def name(self) -> str:
@@ -125,11 +131,12 @@ class Training:
     @property
     def vocab_mapping(self) -> Path | None:
         path = self.config["model"].get("vocab_mapping_path")
-        return Path(path) if path else None
+        return self.captured / Path(path).relative_to(FEATURES) if path else None
 
     @property
     def features(self) -> Path:
-        return Path(self.config["data"]["hidden_states_path"])
+        path = Path(self.config["data"]["hidden_states_path"])
+        return self.captured / path.relative_to(FEATURES)
 
     @property
     def samples(self) -> int:
@@ -159,11 +166,12 @@ class Training:
 
     @property
     def command(self) -> list[str]:
-        objective = VARIANTS.get(self.loss, (f"training.loss={self.loss}",))
+        objective = self.objective or VARIANTS.get(self.loss, (f"training.loss={self.loss}",))
         start = [f"model.draft_checkpoint_path={self.start.draft}"] if self.start else []
         return [
             *("specforge", "train", "--config", str(self.config_path), *objective, *start),
             *(f"training.{name}={value}" for name, value in self.budget.items()),
+            *self._captured_elsewhere,
             *self.settings,
             f"training.seed={self.seed}",
             "training.log_interval=1",
@@ -171,6 +179,16 @@ class Training:
             "training.max_checkpoints=1",
             f"run_id={self.loss}",
             f"output_dir={self.directory}",
+        ]
+
+    @property
+    def _captured_elsewhere(self) -> list[str]:
+        if self.captured == FEATURES:
+            return []
+        mapping = self.vocab_mapping
+        return [
+            f"data.hidden_states_path={self.features}",
+            *([f"model.vocab_mapping_path={mapping}"] if mapping else []),
         ]
 
     def discard_if_outdated(self) -> None:
@@ -187,13 +205,7 @@ class Training:
         sources = [self.config_path, self.draft_config, self.features / "capture.json"]
         sources += [self.vocab_mapping] if self.vocab_mapping else []
         sources += [self.start.made_from] if self.start else []
-        drafts = Path("specforge_lk/drafts")
-        if (drafts / f"{self.algorithm}.py").exists():
-            sources += sorted(drafts.glob("*.py"))
-        sources += sorted(Path("patches").glob("specforge/*/*.patch"))
-        overlap = Path("specforge_lk/overlap")
-        sources += [Path("specforge_lk/losses.py"), *sorted(overlap.glob("*.[pc]*"))]
-        for path in sources:
+        for path in [*sources, *code_of(self.algorithm)]:
             digest.update(path.read_bytes())
         digest.update(" ".join(sorted(path.name for path in self.features.glob("*.ckpt"))).encode())
         return digest.hexdigest()
@@ -232,6 +244,18 @@ class Training:
         temporary.rename(self.draft)
 
 
+def code_of(algorithm: str) -> list[Path]:
+    """Return the sources that a trained draft of an algorithm depends on."""
+    drafts = Path("specforge_lk/drafts")
+    own = (drafts / f"{algorithm}.py").exists()
+    return [
+        *(sorted(drafts.glob("*.py")) if own else []),
+        *sorted(Path("patches").glob("specforge/*/*.patch")),
+        Path("specforge_lk/losses.py"),
+        *sorted(Path("specforge_lk/overlap").glob("*.[pc]*")),
+    ]
+
+
 def check_losses(losses: Sequence[str], option: str) -> None:
     """Raise typer.BadParameter unless every loss is registered, and named once."""
     known = [name for name in VARIANTS if name != START]
@@ -245,9 +269,15 @@ def check_losses(losses: Sequence[str], option: str) -> None:
 
 
 def capture(
-    config: Path, features: Path, mapping: Path | None, *settings: str, threads: int
+    config: Path,
+    features: Path,
+    mapping: Path | None,
+    *settings: str,
+    threads: int,
+    samples: int = SAMPLES,
+    device: str = "auto",
 ) -> None:
-    """Store the features of the first `SAMPLES` responses that a config's training reads.
+    """Store the features of the first responses that a config's training reads.
 
     Args:
         config: a training config of SpecForge.
@@ -255,11 +285,13 @@ def capture(
         mapping: where to write the draft vocabulary; None where the draft has the target's.
         settings: overrides of the config.
         threads: of the process.
+        samples: how many responses.
+        device: torch device.
     """
     vocabulary = ("--vocab-mapping", mapping) if mapping else ()
     execute(
         *("specforge-lk", "capture", "--config", config, "--responses", RESPONSES),
-        *("--limit", SAMPLES, "--out", features, *vocabulary, *settings),
+        *("--limit", samples, "--device", device, "--out", features, *vocabulary, *settings),
         threads=threads,
     )
 

@@ -13,6 +13,8 @@ from statistics import mean
 from typing import Any, Final
 
 from experiments.demo_summary import TITLES, measurements, preface, taus
+from experiments.gains.report import summary
+from experiments.gains.results import PATH, Results
 from experiments.runner import START
 from specforge_lk.evaluate.published import GAIN_BASELINE, PUBLISHED
 from specforge_lk.evaluate.report import Report, read_report
@@ -46,6 +48,11 @@ def demo() -> str:
     """What `make demo` measured, every measurement."""
     found = _demo()
     return preface(*found) if found else _NOT_YET
+
+
+def study() -> str:
+    """What `make gains` measured, in short: the objective that gains most over KL, by start."""
+    return summary(Results.read(ROOT / PATH)) or _NOT_YET
 
 
 def _paper_gains(temperature: float) -> str:

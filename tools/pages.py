@@ -274,7 +274,12 @@ def _requirement(text: str) -> tuple[str, str]:
 #: Page -> name of the block -> what stands in it.
 BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "README.md": {"gains": gains.gains},
-    "docs/results.md": {"demo": gains.demo, "algorithms": algorithms, "paper": paper},
+    "docs/results.md": {
+        "demo": gains.demo,
+        "study": gains.study,
+        "algorithms": algorithms,
+        "paper": paper,
+    },
     "docs/cost.md": {"operation": operation, "bounds": bounds},
     "docs/evaluate.md": {"presets": presets},
     "docs/serving.md": {"vllm": vllm},

@@ -86,7 +86,7 @@ def _draw_tau(axes: Axes, results: list[Result], report: Report, colors: dict[st
             group = f"{r.benchmark}\nT = {r.temperature:g}"
             key = (group, _label(r, report))
             seeds.setdefault(key, []).append((tau, interval))
-    _draw_bars(axes, seeds, colors)
+    draw_bars(axes, seeds, colors)
     axes.set(title="Speculative decoding", ylabel="τ (tokens per target step)")
     # τ = 1 is decoding without a draft.
     axes.set_ylim(1, max(1.01, axes.get_ylim()[1]))
@@ -107,13 +107,19 @@ def _draw_differences(axes: Axes, algorithm: str, report: Report, colors: dict[s
             group = f"{name_of(p)}\nT = {p.temperature:g}"
             key = (group, _label(p, report))
             seeds.setdefault(key, []).append((p.difference, p.ci))
-    _draw_bars(axes, seeds, colors)
+    draw_bars(axes, seeds, colors)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(title=f"Paired differences to {baseline}", ylabel="Δ τ")
 
 
-def _draw_bars(axes: Axes, seeds: Bars, colors: dict[str, str]) -> None:
-    """Draw the mean over seeds as bars, with its interval or the span of the seeds."""
+def draw_bars(axes: Axes, seeds: Bars, colors: dict[str, str]) -> None:
+    """Draw the mean over seeds as bars, with its interval or the span of the seeds.
+
+    Args:
+        axes: where.
+        seeds: see `Bars`.
+        colors: by label, in the order of a group's bars.
+    """
     groups = list(dict.fromkeys(group for group, _ in seeds))
     labels = [label for label in colors if any(label == known for _, known in seeds)]
     width = 0.8 / max(1, len(labels))
@@ -127,4 +133,4 @@ def _draw_bars(axes: Axes, seeds: Bars, colors: dict[str, str]) -> None:
     axes.set_xticks(range(len(groups)), groups)
 
 
-__all__ = ["render_chart"]
+__all__ = ["Bars", "draw_bars", "render_chart"]
