@@ -126,16 +126,16 @@ def _trained(drafts: Sequence[Training]) -> dict[str, Path]:
     for draft in drafts:
         if isinstance(draft, ServedDraft):
             draft.write_config()
-    for features in {draft.features: draft for draft in drafts}.values():
-        # EAGLE-3's features serve every draft that reads no more; only its draft vocabulary counts.
-        mapping = features.features.parent / "vocab_mapping.pt" if features.vocab_mapping else None
-        capture(
-            features.config_path,
-            features.features,
-            mapping,
-            "training.loss=lk_lambda",
-            threads=cores,
-        )
+    captured: set[Path] = set()
+    # What EAGLE-3 reads serves every draft that reads no more: drafts with a vocabulary come first.
+    for draft in sorted(drafts, key=lambda draft: draft.vocab_mapping is None):
+        if draft.features in captured:
+            continue
+        captured.add(draft.features)
+        mapping = draft.features.parent / "vocab_mapping.pt" if draft.vocab_mapping else None
+        made = draft.features, mapping
+        # With a loss set, DFlash needs the target's states, too.
+        capture(draft.config_path, *made, "training.loss=lk_lambda", threads=cores)
     train(drafts, cores)
     return {draft.algorithm: draft.draft for draft in drafts}
 

@@ -11,7 +11,8 @@ from specforge.losses.reduction import (
     DraftLoss,
     HeadLoss,
     head_metrics,
-    reduce_head_loss,
+    reduce_heads,
+    target_shape,
     training_group,
 )
 from specforge.losses.supervision import supervised
@@ -31,6 +32,8 @@ HEAD_DECAY: Final = 0.8
 
 class HeadModel(nn.Module):
     """Draft and loss: sum_k γ^k L_k, L_k the mean loss of draft position k where supervised.
+
+    A loss that sees a whole chain weighs the draft positions itself: γ = 1.
 
     Draft position k = 0, 1, ... of position t proposes token t + 2 + k. It is compared with the
     target's distribution at t + 1 + k, and supervised where ``specforge.losses.supervision``,
@@ -83,13 +86,14 @@ class HeadModel(nn.Module):
         padded = target.with_labels(labels, self.draft_model.t2d).pad(self.heads)
         group = training_group(self.loss_data_parallel)
         token_ids = self.draft_model.token_ids()
-        losses, correct = [], []
+        terms, masks, correct = [], [], []
         logits_of_heads = self.draft_model.head_logits(hidden, tokens, attention_mask, self.heads)
         for head, logits in enumerate(logits_of_heads):
             goal, head_mask = padded.window(head, length), supervised(following, head + 1)
-            terms = self.loss.terms(logits, goal, head_mask)
-            losses.append(reduce_head_loss(self.loss, terms, head_mask, group=group))
+            terms.append(self.loss.terms(logits, goal, head_mask))
+            masks.append(head_mask)
             correct.append(token_ids[logits.detach().argmax(-1)] == goal.token_ids)
+        losses = reduce_heads(self.loss, terms, masks, group=group)
         total = sum(decay**head * loss.loss for head, loss in enumerate(losses))
         return total, losses, correct
 
@@ -161,11 +165,13 @@ class HeadTrainStrategy(DraftTrainStrategy):
 
     @torch.no_grad()
     def _target(self, hidden: torch.Tensor) -> TargetDistribution:
-        draft = _unwrapped(self.model).draft_model
+        model = _unwrapped(self.model)
+        draft, shape = model.draft_model, target_shape(model.loss)
         hidden = hidden.to(self.target_head.fc.weight.dtype)
         if len(draft.d2t) == len(draft.t2d):
-            return TargetDistribution.from_logits(self.target_head(hidden))
-        return TargetDistribution.from_hidden_states(hidden, self.target_head, draft.t2d)
+            return TargetDistribution.from_logits(self.target_head(hidden), shape=shape)
+        head = self.target_head
+        return TargetDistribution.from_hidden_states(hidden, head, draft.t2d, shape=shape)
 
     def checkpoint_state_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Return the draft's tensors, but for those that checkpoints omit."""

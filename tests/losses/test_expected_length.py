@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from specforge.losses.reduction import head_metrics, reduce_head_loss
+from specforge.losses.reduction import head_metrics, reduce_heads
 
 from specforge_lk.losses import KL, KLOptions
 
@@ -49,7 +49,7 @@ def test_mean_over_responses_is_the_expected_length_of_decoding(kept):
             labels=torch.tensor([kept.index(x) if x in kept else -1 for x in tokens.tolist()]),
         )
         terms = loss.terms(torch.stack([draft[prefix] for prefix in before]), here, mask.bool())
-        heads.append(reduce_head_loss(loss, terms, mask))
+        heads += reduce_heads(loss, [terms], [mask])
     # The reducer's mean has equal weights: take it of one response at a time.
     lengths = torch.stack([head_metrics(_only(heads, i))["tau_expected"][0] for i in range(V**K)])
     expected = 1 + yielded(())

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from specforge.core.target_distribution import TargetDistribution
-from specforge.losses.reduction import HeadLoss, pool_heads, reduce_head_loss
+from specforge.losses.reduction import pool_heads, reduce_heads, target_shape
 
 from specforge_lk.losses import LOSSES
 
@@ -19,16 +19,18 @@ SPLIT = (slice(0, 3), slice(3, ROWS))
 NAMES = [record.name for record in LOSSES]
 
 
-def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draft logits [rows, heads, V_d], target logits [.., V], mask and weight [rows, heads]."""
+def rows() -> tuple[torch.Tensor, ...]:
+    """Draft logits [rows, heads, V_d], target logits [.., V]; tokens, mask, weight [.., heads]."""
     generator = torch.Generator().manual_seed(0)
     draft = 2 * torch.randn(ROWS, HEADS, DRAFT_VOCAB, generator=generator)
     target = 2 * torch.randn(ROWS, HEADS, VOCAB, generator=generator)
-    mask = torch.rand(ROWS, HEADS, generator=generator) < 0.7
+    tokens = torch.randint(VOCAB, (ROWS, HEADS), generator=generator)
+    # A chain is supervised up to some draft position.
+    mask = (torch.rand(ROWS, HEADS, generator=generator) < 0.8).cumprod(1).bool()
     # The last head is supervised on the second rank alone.
     mask[SPLIT[0], -1] = False
     weight = torch.rand(ROWS, HEADS, generator=generator)
-    return draft, target, mask, weight
+    return draft, target, tokens, mask, weight
 
 
 def step(
@@ -37,20 +39,30 @@ def step(
     """Loss, λ per head and the gradient of one rank's rows, its terms computed in chunks."""
     record = next(record for record in LOSSES if record.name == name)
     loss = record.build(record.options())
-    draft, target, mask, weight = (tensor[part] for tensor in rows())
+    draft, target, tokens, mask, weight = (tensor[part] for tensor in rows())
     draft = draft.clone().requires_grad_()
     t2d = torch.arange(VOCAB) % 5 < 3
-    heads: list[HeadLoss] = []
+    terms = []
     for head in range(HEADS):
         pieces = [
             loss.terms(
-                draft[i, head], TargetDistribution.from_logits(target[i, head], t2d), mask[i, head]
+                draft[i, head],
+                TargetDistribution.from_logits(
+                    target[i, head], t2d, shape=target_shape(loss)
+                ).with_labels(tokens[i, head], t2d),
+                mask[i, head],
             )
             for i in torch.arange(len(draft)).split(chunk)
         ]
-        terms = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
-        options = {"position_weight": weight[:, head], "group": group}
-        heads.append(reduce_head_loss(loss, terms, mask[:, head], **options))
+        terms.append({key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]})
+    of_heads = range(HEADS)
+    heads = reduce_heads(
+        loss,
+        terms,
+        [mask[:, head] for head in of_heads],
+        position_weights=[weight[:, head] for head in of_heads],
+        group=group,
+    )
     total = pool_heads(heads)
     total.backward()
     # Losses without a λ are compared in what λ would be made of.

@@ -130,7 +130,7 @@ def registered_lk_alpha() -> Figures:
 def _registered(name: str) -> Figures:
     """``training.loss`` with default options; only where the series is applied as a whole."""
     from specforge.core.target_distribution import TargetDistribution
-    from specforge.losses.reduction import reduce_head_loss
+    from specforge.losses.reduction import reduce_heads
 
     from specforge_lk.losses import LOSSES
 
@@ -142,7 +142,7 @@ def _registered(name: str) -> Figures:
         logits.requires_grad_(True)
         mask = mask.squeeze(-1).bool()
         terms = loss.terms(logits, TargetDistribution.from_logits(target, t2d()), mask)
-        head = reduce_head_loss(loss, terms, mask)
+        (head,) = reduce_heads(loss, [terms], [mask])
         head.loss.backward()
         rate = (head.sum("alpha") / mask.sum()).item()
         figures |= _row(share, head.loss.item(), gradient(logits), rate)
