@@ -87,7 +87,9 @@ CASES: Final[Mapping[str, Callable[[torch.Tensor, torch.Tensor], Logits]]] = {
     "coarse grid": _grid,
     "underflowed alpha": _underflowed,
 }
-_LOSSES: Final = {r.name: r.build(r.options()) for r in LOSSES if r.name != "reverse_kl"}
+_LOSSES: Final = {
+    r.name: r.build(r.options()) for r in LOSSES if r.name not in ("tau", "reverse_kl")
+}
 
 GRID: Final = tuple(
     Cell(case, dtype, loss)

@@ -247,6 +247,6 @@ def _digest(modules: tuple[str, ...]) -> str:
     package = Path(specforge_lk.overlap.__file__).parent
     root = Path(__file__).parent.parent
     sources = [*sorted(package.glob("*.py")), *sorted(package.glob("*.cpp"))]
-    sources += [package.parent / "losses.py", Path(__file__)]
+    sources += [*sorted((package.parent / "losses").glob("*.py")), Path(__file__)]
     sources += [root.joinpath(*module.split(".")).with_suffix(".py") for module in modules]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]

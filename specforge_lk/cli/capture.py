@@ -11,7 +11,7 @@ from specforge_lk.cli.progress import ProgressBar
 from specforge_lk.cli.shell import Dtype, device_option, errors, find_device
 
 if TYPE_CHECKING:
-    from specforge_lk.data.capture import Sample, Samples
+    from specforge_lk.data.capture import Samples
 
 EXAMPLE = "specforge-lk capture --config run.yaml --responses responses.jsonl"
 
@@ -99,7 +99,7 @@ def run(
         )
     decoder = None
     if plan:
-        decoder = _prepare(run, plan, responses, place, dtype, find_device(device), samples.kept[0])
+        decoder = _prepare(run, plan, responses, place, dtype, find_device(device), samples)
     if vocab_mapping:
         _write_mapping(run, algorithm, samples, vocab_size, vocab_mapping)
     supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
@@ -149,7 +149,7 @@ def _prepare(
     place: Path,
     dtype: Dtype | None,
     device: str,
-    sample: Sample,
+    samples: Samples,
 ) -> Any:
     """Load the target, check it on a sample, open the folder of features.
 
@@ -169,7 +169,7 @@ def _prepare(
     )
     decoder = model.get_decoder()
     head = _target_head(run) if plan.layout.last_hidden_feature else None
-    check_target(model, decoder, sample.tokens.input_ids, head)
+    check_target(model, decoder, samples.kept[0].tokens.input_ids, head)
     settings = {
         "target": run.model.target_model_path,
         "responses": responses.name,
@@ -179,7 +179,7 @@ def _prepare(
         "compute_dtype": compute.value,
         "stored_dtype": run.model.torch_dtype,
     }
-    capture.open_directory(place, plan.layout.output_names, settings)
+    capture.open_directory(place, plan.layout.output_names, settings, samples.samplings())
     return decoder
 
 

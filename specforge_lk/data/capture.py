@@ -12,21 +12,22 @@ state is the one after the final norm, from which the LM head makes the target's
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import json
 import pickle
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
-from itertools import compress
+from dataclasses import dataclass
+from itertools import compress, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_lk.data.conversations import Tokens, tokenize
 from specforge_lk.data.jsonl import read_jsonl
+from specforge_lk.data.responses import recorded, sampling_of
 from specforge_lk.files import atomic_write, write_text
+from specforge_lk.serving import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +42,23 @@ class Sample:
 
     Hundreds of thousands are held at once, so they are packed: 5 bytes a token, where a list of
     integers has 36.
+
+    Attributes:
+        path: Where its features go.
+        input_ids: [L] token ids.
+        loss_mask: [L] 1 on tokens of the response.
+        sampling: What the response is a sample of; None where the row does not say.
     """
 
     path: Path
     input_ids: array
     loss_mask: bytes
+    sampling: Sampling | None
 
     @classmethod
-    def of(cls, path: Path, tokens: Tokens) -> Sample:
+    def of(cls, path: Path, tokens: Tokens, sampling: Sampling | None) -> Sample:
         """Pack the tokens of a row."""
-        return cls(path, array("i", tokens.input_ids), bytes(tokens.loss_mask))
+        return cls(path, array("i", tokens.input_ids), bytes(tokens.loss_mask), sampling)
 
     @property
     def tokens(self) -> Tokens:
@@ -82,6 +90,12 @@ class Samples:
             counts.update(compress(sample.input_ids, sample.loss_mask))
         return counts
 
+    def samplings(self) -> list[dict[str, float | int] | None]:
+        """Return what the responses are samples of, as rows say it; None if some do not."""
+        found = {sample.sampling for sample in self.kept}
+        known = sorted((s for s in found if s is not None), key=str)
+        return [*map(recorded, known), *([None] if None in found else [])]
+
 
 def read_samples(
     responses: Path,
@@ -107,11 +121,14 @@ def read_samples(
         loss_mask_filter: The algorithm's own test of whether a loss mask is usable.
 
     Raises:
-        ValueError: a row is malformed, or holds a token id outside the target vocabulary.
+        ValueError: a row is malformed, holds a token id outside the target vocabulary, or says
+            something of its sampling that cannot be read.
     """
     from specforge.data.loss_mask import has_supervised_position
 
     kept, truncated, skipped = [], 0, 0
+    # One object for all rows that say the same.
+    samplings: dict[Sampling | None, Sampling | None] = {}
     for index, row in enumerate(read_jsonl(responses)):
         if limit is not None and index >= limit:
             break
@@ -131,11 +148,18 @@ def read_samples(
         ):
             skipped += 1
             continue
-        kept.append(Sample.of(directory / f"sample_{index:08d}.ckpt", tokens))
+        sampling = sampling_of(row)
+        sampling = samplings.setdefault(sampling, sampling)
+        kept.append(Sample.of(directory / f"sample_{index:08d}.ckpt", tokens, sampling))
     return Samples(kept, truncated, skipped)
 
 
-def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, Any]) -> None:
+def open_directory(
+    directory: Path,
+    names: tuple[str, ...],
+    settings: dict[str, Any],
+    samplings: list[dict[str, float | int] | None],
+) -> None:
     """Begin or continue a directory of features, keeping ``settings`` in its manifest.
 
     Args:
@@ -143,6 +167,8 @@ def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, 
         names: Features to capture. Files there may hold more of them, or be given more: some
             algorithms read a part of what others read.
         settings: Everything else that the features depend on.
+        samplings: What the responses are samples of. These follow from the responses, so a
+            directory of an earlier version, which does not have them, gets them.
 
     Raises:
         ValueError: the directory holds features made with other settings, or other features.
@@ -164,7 +190,8 @@ def open_directory(directory: Path, names: tuple[str, ...], settings: dict[str, 
                 "it, or write to another directory"
             )
         names = tuple(held.union(names))
-    write_text(manifest, json.dumps({"features": sorted(names), **settings}, indent=2) + "\n")
+    held_here = {"features": sorted(names), **settings, "sampling": samplings}
+    write_text(manifest, json.dumps(held_here, indent=2) + "\n")
 
 
 def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
@@ -262,6 +289,8 @@ def file_digest(path: Path) -> str:
 def write_tokens(samples: list[Sample], path: Path) -> None:
     """Write token ids and loss masks where ``data.prompts_path`` of a streamed run reads them.
 
+    A row also says what its response is a sample of, where that is known; SpecForge ignores it.
+
     Raises:
         ValueError: the file exists and holds something else, such as conversations, which
             SpecForge can read as well, or the tokens of others.
@@ -269,12 +298,31 @@ def write_tokens(samples: list[Sample], path: Path) -> None:
     with atomic_write(path) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
             for sample in samples:
-                stream.write(json.dumps(asdict(sample.tokens)) + "\n")
-        if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+                row: dict[str, Any] = {**vars(sample.tokens)}
+                if sample.sampling is not None:
+                    row["sampling"] = recorded(sample.sampling)
+                stream.write(json.dumps(row) + "\n")
+        if path.exists() and not _same_tokens(temporary, path):
             raise ValueError(
                 f"data.prompts_path={path} holds something else than these tokens; remove it, or "
                 "give data.prompts_path the name of a new file"
             )
+
+
+def _same_tokens(ours: Path, other: Path) -> bool:
+    """Return whether two files hold the same tokens, whatever else their rows say."""
+
+    def tokens(path: Path) -> Iterator[tuple[Any, Any]]:
+        # Plain JSONL whatever the file is called, as SpecForge reads it.
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                row = json.loads(line)
+                yield row.get("input_ids"), row.get("loss_mask")
+
+    try:
+        return all(a == b for a, b in zip_longest(tokens(ours), tokens(other)))
+    except (ValueError, AttributeError):  # not JSON, not objects
+        return False
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OWN = ["kl", "lk_alpha", "lk_lambda", "reverse_kl", "tv"]
+OWN = ["kl", "lk_alpha", "lk_lambda", "reverse_kl", "tau", "tv"]
 
 
 def losses(*words: str, path: Path | None = None, before: str = "") -> subprocess.CompletedProcess:
@@ -42,7 +42,7 @@ def test_own_losses_with_their_options_and_defaults():
     assert options["lambda_scope"]["values"] == "head | token | fixed"
     assert options["lambda_fixed"]["default"] is None
     assert all(option["meaning"] for option in options.values())
-    assert found["tv"]["options"] == []
+    assert [o["name"] for o in found["tv"]["options"]] == ["serving", "sharpness", "chain_weight"]
 
 
 @pytest.mark.slow

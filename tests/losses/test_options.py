@@ -13,7 +13,7 @@ OPTIONS = {record.name: record.options for record in LOSSES}
 
 
 def test_names_and_defaults():
-    assert list(OPTIONS) == ["kl", "tv", "lk_alpha", "lk_lambda", "reverse_kl"]
+    assert list(OPTIONS) == ["kl", "tv", "lk_alpha", "lk_lambda", "tau", "reverse_kl"]
     defaults = OPTIONS["lk_lambda"]()
     assert (defaults.eta, defaults.lambda_scope, defaults.kl_term) == (3.0, "head", "renormalized")
 
@@ -23,6 +23,17 @@ def test_every_loss_and_option_says_what_it_is():
         assert inspect.getdoc(record.build).splitlines()[0].endswith(".")
         for name, option in record.options.model_fields.items():
             assert option.description, f"{record.name}.{name}"
+
+
+def test_a_rule_is_kept_as_its_canonical_text():
+    """A checkpoint records it: one rule must not have two names."""
+    for text, canonical in {
+        "temperature=1.0": "temperature=1",
+        "temperature=0,top_k=5,drafting=probabilistic": "temperature=0",
+        "vllm,temperature=0.70": "temperature=0.7,drafting=greedy",
+        "drafting=greedy,verification=block": "temperature=1,drafting=greedy",
+    }.items():
+        assert OPTIONS["tau"](serving=text).serving == canonical
 
 
 def test_numbers_may_come_as_strings():
@@ -52,6 +63,18 @@ def test_options_survive_a_round_trip():
         ("kl", {"kl_term": "full"}, r"kl_term\b.*'renormalized' or 'restricted'"),
         ("kl", {"eta": 3}, r"eta\b.*Extra inputs"),
         ("tv", {"kl_term": "restricted"}, r"kl_term\b.*Extra inputs"),
+        ("tau", {"lambda_fixed": 0.5}, "lambda_fixed.*lambda_scope='fixed'"),
+        ("tau", {"estimator": "biased"}, r"estimator\b.*'weighted' or 'product'"),
+        ("tau", {"chain_weight": "auf"}, r"chain_weight\b.*Extra inputs"),
+        ("tv", {"chain_weight": "decay"}, r"chain_weight\b.*'gamma', 'survival', 'dpace' or 'auf'"),
+        ("tv", {"serving": "top_q=3"}, r"serving\b.*a serving rule has temperature, top_k"),
+        ("tv", {"serving": "temperature=-1"}, r"serving\b.*temperature must be 0 or more"),
+        ("tv", {"serving": "sglang-block"}, r"serving\b.*verifies by block.*verification=token"),
+        ("tv", {"sharpness": 4}, "sharpness=4.0 has no effect.*drafting=greedy"),
+        ("tv", {"serving": "temperature=0", "sharpness": 0}, r"sharpness\b.*greater than 0"),
+        ("lk_alpha", {"serving": "draft_top_k=3"}, "serving.*truncates the draft.*loss=tv"),
+        ("reverse_kl", {"serving": "temperature=0"}, r"serving.*KL\(q \|\| p\) is infinite"),
+        ("reverse_kl", {"serving": "top_p=0.9"}, r"serving.*KL\(q \|\| p\) is infinite"),
     ],
 )
 def test_bad_options_are_named(name, options, message):

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chain_reducer import combine
 
-from specforge_lk.losses import LOSSES
+from specforge_lk.losses import LOSSES, ChainLoss
 
 RECORDS = {record.name: record for record in LOSSES}
 ETA = 2.5
@@ -30,12 +31,8 @@ def target_of(case):
 
 def evaluate(loss, z, target, mask):
     """Terms, combined vectors and the scalar that a trainer's reducer makes of them."""
-
-    def mean(values):
-        return values.detach()[mask].mean()
-
     terms = loss.terms(z, target, mask)
-    combined = loss.combine(terms, mean)
+    (combined,) = combine(loss, [terms], [mask])
     return terms, combined, combined["loss"][mask].mean()
 
 
@@ -51,7 +48,7 @@ def definition(name, options, z, case, mask):
     kl = (renormalized * (renormalized / q).log()).sum(-1)
     if options.get("kl_term") == "restricted":
         kl = (p * (p / q).log()).sum(-1)
-    if name == "lk_lambda":
+    if name in ("lk_lambda", "tau"):  # a chain of one draft position is reached
         scope = options.get("lambda_scope", "head")
         scopes = {
             "head": torch.exp(-ETA * alpha[mask].mean()),
@@ -78,6 +75,7 @@ OPTIONS = {
         {"lambda_scope": "fixed"},
         {"lambda_scope": "fixed", "lambda_fixed": 0.1},
     ],
+    "tau": [{"eta": ETA}, {"eta": ETA, "lambda_scope": "token", "estimator": "product"}],
 }
 
 
@@ -195,7 +193,7 @@ def test_chunked_terms_equal_unchunked(overlap_case, name):
         for rows in (slice(0, 3), slice(3, 10))
     ]
     joined = {key: torch.cat([part[key] for part in parts]) for key in whole}
-    again = loss.combine(joined, lambda values: values.detach()[mask].mean())
+    (again,) = combine(loss, [joined], [mask])
     torch.testing.assert_close(joined, whole)
     torch.testing.assert_close(again, combined)
 
@@ -229,3 +227,13 @@ def test_low_precision_training_step_is_finite_and_descends(overlap_case, name, 
     stepped = case.draft_logits.detach() - gradient
     *_, after = evaluate(build(name), stepped, target_of(case), mask)
     assert after < before
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_loss_has_the_methods_that_its_options_ask_for_alone(name):
+    """SpecForge looks for them; without any a loss trains as it always did."""
+    assert not hasattr(build(name), "shape_target")
+    assert hasattr(build(name, serving="drafting=greedy"), "shape_target")
+    assert isinstance(build(name), ChainLoss) == (name == "tau")
+    if name != "tau":
+        assert isinstance(build(name, chain_weight="auf"), ChainLoss)
