@@ -43,7 +43,7 @@ class ServingOptions(BaseModel):
     draft sample from under it."""
     sharpness: Annotated[Number, Field(gt=0)] | None = None
     """With greedy drafting, s of the draft that stands in for the likeliest token,
-    softmax(s z); 4 unless given."""
+    softmax(s z); 8 unless given."""
 
     @property
     def rule(self) -> Serving:

@@ -161,6 +161,6 @@ def test_recorded_tokens_are_needed():
     target = target_of(targets[0], [0, 1], tokens[0])
     target.labels = None
     mask = torch.ones(2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="needs the recorded tokens.*with_labels"):
+    with pytest.raises(ValueError, match=r"needs the recorded tokens.*with_labels"):
         build().terms(drafts[0], target, mask)
     assert "past" not in build(estimator="product").terms(drafts[0], target, mask)
