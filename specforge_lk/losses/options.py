@@ -20,9 +20,9 @@ def _canonical_rule(text: str) -> str:
     rule = parse(text)
     if rule.verification is not Verification.TOKEN:
         raise ValueError(
-            f"{text!r} verifies by {rule.verification}: there a token's acceptance depends on the "
-            "tokens drafted before it, which a recorded response does not have, so no loss trains "
-            "for it; train for verification=token, which block verification accepts no less than"
+            f"{text!r} verifies by {rule.verification}: there a token's acceptance also depends on "
+            "a weight of all tokens drafted before it, which no loss here carries; train for "
+            "verification=token, than which block verification accepts no less"
         )
     return str(rule)
 

@@ -260,6 +260,24 @@ def test_interrupted_capture_continues(target: Path, responses: Path, tmp_path: 
     assert "max_length=256, not 200" in result.output
 
 
+def test_features_say_what_their_responses_are_samples_of(
+    target: Path, responses: Path, tmp_path: Path
+):
+    config, manifest = run_config(target, tmp_path), tmp_path / "features" / "capture.json"
+    run(config, responses)
+    before = json.loads(manifest.read_text())
+    assert before["sampling"] == [{"temperature": 1.0}, None]  # one row says it, three do not
+    # Those of an earlier version did not; captured again, they do.
+    manifest.write_text(json.dumps({k: v for k, v in before.items() if k != "sampling"}))
+    assert "(0 new" in run(config, responses)
+    assert json.loads(manifest.read_text()) == before
+
+    rows = responses.read_text().replace('"temperature": 1.0', '"temperature": "hot"')
+    responses.write_text(rows)
+    refused = invoke(config, responses)
+    assert refused.exit_code == 1 and "row 0: the field 'sampling'" in refused.output
+
+
 def test_features_serve_every_run_that_reads_no_more(target: Path, responses: Path, tmp_path: Path):
     """P-EAGLE reads EAGLE-3's; DFlash's with a registered loss are its stock ones and more, and
     DSpark's.
@@ -370,6 +388,13 @@ def test_streamed_runs_ask_for_the_tokens_that_features_have(
     for task, record in zip(tasks, records(tmp_path), strict=True):
         assert task["payload"]["input_ids"] == record["input_ids"].tolist()
         assert task["payload"]["loss_mask"] == record["loss_mask"].tolist()
+
+    rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    assert [row.pop("sampling", None) for row in rows] == [{"temperature": 1.0}, None, None, None]
+    # Earlier versions wrote the tokens alone.
+    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(config, responses)
+    assert "sampling" in (tmp_path / "tokens.jsonl").read_text()
 
     # SpecForge reads conversations from there, too: they must not be lost.
     run(config, responses)
