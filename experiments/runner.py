@@ -251,7 +251,7 @@ def code_of(algorithm: str) -> list[Path]:
     return [
         *(sorted(drafts.glob("*.py")) if own else []),
         *sorted(Path("patches").glob("specforge/*/*.patch")),
-        Path("specforge_lk/losses.py"),
+        *sorted(Path("specforge_lk/losses").glob("*.py")),
         *sorted(Path("specforge_lk/overlap").glob("*.[pc]*")),
     ]
 

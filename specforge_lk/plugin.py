@@ -1,6 +1,5 @@
 """SpecForge's entry point to this package (group ``specforge.plugins``)."""
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from specforge_lk.losses import LOSSES
@@ -28,15 +27,10 @@ def create_plugin() -> "Plugin":
             f"specforge=={SUPPORTED['specforge']} and run 'specforge-lk patch apply'"
         ) from error
 
-    known = {field.name for field in fields(LossRegistration)}
-    losses = (
-        LossRegistration(**{name: v for name, v in vars(loss).items() if name in known})
-        for loss in LOSSES
-    )
     return Plugin(
         name="specforge-lk",
         api_version=1,
         algorithms=tuple(algorithm.registration() for algorithm in ALGORITHMS),
         drafts=tuple(algorithm.draft_registration() for algorithm in ALGORITHMS),
-        losses=tuple(losses),
+        losses=tuple(LossRegistration(**vars(loss)) for loss in LOSSES),
     )

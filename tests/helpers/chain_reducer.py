@@ -1,4 +1,4 @@
-"""What a trainer makes of the terms of a chain: ten lines in place of SpecForge's reducer."""
+"""What a loss makes of the terms of a chain, position by position, and what a trainer does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+from specforge.losses.reduction import reduce_heads
 
 from specforge_lk.losses import ChainLoss
 
@@ -25,7 +26,6 @@ def combine(
     return [loss.combine(terms, of) for terms, of in zip(heads, means, strict=True)]
 
 
-def total(combined: Sequence[Mapping[str, torch.Tensor]], masks: Sequence[torch.Tensor]):
-    """The sum of the draft positions' means."""
-    pairs = zip(combined, masks, strict=True)
-    return sum(head["loss"][mask].mean() for head, mask in pairs if mask.any())
+def total(loss, heads: Sequence[Mapping[str, torch.Tensor]], masks: Sequence[torch.Tensor]):
+    """The sum of the draft positions' means, from SpecForge's reducer."""
+    return sum(head.loss for head in reduce_heads(loss, heads, masks))

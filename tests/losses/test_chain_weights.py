@@ -70,7 +70,11 @@ def definition(way, chain):
 def test_weights_are_their_definition(chain, way, name):
     z, _, _, masks = chain
     plain, loss = build(name), build(name, chain_weight=way)
-    combined, unweighted = (combine(of, heads_of(of, chain), masks) for of in (loss, plain))
+    heads = heads_of(loss, chain)
+    combined, unweighted = (
+        combine(loss, heads, masks),
+        combine(plain, heads_of(plain, chain), masks),
+    )
     weights = definition(way, chain)
     assert 0 <= weights[-1][masks[-1]].min() < weights[-1][masks[-1]].max()
     for got, before, weight, mask in zip(combined, unweighted, weights, masks, strict=True):
@@ -81,7 +85,7 @@ def test_weights_are_their_definition(chain, way, name):
         (weight * before["loss"])[mask].mean()
         for before, weight, mask in zip(unweighted, weights, masks, strict=True)
     )
-    (gradient,) = torch.autograd.grad(total(combined, masks), z)
+    (gradient,) = torch.autograd.grad(total(loss, heads, masks), z)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
     assert gradient.isfinite().all() and not gradient[~masks].any()
 

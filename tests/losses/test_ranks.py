@@ -11,12 +11,16 @@ import torch.multiprocessing as mp
 from specforge.core.target_distribution import TargetDistribution
 from specforge.losses.reduction import pool_heads, reduce_heads, target_shape
 
-from specforge_lk.losses import LOSSES, Tau
+from specforge_lk.losses import LOSSES
 
 ROWS, HEADS, VOCAB, DRAFT_VOCAB = 11, 3, 40, 24
 #: Ranks of unlike size: a mean of the ranks' means would be another number.
 SPLIT = (slice(0, 3), slice(3, ROWS))
-NAMES = [record.name for record in LOSSES if record.build is not Tau]  # that sees a chain
+CASES: dict[str, tuple[str, dict[str, str]]] = {
+    **{record.name: (record.name, {}) for record in LOSSES},
+    "weighted in the chain": ("lk_lambda", {"chain_weight": "dpace"}),
+    "served": ("tau", {"serving": "temperature=0.8,top_k=20,drafting=greedy"}),
+}
 
 
 def rows() -> tuple[torch.Tensor, ...]:
@@ -37,8 +41,9 @@ def step(
     name: str, part: slice, group: object = None, chunk: int = ROWS
 ) -> dict[str, torch.Tensor]:
     """Loss, λ per head and the gradient of one rank's rows, its terms computed in chunks."""
+    name, options = CASES[name]
     record = next(record for record in LOSSES if record.name == name)
-    loss = record.build(record.options())
+    loss = record.build(record.options(**options))
     draft, target, tokens, mask, weight = (tensor[part] for tensor in rows())
     draft = draft.clone().requires_grad_()
     t2d = torch.arange(VOCAB) % 5 < 3
@@ -74,7 +79,7 @@ def run_rank(rank: int, directory: str) -> None:
     store = dist.FileStore(f"{directory}/store", len(SPLIT))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(SPLIT))
     results = {}
-    for name in NAMES:
+    for name in CASES:
         result = step(name, SPLIT[rank], dist.group.WORLD, chunk=2)
         # Data-parallel training averages gradients over ranks.
         results[name] = {**result, "grad": result["grad"] / len(SPLIT)}
@@ -90,7 +95,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_in_chunks_equal_one(ranks, name):
     whole = step(name, slice(None))
     parts = [rank[name] for rank in ranks]

@@ -83,7 +83,7 @@ def test_loss_and_gradient_are_their_definition(estimator, scope):
         ratio = (q.gather(1, at) / p.gather(1, at)).squeeze(1).clamp_max(1)
         reach = reach * (ratio if estimator == "weighted" else alpha)
 
-    found = torch.autograd.grad(total(combined, masks), drafts)
+    found = torch.autograd.grad(total(loss, heads, masks), drafts)
     definition = torch.autograd.grad(sum(values.mean() for values in expected), drafts)
     torch.testing.assert_close(found, definition)
     assert all(gradient.any() for gradient in found)
@@ -146,8 +146,7 @@ def test_gradients_at_random_initialization_need_kl():
             loss.terms(x, target_of(logits, list(range(vocabulary)), torch.zeros(1)), mask)
             for x in z
         ]
-        combined = combine(loss, heads, [mask] * 2)
-        gradients = torch.autograd.grad(total(combined, [mask] * 2), z)
+        gradients = torch.autograd.grad(total(loss, heads, [mask] * 2), z)
         return [gradient.norm().item() for gradient in gradients]
 
     pure = norms(lambda_scope="fixed", lambda_fixed=0)
