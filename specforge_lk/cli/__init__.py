@@ -14,7 +14,9 @@ from specforge_lk import __version__
 from specforge_lk.cli.shell import example
 
 #: The subcommands in the order of ``--help``.
-_COMMANDS = ("patch", "losses", "data", "generate", "capture", "eval", "doctor", "cost")
+_COMMANDS = (
+    *("patch", "losses", "data", "generate", "import-draft", "capture", "eval", "doctor", "cost"),
+)
 
 app = typer.Typer(
     name="specforge-lk",
@@ -28,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name in _COMMANDS:
-    _module = importlib.import_module(f"specforge_lk.cli.{_name}")
+    _module = importlib.import_module(f"specforge_lk.cli.{_name.replace('-', '_')}")
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name)
     else:

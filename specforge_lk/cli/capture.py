@@ -75,6 +75,11 @@ def run(
     plan = None if streamed else _plan(run, target_config)
     place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
     vocab_size = target_config.get_text_config().vocab_size
+    if vocab_mapping and run.model.draft_checkpoint_path:
+        raise ValueError(
+            f"model.draft_checkpoint_path={run.model.draft_checkpoint_path}: that draft has a "
+            "vocabulary, which its training keeps; leave out --vocab-mapping"
+        )
     if vocab_mapping and not algorithm.spec.capabilities.supports_vocab_mapping:
         raise ValueError(
             f"training.strategy={run.training.strategy} drafts from the whole vocabulary; "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
+from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, parse_layers, say
 from specforge_lk.evaluate.published import PUBLISHED, find_target
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.serving import Serving, parse
@@ -171,7 +171,7 @@ def run(
         raise typer.BadParameter("nothing to measure: give --benchmark or --held-out")
     if sampled and not benchmarks:
         raise typer.BadParameter("--sampled decodes benchmarks: give --benchmark")
-    layers = _layers(aux_layers)
+    layers = parse_layers(aux_layers)
     rules = _rules(serving, temperature)
     published = find_target(compare_with or target)
     if compare_with and published is None:
@@ -253,14 +253,6 @@ def _drafts(values: list[str]) -> list[tuple[str, int, str]]:
     if len({spec[:2] for spec in specs}) < len(specs):
         raise typer.BadParameter("two drafts have the same name; add @SEED to tell them apart")
     return specs
-
-
-def _layers(value: str | None) -> tuple[int, ...] | None:
-    """Return the layers of ``--aux-layers``."""
-    try:
-        return tuple(int(layer) for layer in value.split(",")) if value else None
-    except ValueError:
-        raise typer.BadParameter(f"--aux-layers {value!r} is not like 1,14,26") from None
 
 
 def _named(value: str, option: str, form: str) -> tuple[str, str]:

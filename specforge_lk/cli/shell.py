@@ -60,6 +60,14 @@ def find_device(name: str) -> str:
     return name
 
 
+def parse_layers(value: str | None) -> tuple[int, ...] | None:
+    """Return the layers of ``--aux-layers``."""
+    try:
+        return tuple(int(layer) for layer in value.split(",")) if value else None
+    except ValueError:
+        raise typer.BadParameter(f"--aux-layers {value!r} is not like 1,14,26") from None
+
+
 @contextlib.contextmanager
 def errors(
     *, memory: str = "", codes: Mapping[type[Exception], int] = MappingProxyType({})
@@ -133,4 +141,14 @@ def _extras() -> dict[str, str]:
     return dict(sorted(pairs, key=lambda pair: -size[pair[1]]))
 
 
-__all__ = ["Dtype", "device_option", "errors", "example", "fail", "find_device", "missing", "say"]
+__all__ = [
+    "Dtype",
+    "device_option",
+    "errors",
+    "example",
+    "fail",
+    "find_device",
+    "missing",
+    "parse_layers",
+    "say",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,34 @@ from specforge_lk.drafts.table import ARCHITECTURES, DraftType, draft_type
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _EXPORT = "`specforge export --to hf`"
+
+
+class TargetFacts(Protocol):
+    """What a draft's files are read for: a target, or what is known of one without its weights."""
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM head, padding included."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Columns of the LM head."""
+        ...
+
+    def lm_head_weight(self) -> torch.Tensor:
+        """Return the LM head's weight [V, H]."""
+        ...
 
 
 class DraftError(ValueError):
@@ -75,7 +103,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load(file).items()}
 
 
-def require_sizes(path: Path, sizes: Mapping[str, int | None], target: Target) -> None:
+def require_sizes(path: Path, sizes: Mapping[str, int | None], target: TargetFacts) -> None:
     """Check a config's sizes against the target's LM head.
 
     Args:
@@ -87,7 +115,8 @@ def require_sizes(path: Path, sizes: Mapping[str, int | None], target: Target) -
     Raises:
         DraftError: a size is another.
     """
-    for (name, size), wanted in zip(sizes.items(), target.head.weight.shape, strict=False):
+    wanted_sizes = (target.vocab_size, target.hidden_size)
+    for (name, size), wanted in zip(sizes.items(), wanted_sizes, strict=False):
         if size != wanted:
             raise DraftError(
                 f"{path / 'config.json'}: {name} {size}, but the target's is {wanted}; give the "

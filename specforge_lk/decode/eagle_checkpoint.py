@@ -15,6 +15,7 @@ from torch import nn
 
 from specforge_lk.decode.checkpoint import (
     DraftError,
+    TargetFacts,
     draft_vocabulary,
     fill,
     read_weights,
@@ -60,14 +61,14 @@ class EagleCheckpoint:
 
 
 def read_eagle(
-    path: Path, config: dict[str, Any], target: Target, layers: tuple[int, ...] | None
+    path: Path, config: dict[str, Any], target: TargetFacts, layers: tuple[int, ...] | None
 ) -> EagleCheckpoint:
     """Read a draft of the EAGLE family in SpecForge's layout; see `load_draft`."""
     return _checked(path, config, read_weights(path), target, layers)
 
 
 def read_eagle3(
-    path: Path, config: dict[str, Any], target: Target, layers: tuple[int, ...] | None
+    path: Path, config: dict[str, Any], target: TargetFacts, layers: tuple[int, ...] | None
 ) -> EagleCheckpoint:
     """Read an EAGLE-3 draft in SpecForge's or vLLM's layout; see `load_draft`."""
     config = _specforge_config(path, config)
@@ -79,7 +80,7 @@ def _checked(
     path: Path,
     config: dict[str, Any],
     weights: dict[str, torch.Tensor],
-    target: Target,
+    target: TargetFacts,
     layers: tuple[int, ...] | None,
 ) -> EagleCheckpoint:
     from transformers import LlamaConfig
@@ -96,7 +97,9 @@ def _checked(
             f"{file}: rope_type {rope!r} is not supported here; "
             f"supported are {', '.join(ROPE_TYPES)}"
         )
-    require_sizes(path, {"vocab_size": parsed.vocab_size}, target)
+    width = getattr(parsed, "target_hidden_size", None)
+    wide = {"hidden_size": parsed.hidden_size} if width is None else {"target_hidden_size": width}
+    require_sizes(path, {"vocab_size": parsed.vocab_size, **wide}, target)
     if missing := sorted(set(_NEEDED) - set(weights)):
         raise DraftError(f"draft {path}: tensors {missing} are missing; export again")
     rows = len(weights["lm_head.weight"])
@@ -108,8 +111,7 @@ def _checked(
     ids = draft_vocabulary(path, weights, rows, parsed.vocab_size)
     count = target.num_layers
     layers = layers or _captured_layers(file, config, target) or (1, count // 2 - 1, count - 4)
-    width = getattr(parsed, "target_hidden_size", parsed.hidden_size)
-    needed = weights["fc.weight"].shape[1] // width
+    needed = weights["fc.weight"].shape[1] // target.hidden_size
     if len(layers) != needed or any(not 0 <= layer < count for layer in layers):
         raise DraftError(
             f"draft {path}: captured layers {list(layers)} do not fit a target of {count} layers; "
@@ -121,7 +123,7 @@ def _checked(
 
 
 def _captured_layers(
-    file: Path, config: Mapping[str, Any], target: Target
+    file: Path, config: Mapping[str, Any], target: TargetFacts
 ) -> tuple[int, ...] | None:
     """Return the layers k that a config names, if any.
 
@@ -134,7 +136,7 @@ def _captured_layers(
     theirs = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get("layer_ids")
     named = []
     if ours:
-        inputs = layer_ids_are_inputs(target.model.config, ours)
+        inputs = layer_ids_are_inputs(target.config, ours)
         named = [[layer - 1 for layer in ours] if inputs else list(ours)]
     named += [[layer - 1 for layer in theirs]] if theirs else []
     if len(named) == 2 and named[0] != named[1]:

@@ -20,6 +20,7 @@ from torch import nn
 from specforge_lk.decode.base import BaseDraft
 from specforge_lk.decode.checkpoint import (
     DraftError,
+    TargetFacts,
     draft_vocabulary,
     fill,
     read_weights,
@@ -61,7 +62,7 @@ class LastStateDraft(BaseDraft):
 
     @staticmethod
     @abstractmethod
-    def layout(config: Config, weights: Weights, target: Target) -> tuple[Config, Weights]:
+    def layout(config: Config, weights: Weights, target: TargetFacts) -> tuple[Config, Weights]:
         """Return config and tensors in one form, whatever layout they are stored in."""
 
     @staticmethod
@@ -74,21 +75,37 @@ class LastStateDraft(BaseDraft):
         cls, path: Path, config: Config, target: Target, layers: tuple[int, ...] | None
     ) -> Self:
         """Load a draft from an engine's layout; see `load_draft`."""
+        refuse_layers(path, cls.algorithm, layers)
+        read, weights, ids = cls.read(path, config, target)
+        draft = cls(read, weights, target.num_layers - 1, ids)
+        return fill(draft, weights, path, target)
+
+    @classmethod
+    def read(
+        cls, path: Path, config: Config, target: TargetFacts
+    ) -> tuple[Config, Weights, torch.Tensor | None]:
+        """Return config and tensors in the form of `layout`, and the draft vocabulary.
+
+        Returns:
+            The config; the tensors of the draft's module; the target ids [V_d] of the draft
+            vocabulary, None for the whole one in order.
+
+        Raises:
+            DraftError: the folder is incomplete, or does not fit itself or the target.
+        """
         stored = {_bare(name): value for name, value in read_weights(path).items()}
         config, weights = cls.layout(config, stored, target)
         if missing := [n for n in (*cls.needed, "vocab_size") if config.get(n) is None]:
             raise DraftError(
                 f"{path / 'config.json'}: {', '.join(missing)} is missing; export again"
             )
-        refuse_layers(path, cls.algorithm, layers)
         require_sizes(path, {name: config[name] for name in ("vocab_size", cls.needed[0])}, target)
         rows = cls.rows(weights)
         if rows is None:
             raise DraftError(f"draft {path}: it has no LM head; export again")
         ids = draft_vocabulary(path, weights, rows, target.vocab_size)
-        draft = cls(config, weights, target.num_layers - 1, ids)
         tensors = {name: value for name, value in weights.items() if name not in _VOCABULARY}
-        return fill(draft, tensors, path, target)
+        return config, tensors, ids
 
     def _begin(self, features: torch.Tensor) -> torch.Tensor:
         """Return the state [N, d] of chains from the target's states [N, H]."""
@@ -170,7 +187,7 @@ class MedusaDraft(LastStateDraft):
         return len(weights[name]) if name in weights else None
 
     @staticmethod
-    def layout(config: Config, weights: Weights, target: Target) -> tuple[Config, Weights]:
+    def layout(config: Config, weights: Weights, target: TargetFacts) -> tuple[Config, Weights]:
         """Return config and tensors under vLLM's names, with all that is needed.
 
         Older drafts name the counts medusa_num_*, and number their tensors: MEDUSA head 0 has
@@ -179,11 +196,12 @@ class MedusaDraft(LastStateDraft):
         for name in ("num_heads", "num_hidden_layers"):
             older = config.get(f"medusa_{name.replace('hidden_', '')}")
             config = {name: older, **config} if older is not None else config
-        config = {"vocab_size": target.vocab_size, "hidden_size": target.head.in_features, **config}
+        config = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size, **config}
         renamed = {_numbered_name(name): tensor for name, tensor in weights.items()}
         own = {name for name in renamed if name.startswith("lm_heads.")}
         if config.get("original_lm_head"):
-            first = renamed.get("lm_heads.0.weight", target.head.weight.detach())
+            first = renamed.get("lm_heads.0.weight")
+            first = target.lm_head_weight() if first is None else first
             renamed = {
                 "lm_head.weight": first,
                 **{k: v for k, v in renamed.items() if k not in own},
@@ -238,7 +256,7 @@ class MLPSpeculatorDraft(LastStateDraft):
         return len(weights["head.0.weight"]) if "head.0.weight" in weights else None
 
     @staticmethod
-    def layout(config: Config, weights: Weights, target: Target) -> tuple[Config, Weights]:
+    def layout(config: Config, weights: Weights, target: TargetFacts) -> tuple[Config, Weights]:
         """Return tensors with an entry for every head, where tied ones are stored once."""
         if not config.get("tie_weights") or not config.get("n_predict"):
             return config, weights

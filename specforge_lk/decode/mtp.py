@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from specforge_lk.decode.base import BaseDraft
-from specforge_lk.decode.checkpoint import DraftError, disagreement, refuse_layers, require_sizes
+from specforge_lk.decode.checkpoint import (
+    DraftError,
+    TargetFacts,
+    disagreement,
+    refuse_layers,
+    require_sizes,
+)
 from specforge_lk.decode.draft import Proposal
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
@@ -67,22 +73,7 @@ class MTPDraft(BaseDraft):
         `load_draft`.
         """
         refuse_layers(path, cls.algorithm, layers)
-        try:
-            parsed = MTPConfig.from_dict(config)
-        except ValueError as error:
-            raise DraftError(f"{path / 'config.json'}: {error}") from error
-        sizes = {name: getattr(parsed, name, None) for name in ("vocab_size", "hidden_size")}
-        require_sizes(path, sizes, target)
-        prefix = f"model.layers.{parsed.num_hidden_layers}."
-        try:
-            weights = read_module(path, prefix)
-        except ValueError as error:
-            raise DraftError(f"draft {error}") from error
-        if missing := [prefix + name for name in _OWN if name not in weights]:
-            raise DraftError(
-                f"draft {path}: {', '.join(missing)} missing; this is no checkpoint with an MTP "
-                "module: give one that was released with it, or an export"
-            )
+        parsed, weights = read_mtp(path, config, target)
         own = {name: weights.pop(name) for name in _OWN}
         embedding = weights.pop("embed_tokens.weight", target.model.get_input_embeddings().weight)
         lm_head = weights.pop("shared_head.head.weight", target.head.weight)
@@ -208,6 +199,33 @@ class MTPDraft(BaseDraft):
             states = self._run(inputs, states, positions + step, visible, cache)
             seen.append(index[None] == index[:, None])
             yield self._checked(self._head(states[starts]))
+
+
+def read_mtp(
+    path: Path, config: dict[str, Any], target: TargetFacts
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the family's config and the module's tensors, without what precedes their names.
+
+    Raises:
+        DraftError: there is no module, or one that does not fit the target.
+    """
+    try:
+        parsed = MTPConfig.from_dict(config)
+    except ValueError as error:
+        raise DraftError(f"{path / 'config.json'}: {error}") from error
+    sizes = {name: getattr(parsed, name, None) for name in ("vocab_size", "hidden_size")}
+    require_sizes(path, sizes, target)
+    prefix = f"model.layers.{parsed.num_hidden_layers}."
+    try:
+        weights = read_module(path, prefix)
+    except ValueError as error:
+        raise DraftError(f"draft {error}") from error
+    if missing := [prefix + name for name in _OWN if name not in weights]:
+        raise DraftError(
+            f"draft {path}: {', '.join(missing)} missing; this is no checkpoint with an MTP "
+            "module: give one that was released with it, or an export"
+        )
+    return parsed, weights
 
 
 def _decoder(path: Path, config: Any, state: dict[str, torch.Tensor], target: Target) -> Any:

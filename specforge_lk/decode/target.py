@@ -151,6 +151,20 @@ class Target:
         return int(self.head.weight.shape[0])
 
     @property
+    def hidden_size(self) -> int:
+        """Columns of the LM head."""
+        return int(self.head.weight.shape[1])
+
+    @property
+    def config(self) -> Any:
+        """The model's Hugging Face config."""
+        return self.model.config
+
+    def lm_head_weight(self) -> torch.Tensor:
+        """Return the LM head's weight [V, H], without gradient."""
+        return self.head.weight.detach()
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a response."""
         return eos_ids(self.model.generation_config, self.tokenizer)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-    from specforge_lk.drafts.model import HeadDraftModel
+    from specforge_lk.drafts.model import HeadDraftModel, TargetWeights
 
 NORMALIZER_ID: Final = "last_hidden_state_v1"
 FEATURES: Final = ("input_ids", "loss_mask", "hidden_state")
@@ -267,7 +267,6 @@ def _build_training_model(
     from specforge.losses import resolve_loss
     from specforge.modeling.target.target_head import TargetHead
 
-    from specforge_lk.drafts.model import TargetWeights
     from specforge_lk.drafts.training import HeadModel
     from specforge_lk.losses import KL, KLOptions
 
@@ -279,13 +278,7 @@ def _build_training_model(
         embedding_key=config.model.embedding_key,
         **_target_head_dtype(config),
     )
-    weights = TargetWeights(
-        head=target_head.fc.weight,
-        read=partial(_tensor, target_head),
-        embedding_key=config.model.embedding_key,
-        bias=target_head.fc.bias,
-        transform=target_head.transform,
-    )
+    weights = target_weights(target_head, config.model.embedding_key)
     draft.tie_to_target(weights)
     if not config.model.draft_checkpoint_path:
         draft.start_from(weights)
@@ -305,6 +298,24 @@ def _build_training_model(
     )
     return AlgorithmModelParts(
         model=model.to(device=_device(), dtype=_torch_dtype(config)), target_head=target_head
+    )
+
+
+def target_weights(target_head: TargetHead, embedding_key: str) -> TargetWeights:
+    """Return what a draft may take over of the target that an LM head was loaded from.
+
+    Args:
+        target_head: SpecForge's.
+        embedding_key: name of the target's embedding in its checkpoint.
+    """
+    from specforge_lk.drafts.model import TargetWeights
+
+    return TargetWeights(
+        head=target_head.fc.weight,
+        read=partial(_tensor, target_head),
+        embedding_key=embedding_key,
+        bias=target_head.fc.bias,
+        transform=target_head.transform,
     )
 
 

@@ -5,6 +5,14 @@ import json
 import pytest
 import torch
 from head_drafts import build, inputs
+from released_layouts import (
+    config_of,
+    engine_name,
+    numbered_name,
+    rewrite,
+    speculators_config,
+    vllm_config,
+)
 from safetensors.torch import load_file, save_file
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_model, build_tokenizer, save_draft
 
@@ -31,16 +39,6 @@ def logits(draft, features=None):
     return found, draft.draft_ids
 
 
-def rewrite(source, path, config, rename=lambda name: name, **tensors):
-    """Copy a draft with another config and other names and tensors; None drops one."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    weights = load_file(source / "model.safetensors") | tensors
-    renamed = {rename(k): v.contiguous() for k, v in weights.items() if v is not None}
-    save_file(renamed, path / "model.safetensors")
-    return path
-
-
 def assert_same(one, other, features=None):
     (logits_one, ids_one), (logits_other, ids_other) = (
         logits(one, features),
@@ -50,30 +48,7 @@ def assert_same(one, other, features=None):
     torch.testing.assert_close(logits_one, logits_other, rtol=1e-5, atol=1e-5)
 
 
-def config_of(path, **changes):
-    config = {**json.loads((path / "config.json").read_text()), **changes}
-    return {name: value for name, value in config.items() if value is not None}
-
-
 # EAGLE-3
-
-
-def engine_name(name):
-    return name.replace("midlayer.", "layers.0.")
-
-
-def speculators_config(path):
-    """As vLLM's package `speculators` writes it: the layer's settings apart."""
-    config = config_of(path, eagle_config=None, architectures=None)
-    size = config.pop("draft_vocab_size")
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "draft_vocab_size": size,
-        "norm_before_residual": False,
-        "eagle_aux_hidden_state_layer_ids": [2, 3, 5],
-        "transformer_layer_config": config,
-    }
 
 
 @pytest.mark.parametrize("layout", ["vllm", "speculators", "torch", "shards"])
@@ -83,13 +58,7 @@ def test_eagle3(layout, target, tmp_path):
     d2t = load_file(plain / "model.safetensors")["d2t"].int()
     changes = {"d2t": d2t, "t2d": None}
     if layout == "vllm":
-        config = config_of(
-            plain,
-            architectures=["Eagle3LlamaForCausalLM"],
-            eagle_config=None,
-            eagle_aux_hidden_state_layer_ids=[2, 3, 5],  # counted from 1
-            norm_output=False,  # not what it is in SpecForge
-        )
+        config = vllm_config(plain)
         path = rewrite(plain, tmp_path / layout, config, engine_name, **changes)
     elif layout == "speculators":
         config = speculators_config(plain)
@@ -222,16 +191,10 @@ def test_medusa(layout, target, tmp_path):
     build("medusa, biases", tmp_path / "plain", VOCAB_SIZE)
     plain = tmp_path / "plain"
 
-    def older(name):
-        part, head, *rest = name.split(".")
-        if part == "lm_heads":
-            return f"{head}.1.weight"
-        return f"{head}.{rest[1]}.linear.{rest[2]}"
-
     config, rename = {
         "prefix": (config_of(plain), lambda name: f"medusa_heads.{name}"),
         "no architectures": (config_of(plain, architectures=None), lambda name: name),
-        "older": ({"medusa_num_heads": HEADS, "medusa_num_layers": 1}, older),
+        "older": ({"medusa_num_heads": HEADS, "medusa_num_layers": 1}, numbered_name),
     }[layout]
     path = rewrite(plain, tmp_path / "engine", config, rename)
     assert_same(load_draft(plain, target), load_draft(path, target))
