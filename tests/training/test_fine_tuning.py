@@ -1,5 +1,7 @@
 """`specforge train` from an exported draft: model.draft_checkpoint_path, through the command line.
 
+A released draft is one more, once `specforge-lk import-draft` has read it.
+
 Where the draft has a vocabulary of its own, its features are captured again before it is
 fine-tuned, from other responses: the draft must keep the tokens that it has been trained on.
 """
@@ -11,14 +13,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from released_layouts import as_torch_file, config_of, engine_name, rewrite, vllm_config
 from safetensors.torch import load_file
-from training_run import EPOCH, Finished, Setup, capture_arguments, prepare_with_features, run
+from training_run import (
+    EPOCH,
+    HEADS,
+    MEAN_ERROR,
+    Finished,
+    Setup,
+    capture_arguments,
+    prepare_with_features,
+    run,
+)
+
+from specforge_lk.drafts.table import DRAFTS
+from specforge_lk.evaluate.report import read_report
 
 pytestmark = pytest.mark.slow
 
 #: Those whose drafts have a vocabulary of their own.
-TRUNCATED = ("eagle3", "medusa", "mlp_speculator")
-ALGORITHMS = (*TRUNCATED, "mtp")
+TRUNCATED = ("eagle3", "peagle", "medusa", "mlp_speculator")
+#: Those that are released in other layouts than that of exports.
+RELEASED = ("eagle3", "medusa", "mlp_speculator", "mtp")
 #: What the update of a parameter is lost in.
 STILL = "training.learning_rate=1e-30"
 
@@ -38,9 +54,8 @@ class Trained:
     def fine_tune(self, name: str, *overrides: str, check: bool = True) -> Finished:
         """One step from the export, so small that it changes nothing, and an evaluation."""
         start = f"model.draft_checkpoint_path={self.export}"
-        one = ("training.max_steps=1", "training.total_steps=1", "training.save_interval=1")
         return self.setup.train(
-            name, start, STILL, *one, *evaluating(self.setup, 1), *overrides, check=check
+            name, start, STILL, *steps(1), *evaluating(self.setup, 1), *overrides, check=check
         )
 
 
@@ -51,16 +66,22 @@ def evaluating(setup: Setup, step: int) -> list[str]:
     ]
 
 
-def export(trained: Trained, name: str, step: int, to: Path) -> dict[str, torch.Tensor]:
+def steps(count: int) -> list[str]:
+    return [f"training.{name}={count}" for name in ("max_steps", "total_steps", "save_interval")]
+
+
+def export(
+    trained: Trained, name: str, step: int, to: Path, config: Path | None = None
+) -> dict[str, torch.Tensor]:
     setup = trained.setup
     source = ["--embedding-source", setup.target] if trained.algorithm == "eagle3" else []
     checkpoint = setup.checkpoint(name, step)
-    config = ["--checkpoint", checkpoint, "--draft-config", setup.draft_config]
-    run("specforge", "export", "--to", "hf", *config, *source, "--output-dir", to)
+    paths = ["--checkpoint", checkpoint, "--draft-config", config or setup.draft_config]
+    run("specforge", "export", "--to", "hf", *paths, *source, "--output-dir", to)
     return load_file(to / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=ALGORITHMS)
+@pytest.fixture(scope="module", params=tuple(DRAFTS))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     algorithm = request.param
     setup = prepare_with_features(tmp_path_factory.mktemp(algorithm), algorithm=algorithm)
@@ -109,3 +130,70 @@ def test_another_vocabulary_is_refused(trained: Trained, tmp_path: Path) -> None
     message = refused.tail()
     for part in (str(tmp_path / "other.pt"), str(trained.export), "model.vocab_mapping_path"):
         assert part in message
+
+
+def released(trained: Trained, path: Path) -> Path:
+    """The exported draft as vLLM, the published MLP speculators or a target have it."""
+    plain = trained.export
+    if trained.algorithm == "eagle3":
+        return rewrite(plain, path, vllm_config(plain), engine_name, t2d=None)
+    if trained.algorithm == "medusa":
+        weights = load_file(plain / "model.safetensors")
+        heads = [name for name in weights if name.startswith("lm_heads.")]
+        backwards = {name: weights[name].flip(0) for name in (*heads, "token_map")}
+        config = config_of(plain, architectures=None)
+        return as_torch_file(rewrite(plain, path, config, d2t=None, t2d=None, **backwards))
+    if trained.algorithm == "mlp_speculator":
+        config = config_of(plain, architectures=None)
+        return rewrite(plain, path, config, lambda name: name.removeprefix("speculator."))
+    # Beside the target's own layers it has the target's architecture.
+    config = config_of(plain, architectures=["LlamaForCausalLM"], num_nextn_predict_layers=1)
+    return rewrite(plain, path, config)
+
+
+@pytest.mark.parametrize("trained", RELEASED, indirect=True)
+def test_a_released_draft_is_trained_on(trained: Trained, tmp_path: Path) -> None:
+    """It measures as it was released, resumes bitwise, and is exported with its vocabulary."""
+    setup, out = trained.setup, tmp_path / "imported"
+    source = released(trained, tmp_path / "released")
+    run("specforge-lk", "import-draft", source, "--target", setup.target, "--out", out)
+    mapping = out / "vocab_mapping.pt"
+    own = [f"model.draft_model_config={out / 'config.json'}", "training.loss=kl"]
+    own.append(f"model.vocab_mapping_path={mapping if mapping.exists() else ''}")
+    start = f"model.draft_checkpoint_path={out}"
+
+    still = setup.train("still", start, STILL, *own, *steps(1), *evaluating(setup, 1))
+    measured, report = still.evaluations[1], tmp_path / "report.json"
+    models = ["--target", setup.target, "--draft", f"kl={source}", "--heads", HEADS]
+    held_out = ["--held-out", setup.held_out, "--sampled-by", "temperature=1"]
+    run("specforge-lk", "eval", *models, *held_out, "--out", report)
+    (exact,) = read_report(report).results
+    assert exact.tau_start - 1 == pytest.approx(measured["tau_expected"] - 1, rel=MEAN_ERROR)
+    last = f"alpha_{HEADS - 1}"
+    assert exact.alpha_per_head[-1] == pytest.approx(measured[last], rel=MEAN_ERROR)
+
+    setup.train("whole", start, *own, *steps(2))
+    horizon = "training.total_steps=2"
+    setup.train("half", start, *own, *steps(1), horizon)
+    resume = f"training.resume_from={setup.checkpoint('half', 1)}"
+    setup.train("rest", resume, *own, *steps(2))
+    weights, expected = setup.weights("rest", 2), setup.weights("whole", 2)
+    before = setup.weights("still", 1)
+    assert weights.keys() == expected.keys()
+    assert any(not torch.equal(expected[name], before[name]) for name in before)
+    for name in expected:
+        assert torch.equal(weights[name], expected[name]), name
+
+    exported = export(trained, "rest", 2, tmp_path / "export", out / "config.json")
+    written = load_file(out / "model.safetensors")
+    assert exported.keys() == written.keys()
+    for name in {"d2t", "t2d"} & written.keys():
+        assert torch.equal(exported[name], written[name]), name
+
+
+def test_capture_makes_no_other_vocabulary(trained: Trained) -> None:
+    if trained.algorithm not in TRUNCATED:
+        pytest.skip("has the whole vocabulary")
+    start = f"model.draft_checkpoint_path={trained.export}"
+    refused = run("specforge-lk", *capture_arguments(trained.setup), start, check=False)
+    assert refused.returncode and "leave out --vocab-mapping" in refused.tail()
