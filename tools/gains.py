@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
-from experiments.demo_summary import TITLES, measurements, preface, taus
+from experiments.demo_summary import TITLES, measurements, preface, sentence, taus
 from experiments.gains.report import summary
 from experiments.gains.results import PATH, Results
 from experiments.runner import START
@@ -53,6 +53,12 @@ def demo() -> str:
 def study() -> str:
     """What `make gains` measured, in short: the objective that gains most over KL, by start."""
     return summary(Results.read(ROOT / PATH)) or _NOT_YET
+
+
+def fine_tuning() -> str:
+    """What fine-tuning gained in the demo, in a sentence."""
+    found = _demo()
+    return sentence(*found) if found else _NOT_YET
 
 
 def _paper_gains(temperature: float) -> str:

@@ -280,6 +280,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
         "algorithms": algorithms,
         "paper": paper,
     },
+    "docs/finetune.md": {"gain": gains.fine_tuning},
     "docs/cost.md": {"operation": operation, "bounds": bounds},
     "docs/evaluate.md": {"presets": presets},
     "docs/serving.md": {"vllm": vllm},

@@ -50,8 +50,9 @@ def run(
     bit. A draft that does not fit the target, or that SpecForge's training would make another one
     of, is refused.
     """
-    from specforge_lk.drafts.imported import MAPPING, TargetFiles, import_draft
+    from specforge_lk.drafts.imported import MAPPING, import_draft
     from specforge_lk.drafts.table import DRAFTS
+    from specforge_lk.drafts.target_files import TargetFiles
 
     files = TargetFiles(target, embedding_key, lm_head_key, trust_remote_code)
     layers = parse_layers(aux_layers)

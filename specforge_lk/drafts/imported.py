@@ -1,9 +1,9 @@
 """Drafts in the layouts of engines and releases, rewritten in the form of SpecForge's own exports.
 
-A draft is read by the functions that decoding reads it with, and written by those that
-`specforge export` writes with, so that ``model.draft_checkpoint_path`` takes it as it takes an
-export: through one path, whatever the algorithm. What training would not take over as it is, or
-would replace by the target's, is refused.
+A draft is read by the functions that decoding reads it with, and written with config and tensors
+of an export, so that ``model.draft_checkpoint_path`` takes it through the one path that takes
+exports, whatever the algorithm; that it does is tried before the folder gets its name. What
+training would not take over as it is, or would replace by the target's, is refused.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
@@ -22,14 +21,9 @@ from specforge_lk.decode.eagle_checkpoint import read_eagle3
 from specforge_lk.decode.heads import LastStateDraft, MedusaDraft, MLPSpeculatorDraft
 from specforge_lk.decode.mtp import read_mtp
 from specforge_lk.drafts import configs
-from specforge_lk.drafts.algorithms import target_weights
+from specforge_lk.drafts.target_files import TargetFiles
 from specforge_lk.files import atomic_write
-from specforge_lk.target import layer_ids_are_inputs, load_target_config
-
-if TYPE_CHECKING:
-    from specforge.modeling.target.target_head import TargetHead
-
-    from specforge_lk.drafts.model import TargetWeights
+from specforge_lk.target import layer_ids_are_inputs
 
 MAPPING: Final = "vocab_mapping.pt"
 #: Settings of a speculators config that say where the draft comes from, not what it is.
@@ -37,78 +31,6 @@ _ORIGIN: Final = ("speculators_", "transformer_layer_config", "auto_map", "verif
 #: Positions at which the rotary tables of training and decoding are compared.
 _POSITIONS: Final = 512
 _TABLE_ERROR: Final = 1e-3
-
-
-@dataclass(frozen=True)
-class TargetFiles:
-    """A target of which no more is read than an import needs.
-
-    See `specforge_lk.decode.checkpoint.TargetFacts`.
-
-    Attributes:
-        source: folder or hub id.
-        embedding_key: name of its embedding.
-        lm_head_key: name of its LM head.
-        trust_remote_code: run code that comes with the target.
-    """
-
-    source: str
-    embedding_key: str = "model.embed_tokens.weight"
-    lm_head_key: str = "lm_head.weight"
-    trust_remote_code: bool = False
-
-    @cached_property
-    def config(self) -> Any:
-        """The target's Hugging Face config."""
-        return load_target_config(self.source, trust_remote_code=self.trust_remote_code)
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return int(self.config.get_text_config().num_hidden_layers)
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return int(self.config.get_text_config().vocab_size)
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return int(self.config.get_text_config().hidden_size)
-
-    @cached_property
-    def _head(self) -> TargetHead:
-        from specforge.modeling.target.target_head import TargetHead
-
-        try:
-            return TargetHead.from_pretrained(
-                self.source,
-                lm_head_key=self.lm_head_key,
-                trust_remote_code=self.trust_remote_code,
-                embedding_key=self.embedding_key,
-                dtype=torch.float32,
-            ).cpu()
-        except KeyError as error:  # a tensor that the checkpoint has under another name
-            raise ValueError(error.args[0]) from error
-
-    @property
-    def weights(self) -> TargetWeights:
-        """What a draft may take over."""
-        return target_weights(self._head, self.embedding_key)
-
-    def lm_head_weight(self) -> torch.Tensor:
-        """Return the LM head's weight [V, H]."""
-        return self._head.fc.weight.detach()
-
-    def embedding(self) -> torch.Tensor:
-        """Return the embedding [V, H]."""
-        try:
-            return self.weights.read(self.embedding_key)
-        except KeyError as error:
-            raise ValueError(
-                f"{str(error.args[0]).replace('model.embedding_key', '--embedding-key')}"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -254,7 +176,7 @@ def _check_layer(source: Path, draft: Any) -> None:
 def _untrained(source: Path, name: str, value: object) -> DraftError:
     return DraftError(
         f"{source / 'config.json'}: SpecForge trains no draft with {name} {value!r}, and would "
-        "train this one as another; train a draft of your own (docs/data.md)"
+        "train this one as another; train a draft of your own (docs/finetune.md)"
     )
 
 
@@ -289,7 +211,7 @@ def _lent(
         raise DraftError(
             f"draft {source}: its {name} is not the target's, which training puts in its place "
             "and leaves out of checkpoints; give the target the draft was trained for, or train "
-            "a draft of your own (docs/data.md)"
+            "a draft of your own (docs/finetune.md)"
         )
     return own
 
@@ -305,14 +227,12 @@ def _eagle3(
         name: value for name, value in read.config.to_dict().items() if not name.startswith(_ORIGIN)
     }
     biased = any(name.endswith("_proj.bias") for name in read.weights)
-    _require_plain(
-        path, {**found, "attention_bias": biased}, logit_scale=1, norm_before_fc=False,
-        attention_bias=False,
-    )  # fmt: skip
+    plain = {"logit_scale": 1, "norm_before_fc": False, "attention_bias": False}
+    _require_plain(path, {**found, "attention_bias": biased}, **plain)
     if len(read.layers) != 3:
         raise DraftError(
             f"draft {path}: it reads {len(read.layers)} layers of the target, and SpecForge "
-            "captures three; train a draft of your own (docs/data.md)"
+            "captures three; train a draft of your own (docs/finetune.md)"
         )
     inputs = [layer + 1 for layer in read.layers]
     outputs = list(read.layers)
@@ -323,7 +243,7 @@ def _eagle3(
             **(found.get("eagle_config") or {}),
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": (
-                inputs if layer_ids_are_inputs(target.config, inputs) else outputs
+                inputs if layer_ids_are_inputs(target.config, outputs) else outputs
             ),
         },
         "eagle_aux_hidden_state_layer_ids": inputs,

@@ -191,9 +191,8 @@ def test_a_released_draft_is_trained_on(trained: Trained, tmp_path: Path) -> Non
         assert torch.equal(exported[name], written[name]), name
 
 
+@pytest.mark.parametrize("trained", TRUNCATED, indirect=True)
 def test_capture_makes_no_other_vocabulary(trained: Trained) -> None:
-    if trained.algorithm not in TRUNCATED:
-        pytest.skip("has the whole vocabulary")
     start = f"model.draft_checkpoint_path={trained.export}"
     refused = run("specforge-lk", *capture_arguments(trained.setup), start, check=False)
     assert refused.returncode and "leave out --vocab-mapping" in refused.tail()

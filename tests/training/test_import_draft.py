@@ -198,6 +198,26 @@ def test_released_in_bfloat16_stays_in_bfloat16(tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(("inputs_read", "named"), [([2, 3, 5], [1, 2, 4]), ([3, 4, 5], [3, 4, 5])])
+def test_layers_of_which_sglang_takes_the_inputs(
+    inputs_read: list[int], named: list[int], tmp_path: Path
+) -> None:
+    """They are named as SGLang, vLLM and SpecForge count them, and decoding reads the same ones."""
+    target, plain = save_target(tmp_path / "target"), save_draft(tmp_path / "plain")
+    config = config_of(target, architectures=["DeepseekV3ForCausalLM"])
+    (target / "config.json").write_text(json.dumps(config))
+    released = vllm_config(plain) | {"eagle_aux_hidden_state_layer_ids": inputs_read}
+    source = rewrite(plain, tmp_path / "released", released, engine_name)
+    code, output = run_import(source, target, tmp_path / "out")
+    assert not code, output
+    written = config_of(tmp_path / "out")
+    assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == named
+    assert written["eagle_aux_hidden_state_layer_ids"] == inputs_read
+    beside = Target.load(str(target))
+    layers = tuple(layer - 1 for layer in inputs_read)
+    assert load_draft(tmp_path / "out", beside).capture_layers == layers
+
+
 WIDE = {"fc.weight": torch.zeros(64, 192)}
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1}
 YARN |= {"mscale_all_dim": 0, "original_max_position_embeddings": 128}
