@@ -47,9 +47,9 @@ OBJECTIVES: Final = {
     "lk_lambda-10": _loss("lk_lambda", eta=10),
     "lk_alpha": _loss("lk_alpha"),
     "tv": _loss("tv"),
-    "tau-product": _loss("tau", estimator="product"),
-    "tau": _loss("tau", estimator="weighted"),
-    # Beside lk_lambda-10, the chain weight alone differs.
+    # With the lambda of lk_lambda-10: beside it, these five differ in how they see the chain alone.
+    "tau-product": _loss("tau", eta=10, estimator="product"),
+    "tau": _loss("tau", eta=10, estimator="weighted"),
     "survival": _loss("lk_lambda", eta=10, chain_weight="survival"),
     "dpace": _loss("lk_lambda", eta=10, chain_weight="dpace"),
     "auf": _loss("lk_lambda", eta=10, chain_weight="auf"),

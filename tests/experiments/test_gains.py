@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import typer
 from pydantic import BaseModel, ConfigDict
-from specforge.losses import LossRegistration, LossRegistry
+from specforge.losses import LossRegistration, LossRegistry, installed_loss_registry
 from typer.testing import CliRunner
 
 from experiments.gains import __main__ as command
@@ -79,6 +79,10 @@ def test_features_of_other_samples_are_elsewhere() -> None:
         Path("runs/gains/features-768/train"),
         Path("runs/gains/features-8/train"),
     }
+
+
+def test_the_installed_losses_have_every_objective() -> None:
+    check_objectives(OBJECTIVES, installed_loss_registry())
 
 
 def test_an_objective_that_the_losses_lack_is_refused() -> None:
