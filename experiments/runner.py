@@ -213,7 +213,9 @@ class Training:
     def resumable_command(self) -> list[str]:
         """The command, continuing from the last checkpoint if there is one."""
         if (self.directory / f"{self.loss}-latest").exists():
-            return [*self.command, f"training.resume_from={self.directory}"]
+            # A checkpoint has more than the draft it started from, and SpecForge takes only one.
+            command = [word for word in self.command if "draft_checkpoint_path" not in word]
+            return [*command, f"training.resume_from={self.directory}"]
         return self.command
 
     def done_steps(self) -> int:

@@ -126,12 +126,14 @@ def _rounds(found: Prediction) -> list[str]:
 
 def options() -> str:
     """Every option of this package's losses, as `specforge-lk losses` has them."""
-    found: dict[str, tuple[Option, list[str]]] = {}
+    # An option of one name may have another default, and so another meaning, in another loss.
+    found: dict[tuple[str, str], tuple[Option, list[str]]] = {}
     for loss in find_losses()[0]:
         for option in loss.options if loss.name in {own.name for own in LOSSES} else ():
-            found.setdefault(option.name, (option, []))[1].append(f"`{loss.name}`")
+            key = option.name, option.meaning
+            found.setdefault(key, (option, []))[1].append(f"`{loss.name}`")
     rows = []
-    for name, (option, losses) in found.items():
+    for (name, _), (option, losses) in sorted(found.items(), key=lambda item: item[0][0]):
         shown = "–" if option.default is None else f"`{option.default}`"
         shown += "".join(
             f"; {where}: `{value}`" for where, value in option.algorithm_defaults.items()

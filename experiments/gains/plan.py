@@ -53,6 +53,8 @@ OBJECTIVES: Final = {
     "survival": _loss("lk_lambda", eta=10, chain_weight="survival"),
     "dpace": _loss("lk_lambda", eta=10, chain_weight="dpace"),
     "auf": _loss("lk_lambda", eta=10, chain_weight="auf"),
+    # The expectation alone, from a start that has a gradient.
+    "tau-alone": _loss("tau", lambda_scope="fixed", lambda_fixed=0),
     **{
         f"for-{name}": (*RULE_LOSS, f"training.loss_options.serving={rule}")
         for name, rule in RULES.items()

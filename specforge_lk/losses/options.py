@@ -144,6 +144,9 @@ class LambdaOptions(LambdaSettings, CommonOptions):
 class TauOptions(LambdaSettings):
     """Options of ``tau``."""
 
+    eta: Annotated[Number, Field(gt=0)] = 10.0
+    """Rate, above 0, at which the weight of KL falls with the acceptance rate: at an acceptance
+    rate of 0.3 it leaves KL 0.05, where the paper's 3 leaves it 0.4."""
     estimator: Literal["weighted", "product"] = "weighted"
     """How likely a chain is taken to get past a draft position: "weighted", min(1, q(x) / p(x)) of
     the recorded token x, which is unbiased; "product", the acceptance rate there, the biased form

@@ -50,6 +50,6 @@ LOSSES: Final = (
     LossRecord("tv", CommonOptions, TV),
     LossRecord("lk_alpha", AlphaOptions, LKAlpha),
     LossRecord("lk_lambda", LambdaOptions, LKLambda, _ETA),
-    LossRecord("tau", TauOptions, Tau, _ETA),
+    LossRecord("tau", TauOptions, Tau),
     LossRecord("reverse_kl", ReverseKLOptions, ReverseKL),
 )

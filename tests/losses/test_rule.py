@@ -91,7 +91,7 @@ def definition(name, rule, z, y, tokens, sharpness):
     log_full = (z / temperature).log_softmax(-1)
     renormalized = p[:, :KEPT] / p[:, :KEPT].sum(-1, keepdim=True).clamp_min(1e-300)
     kl = (torch.xlogy(renormalized, renormalized) - renormalized * log_full).sum(-1)
-    weight = torch.exp(-3 * rule_alpha.mean())
+    weight = torch.exp(-(10 if name == "tau" else 3) * rule_alpha.mean())
     blended = weight * kl + (1 - weight) * (1 - alpha)
     loss = {
         "kl": lambda: kl,

@@ -152,7 +152,7 @@ def test_gradients_at_random_initialization_need_kl():
     pure = norms(lambda_scope="fixed", lambda_fixed=0)
     assert pure[0] == pytest.approx(7.81e-5, rel=0.01)
     assert pure[1] == pytest.approx(7.81e-5 * support / vocabulary, rel=0.01)
-    assert norms() == pytest.approx([0.09996 * math.exp(-3 * support / vocabulary)] * 2, rel=1e-3)
+    assert norms() == pytest.approx([0.09996 * math.exp(-10 * support / vocabulary)] * 2, rel=1e-3)
 
 
 def test_recorded_tokens_are_needed():
