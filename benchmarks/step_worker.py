@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -48,8 +49,9 @@ class _OneProcess(TrainingBackend):
     def backward(self, loss: torch.Tensor, *, is_boundary: bool = True) -> None:
         loss.backward()
 
-    def step(self) -> torch.Tensor | None:
-        return self.optimizer.step()
+    def step(self, *before_update: Callable[[torch.Tensor], None]) -> torch.Tensor | None:
+        # Unpatched, SpecForge's optimizer takes nothing.
+        return self.optimizer.step(*before_update)
 
     def state_dict(self) -> dict[str, object]:
         return {}

@@ -43,7 +43,7 @@ class ServingOptions(BaseModel):
     draft sample from under it."""
     sharpness: Annotated[Number, Field(gt=0)] | None = None
     """With greedy drafting, s of the draft that stands in for the likeliest token,
-    softmax(s z); 8 unless given."""
+    softmax(s z); 8 unless given. KL is of softmax(z), so `kl` has none."""
 
     @property
     def rule(self) -> Serving:
@@ -135,6 +135,15 @@ class LambdaSettings(KLSettings):
 
 class KLOptions(KLSettings, CommonOptions):
     """Options of ``kl``."""
+
+    @model_validator(mode="after")
+    def _no_sharpness(self) -> Self:
+        if self.sharpness is not None:
+            raise ValueError(
+                f"sharpness={self.sharpness} has no effect: KL is taken to the draft itself, "
+                "softmax(z); leave it out or take another training.loss"
+            )
+        return self
 
 
 class LambdaOptions(LambdaSettings, CommonOptions):

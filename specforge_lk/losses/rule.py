@@ -4,12 +4,13 @@ The target under a rule comes from its full vocabulary (`ServingRule.shape_targe
 softmax(z / draft temperature), with what its own top-k and top-p cut off at probability 0. Both cut
 as `specforge_lk.decode.sampling` does.
 
-A greedy draft proposes argmax z, which has no gradient. In the loss q_s = softmax(s z), the draft
+A greedy draft proposes argmax q, which has no gradient. In the loss q_s = softmax(s z), the draft
 at temperature 1 / s, stands in for it. Unless two tokens are likeliest together, as s grows
 
-    sum min(p, q_s) -> p(argmax z)    and    min(1, q_s(x) / p(x)) -> 1[x = argmax z],
+    sum min(p, q_s) -> p(argmax q)    and    min(1, q_s(x) / p(x)) -> 1[x = argmax q],
 
-the two probabilities of greedy drafting. These themselves are reported.
+the two probabilities of greedy drafting. These themselves are reported. KL is taken to softmax(z):
+KL to q_s would fit s z to log p, and so undo the sharpening.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from specforge_lk.serving import Sampling
 #: s of q_s = softmax(s z), unless it is given. A token that is g nats behind the likeliest one has
 #: exp(-s g) of its weight. Training can move what is drafted only where that is not 0, and it
 #: maximizes the rule's acceptance only where it is. At 8 a token a quarter of a nat behind still
-#: counts 0.14, one a whole nat behind 0.0003. Of 1, 2, 4, ... 64, drafts of low rank reached most
-#: with 4 where targets are peaked and with 16 or 32 where they are flat; with 8 they were within
-#: 0.04 of p(argmax q) of that everywhere.
+#: counts 0.14, one a whole nat behind 0.0003. Drafts of low rank, as in tests/losses/test_rule.py,
+#: get furthest with 4 where targets are peaked and with 16 or 32 where they are flat.
 SHARPNESS: Final = 8.0
 
 
@@ -39,21 +39,22 @@ class ServingRule:
 
     Attributes:
         target: what the target samples from.
-        draft: what the draft samples from; with greedy drafting, what stands in for it.
-        greedy: whether drafting is greedy.
+        draft: what the draft samples from; temperature 1 with greedy drafting.
+        sharpness: s of q_s, which stands in for a greedy draft; None if drafting is not greedy.
     """
 
     target: Sampling
     draft: Sampling
-    greedy: bool
+    sharpness: float | None
 
     @classmethod
     def of(cls, options: ServingOptions) -> Self:
         """Return the rule that a loss's options name."""
         rule = options.rule
+        if not rule.greedy_draft:
+            return cls(rule.target, rule.draft, None)
         sharpness = SHARPNESS if options.sharpness is None else options.sharpness
-        draft = Sampling(1 / sharpness) if rule.greedy_draft else rule.draft
-        return cls(rule.target, draft, rule.greedy_draft)
+        return cls(rule.target, Sampling(), sharpness)
 
     @torch.no_grad()
     def shape_target(self, logits: torch.Tensor) -> torch.Tensor:
@@ -79,8 +80,14 @@ class ServingRule:
             return draft_logits
         return _exact(draft_logits) / self.draft.temperature
 
-    def truncated(self, draft_logits: torch.Tensor, tempered: torch.Tensor) -> torch.Tensor:
-        """Return `tempered` logits [..., V_d], -inf where the draft's top-k or top-p cuts off."""
+    def drafting(self, draft_logits: torch.Tensor, tempered: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., V_d] of what proposes tokens.
+
+        They are s z of a greedy draft, and `tempered` ones otherwise, -inf where the draft's own
+        top-k or top-p cuts off; the very same tensor where nothing is cut off.
+        """
+        if self.sharpness is not None:
+            return _exact(draft_logits) * self.sharpness
         if not self.draft.truncates:
             return tempered
         found = _exact(draft_logits.detach())

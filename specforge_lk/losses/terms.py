@@ -45,11 +45,11 @@ class OverlapLoss:
             ValueError: the loss needs the recorded tokens, and the target comes without.
         """
         tempered = self.rule.tempered(draft_logits)
-        overlap = self._overlap(self.rule.truncated(draft_logits, tempered), target, mask)
-        kl = overlap.kl
-        if self.rule.draft.truncates:
-            # KL to a draft with zeros is infinite: take it to the draft before they are set.
-            kl = self._overlap(tempered, target, mask).kl
+        drafting = self.rule.drafting(draft_logits, tempered)
+        overlap = self._overlap(drafting, target, mask)
+        # KL to a truncated draft is infinite, and KL to a sharpened one would undo the sharpening:
+        # both are taken to the draft before.
+        kl = overlap.kl if drafting is tempered else self._overlap(tempered, target, mask).kl
         coverage = overlap.log_coverage.exp()
         terms = {
             "kl": kl,
@@ -72,7 +72,7 @@ class OverlapLoss:
                 f"{type(self).__name__} with {self.options!r} needs the recorded tokens, and this "
                 "trainer gives none: TargetDistribution.with_labels has to be called"
             )
-        if self.rule.greedy:
+        if self.rule.sharpness is not None:
             self._report_greedy(terms, draft_logits, target, mask)
         return terms | self._chain_terms(draft_logits, target, mask, overlap)
 

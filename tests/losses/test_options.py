@@ -72,6 +72,7 @@ def test_options_survive_a_round_trip():
         ("tv", {"serving": "sglang-block"}, r"serving\b.*verifies by block.*verification=token"),
         ("tv", {"sharpness": 4}, "sharpness=4.0 has no effect.*drafting=greedy"),
         ("tv", {"serving": "temperature=0", "sharpness": 0}, r"sharpness\b.*greater than 0"),
+        ("kl", {"serving": "temperature=0", "sharpness": 4}, "sharpness=4.0 has no effect: KL"),
         ("lk_alpha", {"serving": "draft_top_k=3"}, "serving.*truncates the draft.*loss=tv"),
         ("reverse_kl", {"serving": "temperature=0"}, r"serving.*KL\(q \|\| p\) is infinite"),
         ("reverse_kl", {"serving": "top_p=0.9"}, r"serving.*KL\(q \|\| p\) is infinite"),

@@ -86,8 +86,8 @@ def definition(name, rule, z, y, tokens, sharpness):
 
     covered = p[:, :KEPT].sum(-1) > 0
     alpha, rule_alpha = (torch.minimum(p, x).sum(-1) for x in (q, exact))
-    # KL is taken to the draft before its own truncation.
-    temperature = 1 / sharpness if rule.greedy_draft else rule.draft.temperature
+    # KL is taken to the draft before it is truncated or sharpened.
+    temperature = 1 if rule.greedy_draft else rule.draft.temperature
     log_full = (z / temperature).log_softmax(-1)
     renormalized = p[:, :KEPT] / p[:, :KEPT].sum(-1, keepdim=True).clamp_min(1e-300)
     kl = (torch.xlogy(renormalized, renormalized) - renormalized * log_full).sum(-1)
@@ -112,11 +112,13 @@ def test_loss_is_its_definition_under_the_rule(case, name, rule):
             build(name, serving=rule)
         return
     z, y, tokens = case
-    given = {"sharpness": 3} if parse(rule).greedy_draft else {}
+    given = {"sharpness": 3} if parse(rule).greedy_draft and name != "kl" else {}
     loss, mask = build(name, serving=rule, **given), torch.ones(ROWS, dtype=torch.bool)
     terms = loss.terms(z, target_of(loss, y, tokens), mask)
     (combined,) = combine(loss, [terms], [mask])
-    expected, alpha, past, rule_alpha, rule_past = definition(name, parse(rule), z, y, tokens, 3)
+    sharpness = given.get("sharpness", 8)
+    expected, *probabilities = definition(name, parse(rule), z, y, tokens, sharpness)
+    alpha, past, rule_alpha, rule_past = probabilities
     torch.testing.assert_close(combined["loss"], expected)
     torch.testing.assert_close(terms["alpha"], rule_alpha)
     torch.testing.assert_close(terms["past"], rule_past)
@@ -192,5 +194,6 @@ def test_training_for_greedy_drafting_raises_the_probability_of_the_likeliest_to
 
     start = train(torch.zeros(problems, rank, vocabulary), "kl", 5 * steps)
     probabilistic = train(start, "tv", steps)
-    greedy = train(start, "tv", steps, serving="drafting=greedy")
-    assert likeliest(greedy) > 1.15 * likeliest(probabilistic) > 1.15 * likeliest(start)
+    for name in ("tv", "lk_lambda"):  # KL in it must not undo the sharpening
+        greedy = train(start, name, steps, serving="drafting=greedy")
+        assert likeliest(greedy) > 1.15 * likeliest(probabilistic) > 1.15 * likeliest(start)

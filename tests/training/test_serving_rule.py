@@ -1,4 +1,4 @@
-"""`tau` under a serving rule, with every algorithm: what training reports is what decoding meets."""
+"""`tau` under a serving rule, with every algorithm: training reports what decoding meets."""
 
 from __future__ import annotations
 
