@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from specforge.core.target_distribution import TargetDistribution
-from specforge.losses.reduction import DraftLoss, reduce_head_loss
+from specforge.losses.reduction import DraftLoss, reduce_heads
 
 from benchmarks.measure import compiles
 from specforge_lk.losses import KL, KLOptions, LambdaOptions, LKAlpha, LKLambda, NoOptions
@@ -181,7 +181,8 @@ def implementations() -> dict[str, Implementation]:
 
 def _ours(name: str, loss: DraftLoss) -> Implementation:
     def step(x: Inputs) -> None:
-        reduce_head_loss(loss, loss.terms(x.z, x.target(), x.mask), x.mask).loss.backward()
+        (head,) = reduce_heads(loss, [loss.terms(x.z, x.target(), x.mask)], [x.mask])
+        head.loss.backward()
 
     return Implementation(step, ("z", "y"), lambda x: _mean(x, _OBJECTIVES[name](_exact(x), x)))
 
@@ -279,7 +280,8 @@ def loss_of(loss: DraftLoss, overlap: OverlapTerms, mask: torch.Tensor) -> torch
         "coverage": overlap.log_coverage.exp(),
         "no_coverage": torch.zeros_like(overlap.alpha),
     }
-    return reduce_head_loss(loss, terms, mask).loss
+    (head,) = reduce_heads(loss, [terms], [mask])
+    return head.loss
 
 
 def _cross_entropy(x: Inputs, z: torch.Tensor) -> torch.Tensor:
