@@ -30,9 +30,11 @@ def check_sampling(options: ServingOptions, config: Any) -> None:
         ValueError: what the data say of their sampling cannot be read.
     """
     rule, data = options.rule, config.data
-    place = data.hidden_states_path or data.prompts_path or data.train_data_path
+    place = Path(data.hidden_states_path or data.prompts_path or data.train_data_path)
+    if not place.exists():
+        return  # `capture` plans the run, too, before it makes them
     offline = bool(data.hidden_states_path)
-    found = set((_of_features if offline else _of_rows)(Path(place)))
+    found = set((_of_features if offline else _of_rows)(place))
     known = sorted(str(sampling) for sampling in found if sampling is not None)
     others = [sampling for sampling in known if sampling != str(rule.target)]
     remedy = (
@@ -67,10 +69,10 @@ def _of_features(folder: Path) -> Iterable[Sampling | None]:
 
 
 def _of_rows(path: Path) -> Iterable[Sampling | None]:
-    """Yield what the first rows of a file say; nothing where there is none."""
+    """Yield what the first rows of a file say."""
     from specforge_lk.data.jsonl import read_jsonl
 
-    return _read(itertools.islice(read_jsonl(path), ROWS)) if path.is_file() else []
+    return _read(itertools.islice(read_jsonl(path), ROWS))
 
 
 def _read(rows: Iterable[dict[str, Any]]) -> Iterable[Sampling | None]:

@@ -44,6 +44,9 @@ def test_fitting_samples_are_not_mentioned(data):
         check(data(HOT))
         check(data(HOT), serving="vllm")
         check(data(COOL), serving="temperature=0.7,top_p=0.9,draft_temperature=0.5")
+        missing = data()
+        missing.data.hidden_states_path += "/not captured yet"
+        check(missing)
 
 
 def test_other_samples_are_named_with_both_rules_and_the_remedy(data):
