@@ -85,6 +85,15 @@ def test_the_installed_losses_have_every_objective() -> None:
     check_objectives(OBJECTIVES, installed_loss_registry())
 
 
+def test_an_interrupted_fine_tuning_continues_from_its_checkpoint_alone(tmp_path: Path) -> None:
+    run = replace(TV.training, parent=tmp_path)
+    assert run.resumable_command() == run.command
+    (run.directory / "tv-latest").mkdir(parents=True)
+    gone = f"model.draft_checkpoint_path={run.start.draft}"
+    wanted = [word for word in run.command if word != gone]
+    assert run.resumable_command() == [*wanted, f"training.resume_from={run.directory}"]
+
+
 def test_an_objective_that_the_losses_lack_is_refused() -> None:
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
