@@ -103,12 +103,12 @@ def main(
         run for run in runs if not results.has(run, measurement.responses, same_code=same_code)
     ]
     console.print(f"[bold]{what}[/]: {len(runs)} drafts, {len(runs) - len(wanted)} have rows")
-    _make(wanted, results, measurement, path)
-    _report(results, path)
+    _make(wanted, measurement, path)
+    _report(Results.read(path), path)
     console.print(f"[bold green]done[/] in {(time.monotonic() - started) / 60:.0f} minutes")
 
 
-def _make(wanted: list[Run], results: Results, measurement: Measurement, path: Path) -> None:
+def _make(wanted: list[Run], measurement: Measurement, path: Path) -> None:
     """Train and measure runs; each has its row before the next ones begin."""
     cores = len(os.sched_getaffinity(0))
     for (features, mapping), config in features_of(wanted).items():
@@ -125,7 +125,11 @@ def _make(wanted: list[Run], results: Results, measurement: Measurement, path: P
         while waiting:
             together, waiting = waiting[:cores], waiting[cores:]
             train([run.training for run in together], cores)
-            measurement.add(results, together)
+            measured = Results()
+            measurement.add(measured, together)
+            # Read only now: another process may have added rows meanwhile.
+            results = Results.read(path)
+            results.take(measured)
             results.write(path)
             for run in together:
                 _prune(run.training)

@@ -169,6 +169,12 @@ class Results(_Model):
         """Add a row in place of the one that the run had."""
         self.rows = [old for old in self.rows if old.run != row.run] + [row]
 
+    def take(self, other: Results) -> None:
+        """Add the rows of ``other``, and the responses that they were measured along."""
+        self.responses |= other.responses
+        for row in other.rows:
+            self.put(row)
+
     def has(self, run: Run, responses: dict[str, str], *, same_code: bool = False) -> bool:
         """Whether a run's row stands for what would be measured today.
 

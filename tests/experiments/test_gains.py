@@ -304,12 +304,15 @@ def test_the_command_goes_on_where_the_rows_end(
     app = typer.Typer()
     app.command()(command.main)
     start, kl, tv = "0-4/eagle3-kl-seed0", "4-4/eagle3-kl-seed0", "4-4/eagle3-tv-seed0"
+    elsewhere = row(replace(TV, seed=7))
+    results(elsewhere).write(path)
     assert call("tv") == [start, start, kl, tv]
     assert (tmp_path / "gains.md").exists() and (tmp_path / "gains.png").exists()
     assert call("tv") == []
     # The start's draft is needed again, though its row is there.
     assert call("tv lk_alpha") == [start, "4-4/eagle3-lk_alpha-seed0"]
-    assert len(Results.read(path).rows) == 4
+    rows = Results.read(path).rows
+    assert len(rows) == 5 and elsewhere in rows
 
 
 # ---------------------------------------------------------------------------------- report
