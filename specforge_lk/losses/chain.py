@@ -9,12 +9,19 @@ import torch
 
 from specforge_lk.losses.contract import Mean, Target, Terms
 from specforge_lk.losses.options import TauOptions
-from specforge_lk.losses.terms import OverlapLoss, blend, supervised_only, total_variation, trained
+from specforge_lk.losses.terms import (
+    OverlapLoss,
+    Scheduled,
+    blend,
+    supervised_only,
+    total_variation,
+    trained,
+)
 from specforge_lk.overlap import OverlapTerms
 
 
 @dataclass(frozen=True)
-class Tau(OverlapLoss):
+class Tau(Scheduled, OverlapLoss):
     """Accepted tokens of the chain, E = sum_k reach_k alpha_k, blended with KL as in lk_lambda.
 
     Of draft position k, counted from 0, the loss is
@@ -63,7 +70,8 @@ class Tau(OverlapLoss):
         combined: list[Terms] = []
         reached: torch.Tensor | None = None  # 1, at the first draft position
         for terms, mean in zip(map(supervised_only, heads), means, strict=True):
-            found = blend(self.options, terms, mean, total_variation(terms, reached))
+            variation = total_variation(terms, reached)
+            found = blend(self.options, terms, mean, variation, self._progress)
             chance = trained(terms, name)
             reach = torch.ones_like(chance) if reached is None else reached.detach()
             combined.append({**found, "reach": reach})

@@ -117,19 +117,25 @@ class LambdaSettings(KLSettings):
     eta: Annotated[Number, Field(gt=0)] = 3.0
     """Rate, above 0, at which the weight of KL falls with the acceptance rate; the defaults are
     the paper's."""
-    lambda_scope: Literal["head", "token", "fixed"] = "head"
-    """What acceptance rate sets lambda: "head", the mean over the supervised positions of a draft
-    position (the paper's); "token", each position's own; "fixed", none."""
+    lambda_scope: Literal["head", "token", "fixed", "schedule"] = "head"
+    """What sets lambda: "head", the mean acceptance rate over the supervised positions of a draft
+    position (the paper's); "token", each position's own; "fixed", nothing; "schedule", the share
+    of the run's steps that are done."""
     lambda_fixed: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Lambda of scope "fixed", from 0 to 1; 0.5 unless given."""
+    lambda_until: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Of scope "schedule", the share of the run at which lambda, which falls from 1 in equal steps,
+    is 0; 0.5 unless given."""
 
     @model_validator(mode="after")
-    def _fixed_needs_scope(self) -> Self:
-        if self.lambda_fixed is not None and self.lambda_scope != "fixed":
-            raise ValueError(
-                f"lambda_fixed={self.lambda_fixed} has no effect with lambda_scope="
-                f"{self.lambda_scope!r}: set lambda_scope='fixed' or leave lambda_fixed out"
-            )
+    def _each_needs_its_scope(self) -> Self:
+        for name, scope in (("lambda_fixed", "fixed"), ("lambda_until", "schedule")):
+            value = getattr(self, name)
+            if value is not None and self.lambda_scope != scope:
+                raise ValueError(
+                    f"{name}={value} has no effect with lambda_scope={self.lambda_scope!r}: "
+                    f"set lambda_scope={scope!r} or leave {name} out"
+                )
         return self
 
 

@@ -23,6 +23,7 @@ from specforge_lk.losses.options import CommonOptions, KLOptions, LambdaOptions
 from specforge_lk.losses.terms import (
     KL_TERMS,
     OverlapLoss,
+    Scheduled,
     blend,
     supervised_only,
     total_variation,
@@ -104,13 +105,18 @@ class LKAlpha(PositionLoss):
 
 
 @dataclass(frozen=True)
-class LKLambda(PositionLoss):
-    """Blend of KL and TV, lambda KL + (1 - lambda) (1 - alpha), lambda = exp(-eta sg[alpha])."""
+class LKLambda(Scheduled, PositionLoss):
+    """Blend of KL and TV, lambda KL + (1 - lambda) (1 - alpha), lambda = exp(-eta sg[alpha]).
+
+    That is the paper's lambda. Where alpha cannot become large, for the target samples from many
+    tokens or the draft is small, it never lets go of KL: ``lambda_scope`` "schedule" does, along
+    the run.
+    """
 
     options: LambdaOptions
 
     def combine(self, terms: Terms, mean: Mean) -> Terms:
-        return blend(self.options, terms, mean, total_variation(terms))
+        return blend(self.options, terms, mean, total_variation(terms), self._progress)
 
 
 class ReverseKL(PositionLoss):

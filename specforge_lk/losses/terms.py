@@ -142,35 +142,78 @@ KL_TERMS: Final[Mapping[str, Callable[[Mapping[str, torch.Tensor]], torch.Tensor
 )
 
 
+class Scheduled:
+    """A loss that SpecForge tells where in training it is; see its ``ScheduledLoss``."""
+
+    _progress: float | None = None
+
+    def begin_step(self, progress: float | None) -> None:
+        """Remember the share of the run's optimizer steps that are done, None if there is no end.
+
+        It is the run's own, which a resumed run continues: there is nothing to restore.
+        """
+        object.__setattr__(self, "_progress", progress)
+
+
 def blend(
     options: LambdaSettings,
     terms: Mapping[str, torch.Tensor],
     mean: Mean,
     variation: torch.Tensor,
+    progress: float | None,
 ) -> Terms:
     """Return lambda KL + (1 - lambda) variation as "loss", and lambda, both [...].
 
     Lambda is of ``alpha`` as it is reported.
+
+    Raises:
+        ValueError: lambda follows a schedule, and the run has no known end.
     """
-    weight = _LAMBDAS[options.lambda_scope](options, terms["alpha"].detach(), mean)
+    weight = _LAMBDAS[options.lambda_scope](options, terms["alpha"].detach(), mean, progress)
     kl = KL_TERMS[options.kl_term](terms)
     return {"loss": weight * kl + (1 - weight) * variation, "lambda": weight}
 
 
-def _head_lambda(options: LambdaSettings, alpha: torch.Tensor, mean: Mean) -> torch.Tensor:
+_Lambda = Callable[[LambdaSettings, torch.Tensor, Mean, float | None], torch.Tensor]
+
+
+def _head_lambda(
+    options: LambdaSettings, alpha: torch.Tensor, mean: Mean, progress: float | None
+) -> torch.Tensor:
     # An unsupervised draft position has mean NaN; use 0 so that the loss stays finite.
     mean_alpha = mean(alpha).nan_to_num(nan=0.0)
     return torch.exp(-options.eta * mean_alpha).to(alpha.dtype).expand_as(alpha)
 
 
-def _token_lambda(options: LambdaSettings, alpha: torch.Tensor, mean: Mean) -> torch.Tensor:
+def _token_lambda(
+    options: LambdaSettings, alpha: torch.Tensor, mean: Mean, progress: float | None
+) -> torch.Tensor:
     return torch.exp(-options.eta * alpha)
 
 
-def _fixed_lambda(options: LambdaSettings, alpha: torch.Tensor, mean: Mean) -> torch.Tensor:
+def _fixed_lambda(
+    options: LambdaSettings, alpha: torch.Tensor, mean: Mean, progress: float | None
+) -> torch.Tensor:
     return torch.full_like(alpha, 0.5 if options.lambda_fixed is None else options.lambda_fixed)
 
 
-_LAMBDAS: Final[Mapping[str, Callable[[LambdaSettings, torch.Tensor, Mean], torch.Tensor]]] = (
-    MappingProxyType({"head": _head_lambda, "token": _token_lambda, "fixed": _fixed_lambda})
+def _scheduled_lambda(
+    options: LambdaSettings, alpha: torch.Tensor, mean: Mean, progress: float | None
+) -> torch.Tensor:
+    if progress is None:
+        raise ValueError(
+            "training.loss_options.lambda_scope='schedule' follows the share of the run that is "
+            "done, and this run has no known end: set training.max_steps or training.total_steps"
+        )
+    until = 0.5 if options.lambda_until is None else options.lambda_until
+    return torch.full_like(alpha, max(0.0, 1 - progress / until))
+
+
+_LAMBDAS: Final[Mapping[str, _Lambda]] = MappingProxyType(
+    {
+        "head": _head_lambda,
+        "token": _token_lambda,
+        "fixed": _fixed_lambda,
+        "schedule": _scheduled_lambda,
+    }
 )

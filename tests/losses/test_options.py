@@ -53,8 +53,13 @@ def test_options_survive_a_round_trip():
         ("lk_lambda", {"eta": 0}, r"eta\b.*greater than 0"),
         ("lk_lambda", {"eta": "nan"}, r"eta\b.*finite"),
         ("lk_lambda", {"eta": float("inf")}, r"eta\b.*finite"),
-        ("lk_lambda", {"lambda_scope": "batch"}, r"lambda_scope\b.*'head', 'token' or 'fixed'"),
+        (
+            "lk_lambda",
+            {"lambda_scope": "batch"},
+            r"lambda_scope\b.*'fixed' or 'schedule'",
+        ),
         ("lk_lambda", {"lambda_fixed": 0.5}, "lambda_fixed.*lambda_scope='fixed'"),
+        ("tau", {"lambda_until": 0.5}, "lambda_until.*lambda_scope='schedule'"),
         (
             "lk_lambda",
             {"lambda_scope": "fixed", "lambda_fixed": 1.5},

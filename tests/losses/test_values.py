@@ -54,6 +54,7 @@ def definition(name, options, z, case, mask):
             "head": torch.exp(-ETA * alpha[mask].mean()),
             "token": torch.exp(-ETA * alpha),
             "fixed": torch.tensor(options.get("lambda_fixed", 0.5)),
+            "schedule": torch.tensor(max(0, 1 - PROGRESS / options.get("lambda_until", 0.5))),
         }
         weight = scopes[scope].detach()
         return weight * kl + (1 - weight) * (1 - alpha)
@@ -65,6 +66,9 @@ def definition(name, options, z, case, mask):
     }[name]
 
 
+#: Share of the run that is done.
+PROGRESS = 0.3
+
 #: Options that each loss is tested with; a loss that is not here is tested with its defaults.
 OPTIONS = {
     "kl": [{}, {"kl_term": "restricted"}],
@@ -74,6 +78,8 @@ OPTIONS = {
         {"eta": ETA, "lambda_scope": "token"},
         {"lambda_scope": "fixed"},
         {"lambda_scope": "fixed", "lambda_fixed": 0.1},
+        {"lambda_scope": "schedule"},
+        {"lambda_scope": "schedule", "lambda_until": 0.25},
     ],
     "tau": [{"eta": ETA}, {"eta": ETA, "lambda_scope": "token", "estimator": "product"}],
 }
@@ -86,7 +92,12 @@ OPTIONS = {
 def test_loss_is_its_definition(overlap_case, name, options):
     case = overlap_case(2, 6, 15, outside=5)
     mask = torch.arange(12).view(2, 6) % 3 != 0
-    terms, combined, loss = evaluate(build(name, **options), case[0], target_of(case), mask)
+    of = build(name, **options)
+    if options.get("lambda_scope") == "schedule":
+        with pytest.raises(ValueError, match="no known end"):
+            evaluate(of, case[0], target_of(case), mask)
+        of.begin_step(PROGRESS)
+    terms, combined, loss = evaluate(of, case[0], target_of(case), mask)
     expected = definition(name, options, case.draft_logits, case, mask)
     torch.testing.assert_close(combined["loss"][mask], expected[mask])
     torch.testing.assert_close(

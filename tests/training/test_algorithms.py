@@ -70,13 +70,18 @@ def test_loss_falls_and_metrics_are_acceptance_rates(trained: Trained) -> None:
 
 
 def test_resumed_run_ends_with_the_same_weights(trained: Trained) -> None:
+    """Of the loss that sees a whole chain, and with the lambda that depends on the run's steps."""
     setup, half = trained.setup, STEPS // 2
-    horizon = f"training.total_steps={STEPS}"
-    setup.train("stopped", LAMBDA, horizon, f"training.max_steps={half}")
+    settings = ("training.loss=tau", "training.loss_options.lambda_scope=schedule")
+    settings += ("training.loss_options.lambda_until=1", f"training.total_steps={STEPS}")
+    whole = setup.train("whole", *settings)
+    setup.train("stopped", *settings, f"training.max_steps={half}")
     resume = f"training.resume_from={setup.checkpoint('stopped', half)}"
-    resumed = setup.train("resumed", LAMBDA, horizon, resume)
+    resumed = setup.train("resumed", *settings, resume)
     assert sorted(resumed.steps) == list(range(half + 1, STEPS + 1))
-    weights, expected = setup.weights("resumed", STEPS), setup.weights("lk_lambda", STEPS)
+    for step, metrics in whole.steps.items():
+        assert metrics["lambda_0"] == pytest.approx(1 - (step - 1) / STEPS, abs=1e-6)
+    weights, expected = setup.weights("resumed", STEPS), setup.weights("whole", STEPS)
     assert weights.keys() == expected.keys()
     for name in expected:
         assert torch.equal(weights[name], expected[name]), name
