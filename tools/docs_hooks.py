@@ -40,7 +40,7 @@ ELSEWHERE: Final = {
     **{
         f"reports/{name}": f"experiments/results/{name}"
         for name in (
-            *("demo.md", "algorithms.md", "paper.md", "serving.md"),
+            *("demo.md", "algorithms.md", "paper.md", "serving.md", "agreement.md"),
             *("demo.png", "algorithms.png", "paper.png"),
         )
     },
