@@ -214,8 +214,8 @@ class Training:
         """The command, continuing from the last checkpoint if there is one."""
         if (self.directory / f"{self.loss}-latest").exists():
             # A checkpoint has more than the draft it started from, and SpecForge takes only one.
-            command = [word for word in self.command if "draft_checkpoint_path" not in word]
-            return [*command, f"training.resume_from={self.directory}"]
+            no_start = ["model.draft_checkpoint_path="] if self.start else []
+            return [*self.command, *no_start, f"training.resume_from={self.directory}"]
         return self.command
 
     def done_steps(self) -> int:

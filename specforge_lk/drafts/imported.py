@@ -151,17 +151,14 @@ def _write(source: Path, read: Imported, state: dict[str, torch.Tensor], folder:
 
 
 def _check_layer(source: Path, draft: Any) -> None:
-    """Refuse an EAGLE-3 draft whose layer SpecForge would compute in another way.
+    """Refuse an EAGLE-3 draft whose rotary embedding SpecForge would compute in another way.
 
     Raises:
-        DraftError: its residual or its rotary embedding is not that of the config.
+        DraftError: its tables are not those of the config.
     """
     layer = getattr(draft, "midlayer", None)
     if layer is None:
         return
-    name = "norm_before_residual"
-    if getattr(draft.config, name, False) and not getattr(layer, name, False):
-        raise _untrained(source, name, True)
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     count = min(_POSITIONS, int(draft.config.max_position_embeddings))

@@ -30,6 +30,7 @@ VARIANTS = {
     "default": {},
     "no_norm": {"norm_output": False},
     "fc_norm": {"fc_norm": True},
+    "norm_before_residual": {"norm_before_residual": True},
     "llama3_rope": {
         "rope_parameters": {
             "rope_type": "llama3",

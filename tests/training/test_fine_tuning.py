@@ -176,7 +176,8 @@ def test_a_released_draft_is_trained_on(trained: Trained, tmp_path: Path) -> Non
     horizon = "training.total_steps=2"
     setup.train("half", start, *own, *steps(1), horizon)
     resume = f"training.resume_from={setup.checkpoint('half', 1)}"
-    setup.train("rest", resume, *own, *steps(2))
+    # The same config, whose start an override takes away.
+    setup.train("rest", start, "model.draft_checkpoint_path=", resume, *own, *steps(2))
     weights, expected = setup.weights("rest", 2), setup.weights("whole", 2)
     before = setup.weights("still", 1)
     assert weights.keys() == expected.keys()

@@ -22,6 +22,7 @@ from released_layouts import (
     vllm_config,
 )
 from safetensors.torch import load_file
+from specforge.config import Config
 from specforge.modeling.auto import AutoDraftModel
 from specforge.training.model_loading import load_draft_config_source, warm_start_draft_model
 from tiny_target import (
@@ -39,6 +40,7 @@ from typer.testing import CliRunner
 from specforge_lk.cli import app
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
+from specforge_lk.drafts.algorithms import _build_draft
 
 
 @dataclass(frozen=True)
@@ -263,18 +265,46 @@ def test_a_draft_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_residual_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
-    """Unless SpecForge's layer has it; the package speculators has it by default."""
+def test_the_residual_that_speculators_has_by_default(tmp_path: Path) -> None:
+    """Its config need not name it, SpecForge's must."""
     target, plain = save_target(tmp_path / "target"), save_draft(tmp_path / "plain")
     config = speculators_config(plain)
     del config["norm_before_residual"]
     source = rewrite(plain, tmp_path / "released", config, engine_name)
-    code, output = run_import(source, target, tmp_path / "out")
-    draft = AutoDraftModel.from_config(load_draft_config_source(str(plain)))
-    if hasattr(draft.midlayer, "norm_before_residual"):
-        assert not code, output
-    else:
-        assert code == 1 and "trains no draft with norm_before_residual True" in output
+    out = tmp_path / "out"
+    code, output = run_import(source, target, out)
+    assert not code, output
+    draft = AutoDraftModel.from_config(load_draft_config_source(str(out)))
+    assert draft.midlayer.norm_before_residual
+    beside = Target.load(str(target))
+    released = full_logits(source, beside)
+    assert torch.equal(full_logits(out, beside), released)
+    assert not torch.equal(full_logits(plain, beside), released)
+
+
+@pytest.mark.parametrize(
+    "case", ["medusa, numbered", "mlp_speculator, untied", "mtp, llama"], indirect=True
+)
+def test_a_start_of_another_target_is_refused(case: Case, tmp_path: Path) -> None:
+    """By the drafts of this package as by SpecForge's own, which patch 0032 tests."""
+    out, other = tmp_path / "imported", tmp_path / "other"
+    run_import(case.source, case.target, out)
+    other.mkdir()
+
+    def build_draft(target: Path) -> None:
+        model = {"target_model_path": str(target), "draft_checkpoint_path": str(out)}
+        data = {"hidden_states_path": "unread"}
+        config = Config.model_validate({"model": model, "data": data})
+        _build_draft(config, load_draft_config_source(str(out)))
+
+    build_draft(case.target)
+    config = config_of(case.target)
+    for name in ("vocab_size", "hidden_size"):
+        own, theirs = config[name], 2 * config[name]
+        (other / "config.json").write_text(json.dumps(config | {name: theirs}))
+        message = f"{name} is {own} in the draft, {theirs} in the target. Name the target"
+        with pytest.raises(ValueError, match=message):
+            build_draft(other)
 
 
 def test_lm_head_of_another_target_is_refused(tmp_path: Path) -> None:
