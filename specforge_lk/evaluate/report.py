@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,14 +235,22 @@ class Report(_Strict):
         What was measured before there was ``serving``, of the same draft on the same benchmark at
         the same temperature, goes too: it is another estimate of the same τ.
         """
-        gone = [
-            old
-            for old in self.results
-            if old.key == result.key
-            or (result.serving and old.serving is None and old.key[:5] == result.key[:5])
-        ]
+        self._drop(
+            lambda old: (
+                old.key == result.key
+                or (result.serving and old.serving is None and old.key[:5] == result.key[:5])
+            )
+        )
+        self.results.append(result)
+
+    def drop_outdated(self, result: Result) -> None:
+        """Drop the result with this key, and its pairs, if it is of other settings or files."""
+        self._drop(lambda old: old.key == result.key and old.fingerprint != result.fingerprint)
+
+    def _drop(self, goes: Callable[[Result], object]) -> None:
+        gone = [old for old in self.results if goes(old)]
         self.paired = [p for p in self.paired if not any(p.compares(old) for old in gone)]
-        self.results = [old for old in self.results if old not in gone] + [result]
+        self.results = [old for old in self.results if old not in gone]
 
     def write(self, path: Path) -> None:
         """Write ``path`` as JSON, whole or not at all."""

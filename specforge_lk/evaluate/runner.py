@@ -249,6 +249,13 @@ class _Evaluation:
                 {"prompts": len(set(answers.prompt.tolist())), "skipped": answers.skipped},
                 answers.prompt,
             )
+        # What another draft of this name decoded would stand beside the new figures.
+        for rule in self.rules:
+            for index in range(len(self.drafts)):
+                self.report.drop_outdated(
+                    self._empty(index, benchmark.name, benchmark.identity, rule, "sampled")
+                )
+        self.report.write(self.out)
 
     def _measure(
         self,
