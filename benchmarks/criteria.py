@@ -161,6 +161,7 @@ def _training_criteria(cells: Section) -> Iterable[Criterion]:
     for name, bound, over, under in (
         ("lk_alpha over kl", 1.03, "patched lk_alpha", "patched kl"),
         ("lk_lambda over kl", 1.03, "patched lk_lambda", "patched kl"),
+        ("tau over lk_lambda", 1.1, "patched tau", "patched lk_lambda"),
         ("kl over unpatched SpecForge's kl", None, "patched kl", "unpatched kl"),
         *(
             (f"{loss} over unpatched SpecForge's {loss}", None, f"patched {loss}", under)

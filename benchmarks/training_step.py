@@ -52,7 +52,7 @@ ROUNDS: Final = 7
 
 #: Turns of a round: which SpecForge, and its loss.
 TURNS: Final = (
-    *(("patched", loss) for loss in ("kl", "lk_alpha", "lk_lambda")),
+    *(("patched", loss) for loss in ("kl", "lk_alpha", "lk_lambda", "tau")),
     *(("unpatched", loss) for loss in ("kl", "lk_alpha", "lk_lambda")),
 )
 NOTE: Final = (
