@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+#: Errors of a disk on which nothing more can be written.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -27,17 +33,68 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove(temporary)  # left by a killed process that had the same number
     try:
-        yield temporary
-        if durable:
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-        temporary.replace(path)
+        with disk_errors(path):
+            yield temporary
+            if durable:
+                with temporary.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            temporary.replace(path)
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say of a full disk which file was being written, and what to do.
+
+    Raises:
+        OSError: the disk is full, or a quota is reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or isinstance(error, DiskFull):
+            raise
+        raise DiskFull(path, error) from error
+
+
+class DiskFull(OSError):
+    """The disk is full; the message names the file, which is as it was before."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.path = path
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} cannot be written: {self.strerror}. Make room and run the same command "
+            "again: it goes on from what is complete"
+        )
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object that this package or another wrote to a file of its own.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a JSON object in UTF-8.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object, got {str(found)[:40]!r}; {remedy}")
+    return found
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
@@ -53,4 +110,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["atomic_write", "write_text"]
+__all__ = ["DiskFull", "atomic_write", "disk_errors", "read_json", "write_text"]

@@ -1,5 +1,9 @@
 """JSONL files: read them, and write them over hours, with nothing lost or doubled by a crash.
 
+Every command reads rows by `read_jsonl` or `numbered_rows`. What is wrong with a file or a row is
+said in one form: file, line, the row's id, the value, and what to do. `Malformed` decides whether
+such a row ends the command or is left out and counted.
+
 Rows are on disk when `LineFile.append` returns. When the file is opened again, a line that a crash
 tore is cut off. The settings that the rows depend on are kept beside the file; they must then be
 the same.
@@ -12,37 +16,225 @@ import fcntl
 import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from io import FileIO
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple, cast
 
-from specforge_lk.files import write_text
+from specforge_lk.files import disk_errors, read_json, write_text
 
 _BLOCK = 1 << 20
+#: Longest excerpt of a value in a message.
+_EXCERPT = 40
+#: Share of a file's rows above which leaving them out is a mistake about the file, not about rows.
+MOST_LEFT_OUT = 0.1
+
+_GZIP = b"\x1f\x8b"
+_BOM = b"\xef\xbb\xbf"
+_TO_UTF8 = "convert it: iconv -f {} -t UTF-8 {path} > NEW"
+#: First bytes of files that hold no UTF-8 lines -> what they are, and the remedy.
+_OTHERS = {
+    b"\xff\xfe": ("UTF-16", _TO_UTF8.format("UTF-16", path="{path}")),
+    b"\xfe\xff": ("UTF-16", _TO_UTF8.format("UTF-16", path="{path}")),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "decompress it: zstd -d {path}"),
+    b"BZh": ("compressed by bzip2", "decompress it: bunzip2 -k {path}"),
+    b"\xfd7zXZ\x00": ("compressed by xz", "decompress it: xz -dk {path}"),
+    b"PK\x03\x04": ("a zip archive", "unpack it: unzip {path}"),
+    b"PAR1": ("a Parquet file", "specforge-lk data --source {path} makes rows of it"),
+}
+#: A JSON escape that may stand for half a character, in lower or upper case.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the JSON objects of a .jsonl or .jsonl.gz file, one per line.
+class RowError(ValueError):
+    """A row that cannot be used; the message has file, line, id, the value and the remedy."""
+
+
+class Place(NamedTuple):
+    """Where a row stands; as text, ``rows.jsonl:3 (id 'a')``."""
+
+    path: Path
+    line: int
+    id: object = None
+
+    def __str__(self) -> str:
+        known = "" if self.id is None else f" (id {_excerpt(self.id)})"
+        return f"{self.path}:{self.line}{known}"
+
+
+@dataclass
+class Malformed:
+    """What becomes of rows that cannot be used: the first ends the command, or they are counted.
+
+    Attributes:
+        skip: leave them out.
+        left_out: what was wrong with each.
+    """
+
+    skip: bool = False
+    left_out: list[str] = field(default_factory=list)
+
+    def refuse(self, error: ValueError) -> None:
+        """Count a row that cannot be used.
+
+        Raises:
+            ValueError: ``error``, unless such rows are left out.
+        """
+        if not self.skip:
+            raise error
+        self.left_out.append(str(error))
+
+    def check(self, rows: int, path: Path) -> None:
+        """Refuse a file of which too much was left out.
+
+        Args:
+            rows: how many of its rows were read, those that were left out with them.
+            path: the file.
+
+        Raises:
+            ValueError: more than a tenth was left out.
+        """
+        if len(self.left_out) > MOST_LEFT_OUT * rows:
+            raise ValueError(
+                f"{path}: {len(self.left_out)} of {rows} rows are malformed, more than a tenth; "
+                f"mend the file, or take such rows out of it. The first: {self.left_out[0]}"
+            )
+
+
+def read_jsonl(path: Path, malformed: Malformed | None = None) -> Iterator[dict[str, Any]]:
+    """Read the JSON objects of a JSONL file, as `numbered_rows` does, without their places."""
+    for _, row in numbered_rows(path, malformed):
+        yield row
+
+
+def numbered_rows(
+    path: Path, malformed: Malformed | None = None, *, whole_characters: bool = True
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Read the JSON objects of a JSONL file, one a line, with the place of each.
+
+    The file is UTF-8, with or without a byte order mark, and may be compressed by gzip whatever it
+    is called. Empty lines are no rows.
+
+    Args:
+        path: the file.
+        malformed: what becomes of rows that cannot be used; by default the first raises.
+        whole_characters: refuse text with half a character, a lone surrogate, which no tokenizer
+            takes and no server is sent.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object; the message has file and line.
+        RowError: a line is not a JSON object, or not UTF-8.
+        ValueError: the file is cut, compressed otherwise, or in another encoding.
     """
+    malformed = malformed or Malformed()
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+    with path.open("rb") as raw:
+        packed = raw.peek(2).startswith(_GZIP)
+        stream = gzip.GzipFile(fileobj=raw) if packed else raw
+        for number, line in _lines(path, cast(IO[bytes], stream)):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {line.strip()[:40]}")
-            yield row
+                found = _row(Place(path, number), line, whole_characters)
+            except RowError as error:
+                malformed.refuse(error)
+            else:
+                yield found
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    for magic, (what, remedy) in _OTHERS.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is {what}, not UTF-8 lines; {remedy.format(path=path)}")
+    if b"\0" in start[:4] and start[:4].strip(b"\0"):
+        _, remedy = _OTHERS[b"\xff\xfe"]
+        kind = "UTF-16BE" if start[:1] == b"\0" else "UTF-16LE"
+        remedy = remedy.replace("UTF-16", kind).format(path=path)
+        raise ValueError(f"{path} is {kind}, not UTF-8 lines; {remedy}")
+
+
+def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their numbers, without a byte order mark."""
+    number = 0
+    try:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                _refuse_other_formats(path, line)
+                line = line.removeprefix(_BOM)
+            yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path} is cut or damaged after line {number} ({error}); copy or download it again, "
+            f"or keep what is whole: gzip -dc {path} > NEW"
+        ) from error
+
+
+def _row(place: Place, line: bytes, whole_characters: bool) -> tuple[Place, dict[str, Any]]:
+    """Read a line.
+
+    Raises:
+        RowError: it is not a JSON object, or not UTF-8.
+    """
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"{place} is not UTF-8 (byte 0x{line[error.start]:02x} after "
+            f"{_excerpt(line[: error.start].decode()[-_EXCERPT:])}); if the file is Latin-1, "
+            + _TO_UTF8.format("LATIN1", path=place.path)
+        ) from None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, brackets
+        reason = getattr(error, "msg", str(error))
+        shown = _excerpt(text.strip())
+        if text.lstrip()[:1] in ("[", "{") and place.line == 1:
+            remedy = "write one object a line: jq -c '.[]?' of an array, jq -c . of objects"
+        else:
+            remedy = "mend or remove the line"
+        raise RowError(f"{place} is not JSON ({reason}): {shown}; {remedy}") from None
+    if not isinstance(row, dict):
+        if isinstance(row, list) and place.line == 1:
+            remedy = f"write one object a line: jq -c '.[]' {place.path} > NEW"
+        else:
+            remedy = "mend or remove the line"
+        raise RowError(f"{place} must be a JSON object, got {_excerpt(text.strip())}; {remedy}")
+    place = place._replace(id=row.get("id"))
+    if whole_characters and _SURROGATE.search(line) and (half := _half_character(row)):
+        where, text = half
+        raise RowError(
+            f"{place} has half a character, {text!a}, in its field {where!r}: no tokenizer "
+            "takes it; write it out or remove it"
+        )
+    return place, row
+
+
+def _half_character(value: Any, name: str = "") -> tuple[str, str] | None:
+    """Return the name of the first field with a lone surrogate, and what surrounds it there."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return name, value[max(0, error.start - 8) : error.end + 8]
+        return None
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        keys = ((name, key) for key in value)
+        items = chain(keys, ((f"{name}.{key}".lstrip("."), item) for key, item in value.items()))
+    elif isinstance(value, list):
+        items = ((f"{name}[{index}]", item) for index, item in enumerate(value))
+    return next((found for key, item in items if (found := _half_character(item, key))), None)
+
+
+def _excerpt(value: object) -> str:
+    """Return a value as it stands in a message: short, and in characters that any terminal has."""
+    text = ascii(value) if not isinstance(value, str) else ascii(value[: _EXCERPT + 1])
+    return text if len(text) <= _EXCERPT + 4 else f"{text[:_EXCERPT]}..."
 
 
 class LineFile:
@@ -61,9 +253,10 @@ class LineFile:
         end = self._stream.seek(0, os.SEEK_END)
         rest = memoryview(b"".join(_line(row) for row in rows))
         try:
-            while rest:
-                rest = rest[self._stream.write(rest) :]
-            os.fsync(self._stream.fileno())
+            with disk_errors(self.path):
+                while rest:
+                    rest = rest[self._stream.write(rest) :]
+                os.fsync(self._stream.fileno())
         except BaseException:
             self._stream.truncate(end)
             raise
@@ -132,7 +325,7 @@ def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
                 f"{path} is missing, so the settings of the rows beside it are unknown; "
                 "write to a new file"
             )
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, "write to a new file")
         for name in sorted(settings.keys() | before.keys()):
             if settings.get(name) != before.get(name):
                 raise ValueError(
@@ -143,4 +336,12 @@ def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
     write_text(path, json.dumps(settings, indent=2) + "\n", durable=True)
 
 
-__all__ = ["LineFile", "open_lines", "read_jsonl"]
+__all__ = [
+    "LineFile",
+    "Malformed",
+    "Place",
+    "RowError",
+    "numbered_rows",
+    "open_lines",
+    "read_jsonl",
+]

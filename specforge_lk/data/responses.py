@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from specforge_lk.data.conversations import Message, prompt_ids
-from specforge_lk.data.jsonl import LineFile, read_jsonl
+from specforge_lk.data.jsonl import LineFile, numbered_rows
 from specforge_lk.serving import Sampling
 
 #: A row ``{"id", "prompt"}`` or ``{"id", "messages"}``.
@@ -132,7 +132,9 @@ class ResponseFile:
 
     def __init__(self, lines: LineFile) -> None:
         self._lines = lines
-        self.answered = {row["id"]: StoredResponse.of(row) for row in read_jsonl(lines.path)}
+        # A server's text may have half a character, which is kept as it is.
+        rows = numbered_rows(lines.path, whole_characters=False)
+        self.answered = {row["id"]: StoredResponse.of(row) for _, row in rows}
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; when this returns they survive a crash."""
