@@ -53,6 +53,12 @@ OBJECTIVES: Final = {
     "survival": _loss("lk_lambda", eta=10, chain_weight="survival"),
     "dpace": _loss("lk_lambda", eta=10, chain_weight="dpace"),
     "auf": _loss("lk_lambda", eta=10, chain_weight="auf"),
+    # Without KL, and weighted.
+    "tv-survival": _loss("tv", chain_weight="survival"),
+    "tv-auf": _loss("tv", chain_weight="auf"),
+    # KL's weight falls to 0 in the first half of the run, whatever the acceptance rate.
+    "schedule": _loss("lk_lambda", lambda_scope="schedule"),
+    "tau-schedule": _loss("tau", lambda_scope="schedule"),
     # The expectation alone, from a start that has a gradient.
     "tau-alone": _loss("tau", lambda_scope="fixed", lambda_fixed=0),
     **{
@@ -85,14 +91,13 @@ class Part:
 PARTS: Final = {
     "fine-tune": Part(
         "Fine-tuning a KL draft",
-        tuple(name for name in OBJECTIVES if not name.startswith("for-")),
+        tuple(n for n in OBJECTIVES if not n.startswith("for-") and "schedule" not in n),
         steps=(96, 384),
         start_steps=(384, 1536),
     ),
-    # A schedule of lambda that needs no second command goes in here.
     "scratch": Part(
         "From scratch, and KL then another objective, at equal steps",
-        (BASELINE, "lk_lambda-3", "lk_lambda-10", "lk_alpha", "tau"),
+        (BASELINE, "lk_lambda-3", "lk_lambda-10", "schedule", "lk_alpha", "tau", "tau-schedule"),
         steps=(480, 1920),
         then=("lk_lambda-10", "tv", "tau"),
     ),
