@@ -40,8 +40,8 @@ ELSEWHERE: Final = {
     **{
         f"reports/{name}": f"experiments/results/{name}"
         for name in (
-            *("demo.md", "algorithms.md", "paper.md", "serving.md", "agreement.md"),
-            *("demo.png", "algorithms.png", "paper.png"),
+            *("demo.md", "algorithms.md", "paper.md", "serving.md", "agreement.md", "gains.md"),
+            *("demo.png", "algorithms.png", "paper.png", "gains.png"),
         )
     },
 }

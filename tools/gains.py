@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any, Final
 
 from experiments.demo_summary import TITLES, measurements, preface, sentence, taus
-from experiments.gains.report import summary
+from experiments.gains.report import best_of, summary
 from experiments.gains.results import PATH, Results
 from experiments.runner import START
 from specforge_lk.evaluate.published import GAIN_BASELINE, PUBLISHED
@@ -87,6 +87,20 @@ def _demo_taus(report: Report, losses: Sequence[str], temperature: float) -> lis
     ]
 
 
+def _study_rows() -> list[list[str]]:
+    """Return a row of the table: what gains most at T = 1, by architecture and start."""
+    best = [
+        f"{found.setting.architecture}, {found.setting.steps} steps "
+        + (f"after {start} of KL" if (start := found.setting.start_steps) else "from scratch")
+        + f", {found.title} {found.hot.share:+.0%}"
+        + (f" ({found.cold.share:+.0%})" if found.cold and found.cold.share is not None else "")
+        for found in best_of(Results.read(ROOT / PATH))
+        if found.hot.share is not None
+    ]
+    title = "gain of τ − 1, the best objective at T = 1 (T = 0)"
+    return [[title, "; ".join(best), "`make gains`, on a CPU"]] if best else []
+
+
 def _options(report: Report, loss: str) -> str:
     """Return the options that a loss was trained with, as " (eta = 10)"."""
     found = {
@@ -103,7 +117,8 @@ def gains() -> str:
     found = _demo()
     here = [["τ, a small EAGLE-3 draft", _NOT_YET, "`make demo`, on a CPU"]]
     if found:
-        here = [_demo_taus(*found, temperature) for temperature in (1.0, 0.0)]
+        here = [_demo_taus(*found, 1.0)]
+    here += _study_rows()
     time, memory, eager, inductor = (
         bench_target(f"lk_lambda over {what}")["median"]
         for what in (

@@ -289,9 +289,26 @@ def markdown(results: Results, chart: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: Results) -> str | None:
-    """Return the short form: the objective that gains most at T = 1; None where nothing is."""
-    rows = []
+@dataclass(frozen=True)
+class Best:
+    """The objective that gains most over KL at T = 1.
+
+    Attributes:
+        setting: of the comparison.
+        title: of the objective.
+        hot: its gain at T = 1.
+        cold: its gain at T = 0; None where that was not measured.
+    """
+
+    setting: Setting
+    title: str
+    hot: Gain
+    cold: Gain | None
+
+
+def best_of(results: Results) -> list[Best]:
+    """Return the best of every setting, but for drafts that are trained for a rule."""
+    found = []
     hot, cold = SHOWN.values()
     for setting in settings_of(results):
         compared = [
@@ -302,9 +319,17 @@ def summary(results: Results) -> str | None:
         ]
         if compared:
             _, best, gain = max(compared, key=lambda found: found[0])
-            at_0 = results.gain(best.pairs, cold)
-            cells = [setting.architecture, setting.text, best.title, percent(gain) + _star(gain)]
-            rows.append([*cells, percent(at_0) + _star(at_0) if at_0 else ""])
+            found.append(Best(setting, best.title, gain, results.gain(best.pairs, cold)))
+    return found
+
+
+def summary(results: Results) -> str | None:
+    """Return the short form: the objective that gains most at T = 1; None where nothing is."""
+    rows = []
+    for best in best_of(results):
+        cells = [best.setting.architecture, best.setting.text, best.title]
+        cells.append(percent(best.hot) + _star(best.hot))
+        rows.append([*cells, percent(best.cold) + _star(best.cold) if best.cold else ""])
     header = ["draft", "trained for", "gains most over `kl` at T = 1", "of τ − 1", "at T = 0"]
     return markdown_table(header, rows) if rows else None
 
