@@ -25,7 +25,7 @@ from experiments.runner import ROOT, RUNS, Training, capture, console, fail, tra
 from experiments.serving.cases import DRAFTS as SERVED
 from experiments.serving.cases import ServedDraft
 from experiments.serving.compare import prediction
-from specforge_lk.data.conversations import Tokens, prompt_ids
+from specforge_lk.data.conversations import Tokens
 from specforge_lk.data.prompts import read_rows, user_turns
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.prefill import Prefills
@@ -83,7 +83,7 @@ def main(
         for path in assets.benchmarks.values()
         for row in read_rows(str(path))[:prompts]
     ]
-    asked = [prompt_ids(target.tokenizer, [{"role": "user", "content": turn}]) for turn in turns]
+    asked = [target.chat.prompt_ids([{"role": "user", "content": turn}]) for turn in turns]
     asked.sort(key=len)
     report: dict[str, Any] = {
         "target": str(assets.target),

@@ -23,7 +23,7 @@ import typer
 
 from experiments.assets import HELD_OUT, prepare
 from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, execute
-from specforge_lk.data.conversations import Tokens, tokenize
+from specforge_lk.data.conversations import Tokens
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.intervals import bootstrap_ratio
@@ -72,9 +72,8 @@ def main(
     drafts = {ROUNDED: rounded, EXACT: exact}
     target = Target.load(str(assets.target), torch.float32, "cpu")
     with gzip.open(HELD_OUT, "rt") as rows:
-        held_out = [tokenize(json.loads(row), target.tokenizer, target.eos_ids) for row in rows][
-            :conversations
-        ]
+        held_out = [tokens for row in rows for tokens in target.chat.tokenize(json.loads(row))]
+        held_out = held_out[:conversations]
     kinds = [(trained, used) for trained in drafts for used in (ROUNDED, EXACT)]
     fitting = [tokens for tokens in held_out if len(tokens.input_ids) <= 512]
     rule = Serving(1.0)

@@ -22,7 +22,7 @@ from experiments.serving import compare
 from experiments.serving.cases import HEADS, SERVING, Sampling, ServedDraft
 from experiments.serving.engine import ENVIRONMENT
 from experiments.serving.report import Comparison, FirstDifference, Prediction, Side, Speculator
-from specforge_lk.data.conversations import Tokens, prompt_ids
+from specforge_lk.data.conversations import Tokens
 from specforge_lk.data.prompts import read_rows, user_turns
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.prefill import Prefills
@@ -66,9 +66,8 @@ class Check:
     def prompts(self) -> list[list[int]]:
         """Token ids of the benchmarks' first prompts."""
         return [
-            prompt_ids(
-                self.target.tokenizer,
-                [{"role": "user", "content": user_turns(row, str(path))[0]}],
+            self.target.chat.prompt_ids(
+                [{"role": "user", "content": user_turns(row, str(path))[0]}]
             )
             for path in self.assets.benchmarks.values()
             for row in read_rows(str(path))[: self.count]

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import Dtype, device_option, errors, find_device
+from specforge_lk.cli.shell import (
+    MOST_LEFT_OUT,
+    Dtype,
+    chat_template_args_option,
+    device_option,
+    errors,
+    find_device,
+    max_left_out_option,
+    name_left_out,
+    parse_chat_template_args,
+    say,
+    skip_malformed_option,
+)
 
 if TYPE_CHECKING:
     from specforge_lk.data.capture import Samples
@@ -47,6 +59,9 @@ def run(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens in one forward pass, padding included.")
     ] = 4096,
+    skip_malformed: Annotated[bool, skip_malformed_option()] = False,
+    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
+    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
     device: Annotated[str, device_option()] = "auto",
     overrides: Annotated[
         list[str] | None,
@@ -67,8 +82,11 @@ def run(
     from specforge.application.composition import resolve_run
 
     from specforge_lk.data import capture
+    from specforge_lk.data.conversations import Chat
+    from specforge_lk.data.messages import LeftOut
     from specforge_lk.target import load_eos_ids, load_tokenizer
 
+    arguments = parse_chat_template_args(chat_template_args)
     run, target_config = _load(config, out, overrides)
     algorithm = resolve_run(run).algorithm
     streamed = run.mode == "online"
@@ -87,16 +105,19 @@ def run(
         )
     target, trusted = run.model.target_model_path, run.model.trust_remote_code
     tokenizer = load_tokenizer(target, trust_remote_code=trusted)
+    ends = load_eos_ids(target, tokenizer, trust_remote_code=trusted)
+    chat = Chat(tokenizer, ends, arguments)
     samples = capture.read_samples(
         responses,
-        tokenizer,
-        load_eos_ids(target, tokenizer, trust_remote_code=trusted),
+        chat,
         place,
         vocab_size=vocab_size,
         max_length=run.data.max_length,
         limit=limit,
         loss_mask_filter=algorithm.providers.model.loss_mask_filter,
+        malformed=LeftOut(skip_malformed, max_left_out),
     )
+    name_left_out(samples.malformed)
     if not samples.kept:
         raise ValueError(
             f"{responses} has no response of two tokens or more, within "
@@ -104,11 +125,17 @@ def run(
         )
     decoder = None
     if plan:
-        decoder = _prepare(run, plan, responses, place, dtype, find_device(device), samples)
+        decoder = _prepare(
+            *(run, plan, responses, place, dtype, find_device(device), samples, arguments)
+        )
     if vocab_mapping:
         _write_mapping(run, algorithm, samples, vocab_size, vocab_mapping)
     supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
     cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {samples.skipped} skipped"
+    if samples.malformed:
+        cut += f", {len(samples.malformed)} malformed"
+    for note, count in chat.notes.items():
+        say(f"{count} {note}", "yellow", stderr=True)
     if not plan:
         capture.write_tokens(samples.kept, place)
         typer.echo(f"{len(samples.kept)} samples ({cut}), {supervised} supervised tokens: {place}")
@@ -155,6 +182,7 @@ def _prepare(
     dtype: Dtype | None,
     device: str,
     samples: Samples,
+    chat_template_args: dict[str, Any],
 ) -> Any:
     """Load the target, check it on a sample, open the folder of features.
 
@@ -184,7 +212,10 @@ def _prepare(
         "compute_dtype": compute.value,
         "stored_dtype": run.model.torch_dtype,
     }
-    capture.open_directory(place, plan.layout.output_names, settings, samples.samplings())
+    # Null where earlier versions wrote nothing.
+    compared = {**settings, "chat_template_args": chat_template_args or None}
+    found = {"sampling": samples.samplings(), "left_out": samples.left_out}
+    capture.open_directory(place, plan.layout.output_names, compared, found)
     return decoder
 
 

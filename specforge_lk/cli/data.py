@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specforge_lk.cli.shell import errors
+from specforge_lk.cli.shell import MOST_LEFT_OUT, errors, max_left_out_option
 
 EXAMPLE = (
     "specforge-lk data --source nebius/Llama-3.1-8B-Instruct-Infinity-Instruct-0625 "
@@ -45,6 +45,7 @@ def run(
         bool,
         typer.Option("--skip-malformed", help="Leave out rows that lack a field, and count them."),
     ] = False,
+    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
 ) -> None:
     """Turn prompts and completions into SpecForge conversations, which `capture` reads.
 
@@ -84,4 +85,10 @@ def run(
         raise ValueError(f"{source}: {error}" if source not in str(error) else error) from error
     read = counts.before + counts.added + counts.left_out
     what = "prompts" if prompts_only else "conversations"
+    if counts.left_out > max_left_out * read:
+        raise ValueError(
+            f"{source}: {counts.left_out} of {read} rows were left out, more than a share of "
+            f"{max_left_out:g}; all others are in {out}. Mend the source, or allow more with "
+            "--max-left-out"
+        )
     typer.echo(f"{read} rows read, {counts.added} new {what}, {counts.left_out} left out: {out}")

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
+from specforge_lk.cli.shell import (
+    Dtype,
+    chat_template_args_option,
+    device_option,
+    errors,
+    find_device,
+    parse_chat_template_args,
+    say,
+)
 from specforge_lk.serving import PRESETS, parse
 
 if TYPE_CHECKING:
@@ -90,6 +98,7 @@ def run(
         str | None,
         typer.Option(help="Address of a running vLLM or SGLang server, whose /metrics are read."),
     ] = None,
+    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Smallest cost that counts, in τ.")
     ] = 0.01,
@@ -109,6 +118,7 @@ def run(
     wrong; 1: a finding costs something, or its cost is unknown; 2: nothing could be examined.
     """
     rule = parse(serving)
+    arguments = parse_chat_template_args(chat_template_args)
     if accepted and metrics:
         raise typer.BadParameter("give --accepted or --metrics, not both")
 
@@ -142,6 +152,7 @@ def run(
         getattr(torch, dtype.value),
         find_device(device),
         trust_remote_code=trust_remote_code,
+        chat_template_args=arguments,
     )
     report = diagnose(model, target, dtype.value, draft, given)
     _print(report)

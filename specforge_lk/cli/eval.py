@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, parse_layers, say
+from specforge_lk.cli.shell import (
+    MOST_LEFT_OUT,
+    Dtype,
+    chat_template_args_option,
+    device_option,
+    errors,
+    find_device,
+    max_left_out_option,
+    name_left_out,
+    parse_chat_template_args,
+    parse_layers,
+    say,
+    skip_malformed_option,
+)
 from specforge_lk.evaluate.published import PUBLISHED, find_target
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.serving import Serving, parse
@@ -142,6 +155,9 @@ def run(
             "and LOSS, benchmarks by name: mt-bench, humaneval, gsm8k."
         ),
     ] = None,
+    skip_malformed: Annotated[bool, skip_malformed_option()] = False,
+    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
+    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Use float32 for figures to report.")
     ] = Dtype.FLOAT32,
@@ -172,6 +188,7 @@ def run(
     if sampled and not benchmarks:
         raise typer.BadParameter("--sampled decodes benchmarks: give --benchmark")
     layers = parse_layers(aux_layers)
+    arguments = parse_chat_template_args(chat_template_args)
     rules = _rules(serving, temperature)
     published = find_target(compare_with or target)
     if compare_with and published is None:
@@ -198,11 +215,13 @@ def run(
     from specforge_lk.evaluate.render import write_all
 
     transformers.utils.logging.disable_progress_bar()
+    left_out: dict[str, list[str]] = {}
     model = Target.load(
         target,
         getattr(torch, dtype.value),
         find_device(device),
         trust_remote_code=trust_remote_code,
+        chat_template_args=arguments,
     )
     drafts = [
         runner.LoadedDraft(loss, number, path, load_draft(path, model, layers))
@@ -219,6 +238,9 @@ def run(
             sampled=sampled,
             sampled_by=None if sampled_by is None else _rule(sampled_by, "--sampled-by").target,
             off_policy=off_policy,
+            skip_malformed=skip_malformed,
+            max_left_out=max_left_out,
+            left_out=left_out,
         ),
         settings=settings,
         out=out,
@@ -227,7 +249,10 @@ def run(
         published=published,
     )
     _print(report)
-    say(f"wrote {', '.join(map(str, write_all(report, out)))}")
+    missing = [line for lines in left_out.values() for line in lines]
+    name_left_out(missing)
+    note = f"; {len(missing)} malformed rows left out" if missing else ""
+    say(f"wrote {', '.join(map(str, write_all(report, out)))}{note}")
 
 
 def _rules(serving: list[str] | None, temperature: list[float] | None) -> list[Serving] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import Dtype, device_option, errors, find_device, say
+from specforge_lk.cli.shell import (
+    MOST_LEFT_OUT,
+    Dtype,
+    chat_template_args_option,
+    device_option,
+    errors,
+    find_device,
+    max_left_out_option,
+    name_left_out,
+    parse_chat_template_args,
+    say,
+    skip_malformed_option,
+)
 
 if TYPE_CHECKING:
+    from specforge_lk.data.jsonl import Place
+    from specforge_lk.data.messages import LeftOut
     from specforge_lk.data.responses import Prompt, Request, ResponseFile, StoredResponse
     from specforge_lk.data.sample_server import RefusedPrompt, Server
     from specforge_lk.serving import Sampling
@@ -28,7 +42,11 @@ _LOCAL, _SERVER = "Local transformers", "Server"
 @errors(memory="lower --batch-size or --max-new-tokens")
 def run(
     prompts: Annotated[
-        Path, typer.Option(help='JSONL (or .jsonl.gz) of prompts: {"id": ..., "prompt": ...}.')
+        Path,
+        typer.Option(
+            help='JSONL (or .jsonl.gz) of prompts: {"id": ..., "prompt": ...}, or with "messages" '
+            'that wait for an answer, and "tools".'
+        ),
     ],
     out: Annotated[
         Path,
@@ -92,6 +110,9 @@ def run(
         ),
     ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    skip_malformed: Annotated[bool, skip_malformed_option()] = False,
+    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
+    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Responses sampled side by side.", rich_help_panel=_LOCAL)
     ] = 64,
@@ -172,6 +193,7 @@ def run(
     interruption: finished responses are kept.
     """
     from specforge_lk.data.jsonl import open_lines
+    from specforge_lk.data.messages import LeftOut
     from specforge_lk.data.prompts import read_prompts
     from specforge_lk.data.responses import Request, ResponseFile, pending, settings_of
 
@@ -180,8 +202,11 @@ def run(
         raise typer.BadParameter(
             "top-k is no part of the OpenAI protocol; leave out --no-extensions, or top-k"
         )
-    request = Request(sampling, max_new_tokens, seed)
-    rows = read_prompts(prompts)[:limit]
+    request = Request(sampling, max_new_tokens, seed, parse_chat_template_args(chat_template_args))
+    malformed = LeftOut(skip_malformed, max_left_out)
+    placed = read_prompts(prompts, malformed, limit)
+    malformed.check_share(prompts)
+    rows = list(placed.values())
     sample: Callable[[Sequence[Prompt], Request, ResponseFile], int]
     if server is not None:
         from specforge_lk.data.sample_server import Server
@@ -195,15 +220,25 @@ def run(
     elif target is None:
         raise typer.BadParameter("give --target, or --server")
     else:
-        sample = partial(_sample_here, target, dtype, device, trust_remote_code, batch_size)
+        places = {prompt["id"]: place for place, prompt in placed.items()}
+        sample = partial(
+            _sample_here,
+            *(target, dtype, device, trust_remote_code, batch_size, places, malformed),
+        )
     with open_lines(
         out, settings_of(target, "server" if server else dtype.value, request)
     ) as lines:
         stored = ResponseFile(lines)
         todo = pending(rows, stored)
-        left_out = sample(todo, request, stored) if todo else 0
+        before = len(stored.answered)
+        refused = sample(todo, request, stored) if todo else 0
+        new = len(stored.answered) - before
     wanted = [stored.answered[row["id"]] for row in rows if row["id"] in stored.answered]
-    typer.echo(_summary(wanted, len(todo) - left_out, left_out, out))
+    name_left_out(malformed.left_out)
+    line = _summary(wanted, new, refused, out)
+    if malformed.left_out:
+        line += f"; {len(malformed.left_out)} malformed prompts left out"
+    typer.echo(line)
 
 
 def _sampling(
@@ -229,20 +264,34 @@ def _sample_here(
     device: str,
     trust_remote_code: bool,
     batch_size: int,
+    places: Mapping[str, Place],
+    malformed: LeftOut,
     prompts: Sequence[Prompt],
     request: Request,
     stored: ResponseFile,
 ) -> int:
-    """Sample with local transformers; no prompt is refused."""
-    from specforge_lk.data.sample_local import sample_responses
+    """Sample with local transformers, no prompt of which is refused later than malformed ones."""
+    from specforge_lk.data.jsonl import RowError
+    from specforge_lk.data.messages import MalformedRow
+    from specforge_lk.data.sample_local import chat_of, fits, sample_responses
     from specforge_lk.target import load_target
 
     model, tokenizer = load_target(
         target, dtype.value, find_device(device), trust_remote_code=trust_remote_code
     )
-    with _progress(prompts, request) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
+    chat = chat_of(model, tokenizer, request)
+    usable = []
+    for prompt in prompts:  # all of them before hours of sampling
+        try:
+            fits(model, chat, prompt, request)
+            usable.append(prompt)
+        except MalformedRow as error:
+            malformed.rows -= 1  # it was counted as usable
+            malformed.refuse(RowError(f"{places[prompt['id']]}: {error}"))
+    malformed.check_share(places[prompts[0]["id"]].path)
+    with _progress(usable, request) as bar:
+        for start in range(0, len(usable), batch_size):
+            batch = usable[start : start + batch_size]
             stored.append(sample_responses(model, tokenizer, batch, request, advance=bar.advance))
     return 0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
@@ -19,6 +20,10 @@ from rich.text import Text
 
 #: Exit code of a command that an expected error ended.
 FAILED = 1
+#: Rows left out that are named.
+_NAMED = 5
+#: Share of a file's rows that may be left out unless another is asked for.
+MOST_LEFT_OUT = 0.1
 #: Expected errors of modules that are slow to import, which an error shows to be imported.
 _LATE = (("torch", "OutOfMemoryError"), ("specforge.plugins", "PluginError"))
 
@@ -40,6 +45,54 @@ def device_option(panel: str | None = None) -> Any:
     """Return the option ``--device``; its default is ``auto``."""
     text = "Torch device, such as cpu or cuda; auto takes a GPU if there is one."
     return typer.Option("--device", help=text, rich_help_panel=panel)
+
+
+def chat_template_args_option(panel: str | None = None) -> Any:
+    """Return the option ``--chat-template-args``; see `parse_chat_template_args`."""
+    text = (
+        'Further arguments of the chat template as JSON, such as {"enable_thinking": false}. '
+        "Engines call them chat_template_kwargs. Give capture, generate and eval the same."
+    )
+    return typer.Option("--chat-template-args", metavar="JSON", help=text, rich_help_panel=panel)
+
+
+def parse_chat_template_args(value: str | None) -> dict[str, Any]:
+    """Return the arguments of ``--chat-template-args``; none where it is not given."""
+    from specforge_lk.data.chat_template import check_arguments
+
+    try:
+        found = json.loads(value) if value else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(
+            f'--chat-template-args {value!r} is no JSON object such as {{"enable_thinking": false}}'
+        )
+    try:
+        check_arguments(found)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return found
+
+
+def skip_malformed_option() -> Any:
+    """Return the flag ``--skip-malformed``."""
+    text = "Leave out rows that cannot be used, and count them; otherwise the first is an error."
+    return typer.Option("--skip-malformed", help=text)
+
+
+def max_left_out_option() -> Any:
+    """Return the option ``--max-left-out``; its default is a tenth."""
+    text = "Largest share of a file's rows that may be left out; more are an error."
+    return typer.Option("--max-left-out", min=0, max=1, help=text)
+
+
+def name_left_out(left_out: Sequence[str]) -> None:
+    """Print what was wrong with the first rows that were left out."""
+    for line in left_out[:_NAMED]:
+        say(f"left out: {line}", "yellow", stderr=True)
+    if len(left_out) > _NAMED:
+        say(f"left out: {len(left_out) - _NAMED} more rows", "yellow", stderr=True)
 
 
 def find_device(name: str) -> str:
@@ -142,13 +195,19 @@ def _extras() -> dict[str, str]:
 
 
 __all__ = [
+    "MOST_LEFT_OUT",
     "Dtype",
+    "chat_template_args_option",
     "device_option",
     "errors",
     "example",
     "fail",
     "find_device",
+    "max_left_out_option",
     "missing",
+    "name_left_out",
+    "parse_chat_template_args",
     "parse_layers",
     "say",
+    "skip_malformed_option",
 ]

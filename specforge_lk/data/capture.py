@@ -13,18 +13,20 @@ state is the one after the final norm, from which the LM head makes the target's
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import compress, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specforge_lk.data.conversations import Tokens, tokenize
-from specforge_lk.data.jsonl import read_jsonl
+from specforge_lk.data.conversations import Chat, Tokens
+from specforge_lk.data.jsonl import numbered_rows
+from specforge_lk.data.messages import LeftOut, MalformedRow, usable_rows
 from specforge_lk.data.responses import recorded, sampling_of
 from specforge_lk.files import atomic_write, write_text
 from specforge_lk.serving import Sampling
@@ -75,13 +77,20 @@ class Samples:
 
     Attributes:
         kept: Rows to capture, in file order.
-        truncated: How many rows were cut to the longest length.
-        skipped: How many rows had no supervised position, or too few tokens for the algorithm.
+        truncated: How many were cut to the longest length.
+        skipped: How many had no supervised position, or too few tokens for the algorithm.
+        malformed: What was wrong with each row that was left out for it.
     """
 
     kept: list[Sample]
     truncated: int
     skipped: int
+    malformed: list[str] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many rows are missing, by what they lack."""
+        return {"malformed": len(self.malformed), "nothing supervised": self.skipped}
 
     def token_counts(self) -> Counter[int]:
         """Count how often each token occurs at a supervised position."""
@@ -99,66 +108,84 @@ class Samples:
 
 def read_samples(
     responses: Path,
-    tokenizer: Any,
-    eos_ids: Collection[int],
+    chat: Chat,
     directory: Path,
     *,
     vocab_size: int,
     max_length: int,
     limit: int | None = None,
     loss_mask_filter: Callable[[object], bool] | None = None,
+    malformed: LeftOut | None = None,
 ) -> Samples:
     """Tokenize a response file.
 
+    A row whose turns do not extend one another has several samples.
+
     Args:
         responses: Conversation JSONL, see :mod:`specforge_lk.data.conversations`.
-        tokenizer: The target's tokenizer.
-        eos_ids: The tokens that end a response, see `specforge_lk.target.eos_ids`.
+        chat: The target's chat template.
         directory: Where feature files go; their names are the rows' numbers.
         vocab_size: Size of the target vocabulary.
         max_length: Longest sample in tokens; longer ones are cut.
         limit: Only the first rows.
         loss_mask_filter: The algorithm's own test of whether a loss mask is usable.
+        malformed: What becomes of rows that are malformed, hold a token id outside the target
+            vocabulary, or say something of their sampling that cannot be read; by default the
+            first is an error.
 
     Raises:
-        ValueError: a row is malformed, holds a token id outside the target vocabulary, or says
-            something of its sampling that cannot be read.
+        ValueError: a row cannot be used, or too many of them.
     """
     from specforge.data.loss_mask import has_supervised_position
 
     kept, truncated, skipped = [], 0, 0
+    malformed = malformed or LeftOut()
     # One object for all rows that say the same.
     samplings: dict[Sampling | None, Sampling | None] = {}
-    for index, row in enumerate(read_jsonl(responses)):
-        if limit is not None and index >= limit:
-            break
-        tokens = tokenize(row, tokenizer, eos_ids)
-        if not all(0 <= token < vocab_size for token in tokens.input_ids):
-            raise ValueError(
-                f"{responses}: row {row.get('id', index)!r} has token id {max(tokens.input_ids)}, "
-                f"outside the target's vocabulary of {vocab_size}; were the responses sampled "
-                "from another target?"
-            )
-        if len(tokens.input_ids) > max_length:
-            truncated += 1
-            tokens = Tokens(tokens.input_ids[:max_length], tokens.loss_mask[:max_length])
-        # Nothing is drafted before a response's first token, or after its last one.
-        if not has_supervised_position(tokens.loss_mask) or (
-            loss_mask_filter is not None and not loss_mask_filter(tokens.loss_mask)
-        ):
-            skipped += 1
-            continue
+    count = itertools.count()
+    rows = itertools.islice(numbered_rows(responses, malformed), limit)
+
+    def read(row: dict[str, Any]) -> tuple[int, list[Tokens], Sampling | None]:
+        index = next(count)
+        samples = chat.tokenize(row)
+        for tokens in samples:
+            _check_ids(tokens.input_ids, vocab_size)
         sampling = sampling_of(row)
-        sampling = samplings.setdefault(sampling, sampling)
-        kept.append(Sample.of(directory / f"sample_{index:08d}.ckpt", tokens, sampling))
-    return Samples(kept, truncated, skipped)
+        return index, samples, samplings.setdefault(sampling, sampling)
+
+    for _, _, (index, samples, sampling) in usable_rows(rows, read, malformed):
+        usable = 0
+        for number, tokens in enumerate(samples):
+            if len(tokens.input_ids) > max_length:
+                truncated += 1
+                tokens = Tokens(tokens.input_ids[:max_length], tokens.loss_mask[:max_length])
+            # Nothing is drafted before a response's first token, or after its last one.
+            if not has_supervised_position(tokens.loss_mask) or (
+                loss_mask_filter is not None and not loss_mask_filter(tokens.loss_mask)
+            ):
+                continue
+            usable += 1
+            name = f"sample_{index:08d}" + (f"_{number}" if number else "")
+            kept.append(Sample.of(directory / f"{name}.ckpt", tokens, sampling))
+        skipped += not usable
+    malformed.check_share(responses, skipped)
+    return Samples(kept, truncated, skipped, malformed.left_out)
+
+
+def _check_ids(ids: list[int], vocab_size: int) -> None:
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise MalformedRow(
+            f"it has token id {outside[0]}, outside the target's vocabulary of {vocab_size}; were "
+            "the responses sampled from another target?"
+        )
 
 
 def open_directory(
     directory: Path,
     names: tuple[str, ...],
     settings: dict[str, Any],
-    samplings: list[dict[str, float | int] | None],
+    found: dict[str, Any],
 ) -> None:
     """Begin or continue a directory of features, keeping ``settings`` in its manifest.
 
@@ -167,8 +194,9 @@ def open_directory(
         names: Features to capture. Files there may hold more of them, or be given more: some
             algorithms read a part of what others read.
         settings: Everything else that the features depend on.
-        samplings: What the responses are samples of. These follow from the responses, so a
-            directory of an earlier version, which does not have them, gets them.
+        found: What the responses are samples of, and what of them is missing. These follow from
+            the responses, so a directory of an earlier version, which does not have them, gets
+            them.
 
     Raises:
         ValueError: the directory holds features made with other settings, or other features.
@@ -190,7 +218,7 @@ def open_directory(
                 "it, or write to another directory"
             )
         names = tuple(held.union(names))
-    held_here = {"features": sorted(names), **settings, "sampling": samplings}
+    held_here = {"features": sorted(names), **settings, **found}
     write_text(manifest, json.dumps(held_here, indent=2) + "\n")
 
 

@@ -1,26 +1,53 @@
-"""Conversation JSONL: SpecForge's ``conversations`` rows, read and tokenized with a loss mask.
+"""The one place that knows how a conversation becomes tokens and a mask.
 
-A row is ``{"id", "conversations": [{"role", "content"}, ...]}``. Rows written by ``specforge-lk
-generate`` also have ``response_ids``, the sampled tokens of the last message, ``finished``,
-whether they end with the end-of-turn token, and ``sampling``, what they were sampled from
-(`specforge_lk.data.responses.sampling_of`). The ids are kept because text does not give them
+`capture`, `data`, `generate`, `eval`, `doctor` and streamed runs all go by these rules:
+
+| of a row | is read, or what becomes of it |
+|---|---|
+| messages | from `conversations` or `messages`, with `role` and `content`, or with `from` and `value`; roles in any order that the chat template takes |
+| content | text; parts of type `text` are joined, others refused; null only beside `tool_calls` |
+| `tools`, `tool_calls` | given to the chat template as engines do, arguments as objects; calls or thoughts of an answer that the template does not show are refused |
+| prompt of an answer | the chat template's tokens of all messages before it, with the generation prompt and `--chat-template-args`: those that a server is sent |
+| answer, supervised | `response_ids`, the sampled tokens of the last message; otherwise what the target said: the content as it stands, after what the template writes before it (gpt-oss: a channel), its tokens apart from the prompt's where the two would merge |
+| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer |
+| end of an answer | the first of the generation config's `eos_token_id`, the tokenizer's, or the template's end of a turn; it is supervised, and nothing after it |
+| `finished: false` | no end is supervised |
+| several answers | one sample as long as every prompt continues it; a new sample where the template changes earlier turns |
+| not supervised | all other roles, and what an assistant says before anyone asked |
+| `chat_template_args` | what a response was sampled with: another `--chat-template-args` is refused |
+| left out, counted | with `--skip-malformed` rows that break a rule or that the template refuses; more than `--max-left-out` of the rows end the command |
+
+Rows written by ``specforge-lk generate`` have ``response_ids`` because text does not give tokens
 back: at temperature 1 a model often samples another token sequence than its tokenizer makes of
 the same text, and training on the latter would not be on-policy.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-#: One chat message, ``{"role": ..., "content": ...}``.
-Message = dict[str, str]
+from specforge_lk.data.chat_template import ChatTemplate, as_option
+from specforge_lk.data.messages import THOUGHTS, MalformedRow, Message, messages_in, tools_in
+
+#: Stands for an answer, to see what the chat template writes around one.
+_MARK = "xqzAnswerzqx"
+_TAG = r"(?P<open>[<\[])(?P<tag>[\w:|]*(?:think|thought|reason)[\w:|]*)[>\]]"
+_CLOSE = r"[<\[]/(?P=tag)[>\]]"
+#: A thought without a word, such as Qwen3's template inserts.
+_EMPTY_THOUGHT = re.compile(rf"\s*{_TAG}\s*{_CLOSE}\s*", re.IGNORECASE)
+#: The end of a prompt after which the target thinks, as in DeepSeek-R1.
+_OPEN_THOUGHT = re.compile(rf"{_TAG}\s*\Z", re.IGNORECASE)
+_CONTROL_TOKEN = re.compile(r"<\|[^|<>]+\|>")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one conversation, as the target reads it.
+    """The tokens of one sample, as the target reads it.
 
     Attributes:
         input_ids: [L] token ids.
@@ -31,9 +58,278 @@ class Tokens:
     loss_mask: list[int]
 
 
-def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Return the token ids of ``messages`` in the chat template, up to the assistant's turn."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+@dataclass(frozen=True)
+class _Frame:
+    """What a chat template writes around an answer.
+
+    Attributes:
+        before: after the prompt, before the content: the target says it, too.
+        thought: whether an empty thought was taken out of that.
+        after: after the content.
+        end: the token of ``after`` that ends the turn; None where there is none.
+    """
+
+    before: str
+    thought: bool
+    after: str
+    end: int | None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A target's chat template and tokenizer: conversations to tokens, by the rules above.
+
+    Attributes:
+        tokenizer: The target's tokenizer.
+        eos_ids: The tokens at which generation stops, see `specforge_lk.target.eos_ids`.
+        arguments: Further arguments of the chat template, such as ``enable_thinking``.
+        notes: What a user should hear of, with the number of answers that it was found in.
+
+    Raises:
+        ValueError: an argument is none that the chat template reads.
+    """
+
+    tokenizer: Any
+    eos_ids: Collection[int]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter, compare=False)
+
+    def __post_init__(self) -> None:
+        _ = self._template
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.arguments)
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Return the token ids of messages, up to where the assistant's answer begins.
+
+        Raises:
+            MalformedRow: the chat template refuses them.
+        """
+        return self._template.prompt_ids(messages, tools)
+
+    def changed_by_arguments(self, messages: Sequence[Message], tools: Any = None) -> bool:
+        """Return whether the prompt has other tokens without the arguments."""
+        plain = Chat(self.tokenizer, self.eos_ids)
+        return bool(self.arguments) and (
+            plain.prompt_ids(messages, tools) != self.prompt_ids(messages, tools)
+        )
+
+    def tokenize(self, row: Mapping[str, Any], *, sampled_only: bool = False) -> list[Tokens]:
+        """Return the samples of a row, at least one, and mark what the assistant said.
+
+        Args:
+            row: A conversation.
+            sampled_only: Of a row with ``response_ids``, supervise them and nothing else: what
+                its earlier messages were sampled by it does not say.
+
+        Raises:
+            MalformedRow: the row breaks a rule of the module, or the chat template refuses it.
+            ValueError: it was sampled with other arguments of the chat template.
+        """
+        self._check_recorded(row)
+        messages, tools = messages_in(row), tools_in(row)
+        sampled = _sampled_ids(row)
+        answers = _answers(messages, sampled is not None)
+        if not answers:
+            raise MalformedRow("no message of it is an assistant's answer: nothing to train on")
+        if sampled is not None and answers[-1] != len(messages) - 1:
+            raise MalformedRow("it has response_ids, but its last message is not the assistant's")
+        if answers[0] != next(i for i, m in enumerate(messages) if m["role"] == "assistant"):
+            self.notes["greetings before anyone asked, not supervised"] += 1
+        if sampled is not None and sampled_only:
+            answers = answers[-1:]
+        samples: list[Tokens] = []
+        ids: list[int] = []
+        mask: list[int] = []
+        for index in answers:
+            prompt = self.prompt_ids(messages[:index], tools)
+            if index < len(messages) - 1 or sampled is None:
+                finished = bool(row.get("finished", True)) or index < answers[-1]
+                response = self._said(messages[: index + 1], tools, prompt, finished)
+            else:
+                response = self._until_end(sampled)
+            if prompt[: len(ids)] != ids:
+                samples.append(Tokens(ids, mask))
+                ids, mask = [], []
+            mask = mask + [0] * (len(prompt) - len(ids)) + [1] * len(response)
+            ids = prompt + response
+        return [*samples, Tokens(ids, mask)]
+
+    def _check_recorded(self, row: Mapping[str, Any]) -> None:
+        recorded = row.get("chat_template_args")
+        if recorded is not None and recorded != dict(self.arguments):
+            raise ValueError(
+                f"row {row.get('id')!r} was sampled with the chat template's arguments "
+                f"{as_option(recorded)}, and these are {as_option(self.arguments)}; give "
+                f"--chat-template-args '{as_option(recorded)}', or sample the responses anew"
+            )
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        return {i for i in (*self.eos_ids, self.tokenizer.eos_token_id) if i is not None}
+
+    def _until_end(self, ids: list[int], more: int | None = None) -> list[int]:
+        """Return ids up to the first that ends an answer, that one included."""
+        ends = self._ends | ({more} if more is not None else set())
+        end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        return ids[: end + 1]
+
+    def _said(
+        self, messages: list[Message], tools: Any, prompt_ids: list[int], finished: bool
+    ) -> list[int]:
+        """Return the tokens of the last message as the target said it, its end included."""
+        *earlier, message = messages
+        prompt = self._template.text(earlier, tools, prompt=True)
+        frame = self._frame(earlier, tools, prompt)
+        plain = not message.get("tool_calls") and not any(message.get(key) for key in THOUGHTS)
+        if plain:
+            said, ended = self._content(message["content"], prompt, frame, finished), True
+        else:
+            said, ended = self._shown(messages, tools, prompt, frame)
+        response = self._template.continued(prompt, prompt_ids, said)
+        stopped = self._until_end(response, frame.end)
+        ends = {*self._ends, frame.end}
+        if stopped and stopped[-1] in ends:
+            return stopped if finished else stopped[:-1]
+        if finished and ended and frame.end is not None:
+            return [*response, frame.end]
+        if finished:
+            self.notes["answers to which the chat template writes no end-of-turn token"] += 1
+        return response
+
+    def _frame(self, earlier: list[Message], tools: Any, prompt: str) -> _Frame:
+        """Find what the template writes around an answer, by rendering one that is known."""
+        shown = self._template.text([*earlier, {"role": "assistant", "content": _MARK}], tools)
+        before, found, after = shown.partition(_MARK)
+        if not found:
+            raise MalformedRow("the chat template shows no answer of the assistant")
+        if not before.startswith(prompt) and not prompt.startswith(before):
+            raise MalformedRow(
+                "the chat template renders the assistant's turn differently from the prompt that "
+                "asks for it; give the rows response_ids, as specforge-lk generate does"
+            )
+        opening = before[len(prompt) :]
+        if opened := _OPEN_THOUGHT.search(prompt):
+            closing = re.compile(rf"\A\s*{_closing(opened)}\s*", re.IGNORECASE)
+            thoughtless = closing.sub("", opening)
+        else:
+            thoughtless = _EMPTY_THOUGHT.sub("", opening)
+        tokens = self._template.encode(after)
+        controls = {*self._ends, *self._controls}
+        first = next((t for t in tokens if t in self._ends), None)
+        if first is None:
+            first = next((t for t in tokens[:1] if t in controls), None)
+        return _Frame(thoughtless, thoughtless != opening, after, first)
+
+    @cached_property
+    def _controls(self) -> set[int]:
+        """Special tokens: what a template may end a turn with."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {token for token, content in added.items() if getattr(content, "special", False)}
+        return {*self.tokenizer.all_special_ids, *special}
+
+    def _content(self, content: str, prompt: str, frame: _Frame, finished: bool) -> str:
+        """Return the text of a plain answer: what the template writes before it, and itself."""
+        opened = _OPEN_THOUGHT.search(prompt)
+        if opened:
+            # Some rows repeat what the prompt has said.
+            again = re.compile(rf"\A\s*{re.escape(opened[0].strip())}", re.IGNORECASE)
+            if content.startswith(opened[0]):
+                content = content[len(opened[0]) :]
+            else:
+                content = again.sub("", content)
+            if finished and not re.search(_closing(opened), content, re.IGNORECASE):
+                raise MalformedRow(
+                    f"the prompt opens a thought, {opened[0].strip()}, that the answer does not "
+                    "close, so the target said more than this; keep the thoughts in the content, "
+                    "or give the --chat-template-args that it was asked with"
+                )
+        elif frame.thought and not re.search(rf"{_TAG}.*{_CLOSE}", content, re.DOTALL):
+            self.notes[
+                "answers without the empty thought that the chat template inserts (where the "
+                "target was asked not to think, give the --chat-template-args it was asked with)"
+            ] += 1
+        before = frame.before
+        control = _CONTROL_TOKEN.match(before)
+        if control and content.startswith(control[0]):
+            before = ""  # the content is all that was sampled
+        return before + content
+
+    def _shown(
+        self, messages: list[Message], tools: Any, prompt: str, frame: _Frame
+    ) -> tuple[str, bool]:
+        """Return thoughts, content and tool calls as the template shows them.
+
+        Returns:
+            The text, and whether the turn ends as that of a plain answer.
+        """
+        *earlier, message = messages
+        thought = next((message[key] for key in THOUGHTS if message.get(key)), "")
+        # Templates differ in which of these fields they read.
+        named = {**message, **(dict.fromkeys(THOUGHTS, thought) if thought else {})}
+        shown = self._template.text([*earlier, named], tools)
+        if not shown.startswith(prompt):
+            raise MalformedRow(
+                "the chat template does not show the answer after the prompt that asks for it; put "
+                "what the target said into its content, or give response_ids"
+            )
+        said = shown[len(prompt) :]
+        if not thought:
+            said = _EMPTY_THOUGHT.sub("", said, count=1)
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
+        for what, text in [
+            ("thoughts", thought),
+            ("content", message["content"]),
+            *(("tool calls", name) for name in names),
+        ]:
+            if text.strip() not in said:
+                raise MalformedRow(
+                    f"the chat template shows no {what} of an answer ({text.strip()[:40]!r}); put "
+                    "what the target said into its content, or give response_ids"
+                )
+        ended = bool(frame.after) and said.endswith(frame.after)
+        return said[: -len(frame.after)] if ended else said.rstrip(), ended
+
+
+def _answers(messages: Sequence[Message], sampled: bool) -> list[int]:
+    """Return the indices of the assistant's messages that answer someone.
+
+    The last does where its tokens were sampled, even if a system turn alone comes before it.
+    """
+    asked = next(
+        (
+            index
+            for index, message in enumerate(messages)
+            if message["role"] not in ("assistant", "system", "developer")
+        ),
+        len(messages),
+    )
+    found = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return [i for i in found if i > asked or (sampled and 0 < i == len(messages) - 1)]
+
+
+def _sampled_ids(row: Mapping[str, Any]) -> list[int] | None:
+    """Return the field ``response_ids``.
+
+    Raises:
+        MalformedRow: it is no list of token ids.
+    """
+    ids = row.get("response_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise MalformedRow(f"its field response_ids must be token ids, got {str(ids)[:40]!r}")
+    return list(ids)
+
+
+def _closing(opened: re.Match[str]) -> str:
+    """Return a pattern of the tag that closes a thought."""
+    close = ">" if opened["open"] == "<" else "]"
+    return re.escape(f"{opened['open']}/{opened['tag']}{close}")
 
 
 def response_text(tokenizer: Any, ids: list[int], finished: bool) -> str:
@@ -42,74 +338,10 @@ def response_text(tokenizer: Any, ids: list[int], finished: bool) -> str:
     return str(text)
 
 
-def tokenize(row: dict[str, Any], tokenizer: Any, eos_ids: Collection[int]) -> Tokens:
-    """Tokenize a conversation row and mark what the assistant said.
-
-    Every assistant message is supervised. Where the row has ``response_ids`` they are the last
-    message; otherwise the chat template and the tokenizer decide its tokens, up to the first that
-    ends a response: one of ``eos_ids``, or the tokenizer's own, where servers stop too. The target
-    is asked for nothing that follows.
-
-    Args:
-        row: See the module.
-        tokenizer: The target's tokenizer.
-        eos_ids: The tokens at which generation stops, see `specforge_lk.target.eos_ids`.
-
-    Raises:
-        ValueError: the row has no assistant message, or the chat template renders a
-            conversation so that it does not begin with its own first messages.
-    """
-    messages = row.get("conversations")
-    if not messages or not all({"role", "content"} <= set(message) for message in messages):
-        raise ValueError(f"row {row.get('id')!r}: conversations must be a list of role and content")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"row {row.get('id')!r}: the last message must be the assistant's")
-    ends = {*eos_ids, tokenizer.eos_token_id}
-    input_ids: list[int] = []
-    loss_mask: list[int] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = prompt_ids(tokenizer, messages[:index])
-        if prompt[: len(input_ids)] != input_ids:
-            raise ValueError(
-                f"row {row.get('id')!r}: the chat template changes earlier turns; "
-                "keep only the first question and answer of this conversation"
-            )
-        last = index == len(messages) - 1
-        if last and "response_ids" in row:
-            response = list(row["response_ids"])
-        else:
-            finished = row.get("finished", True) or not last
-            response = _rendered(tokenizer, messages[: index + 1], prompt)
-            end = next((i for i, token in enumerate(response) if token in ends), None)
-            if end is not None:
-                response = response[: end + finished]
-        loss_mask += [0] * (len(prompt) - len(input_ids)) + [1] * len(response)
-        input_ids = prompt + response
-    return Tokens(input_ids, loss_mask)
-
-
-def _rendered(tokenizer: Any, messages: list[Message], prompt: list[int]) -> list[int]:
-    """Return the tokens of the last message and of what the chat template puts behind it."""
-    rendered = _render(tokenizer, messages, add_generation_prompt=False)
-    if rendered[: len(prompt)] != prompt:
-        raise ValueError(
-            "the chat template renders the assistant's turn differently from the prompt that "
-            "asks for it; give the rows response_ids, as specforge-lk generate does"
-        )
-    return rendered[len(prompt) :]
-
-
-def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; "
-            "save one with it, or use an instruction-tuned target"
-        )
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, return_dict=False
-    )
-
-
-__all__ = ["Message", "Tokens", "prompt_ids", "response_text", "tokenize"]
+__all__ = [
+    "Chat",
+    "MalformedRow",
+    "Message",
+    "Tokens",
+    "response_text",
+]

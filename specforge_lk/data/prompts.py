@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
-from specforge_lk.data.jsonl import read_jsonl
+from specforge_lk.data.jsonl import Place, numbered_rows
+from specforge_lk.data.messages import (
+    LeftOut,
+    MalformedRow,
+    messages_in,
+    tools_in,
+    usable_rows,
+)
 
 #: How a benchmark names a data set of the Hugging Face hub instead of a file.
 HUB_PREFIX = "hub:"
@@ -14,34 +23,73 @@ class DataError(ValueError):
     """A benchmark or held-out file that cannot be read; the message says what to change."""
 
 
-def read_prompts(path: Path) -> list[dict[str, str]]:
-    """Read ``{"id", "prompt"}`` rows; without an id the line's number is the id.
+def read_prompts(
+    path: Path, malformed: LeftOut | None = None, limit: int | None = None
+) -> dict[Place, dict[str, Any]]:
+    """Read prompts, each with its place in the file; without an id a row's number is its id.
+
+    A row has ``prompt``, a user's only turn, or ``messages`` that wait for an answer, and perhaps
+    ``tools``.
+
+    Args:
+        path: JSONL of prompts.
+        malformed: What becomes of rows that are none; by default the first is an error.
+        limit: Only the first rows.
 
     Raises:
-        ValueError: a row has no prompt text, or an id occurs twice.
+        ValueError: a row is no prompt, or an id occurs twice.
     """
-    prompts: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(read_jsonl(path)):
-        key = str(row.get("id", number))
-        if not isinstance(row.get("prompt"), str):
+    prompts: dict[Place, dict[str, Any]] = {}
+    seen: set[str] = set()
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        number = next(numbers)
+        prompt = _prompt(row, str(row.get("id", number)))
+        if prompt["id"] in seen:
             raise ValueError(
-                f"{path}: row {key!r} has no text in its field 'prompt'; "
-                "specforge-lk data --prompts-only writes such rows"
-            )
-        if key in prompts:
-            raise ValueError(
-                f"{path}: id {key!r} occurs twice; give every row an id of its own, or leave ids "
+                f"id {prompt['id']!r} occurs twice; give every row an id of its own, or leave ids "
                 "out: then a row's number in the file is its id"
             )
-        prompts[key] = {"id": key, "prompt": row["prompt"]}
-    return list(prompts.values())
+        seen.add(prompt["id"])
+        return prompt
+
+    numbers = itertools.count()
+    malformed = malformed or LeftOut()
+    rows = itertools.islice(numbered_rows(path, malformed), limit)
+    for place, _, prompt in usable_rows(rows, read, malformed):
+        prompts[place] = prompt
+    return prompts
 
 
-def read_rows(source: str) -> list[dict]:
-    """Read the rows of a benchmark.
+def _prompt(row: dict[str, Any], key: str) -> dict[str, Any]:
+    tools = tools_in(row)
+    more = {} if tools is None else {"tools": tools}
+    if isinstance(row.get("prompt"), str):
+        return {"id": key, "prompt": row["prompt"], **more}
+    if row.get("prompt") is not None or not {"messages", "conversations"} & set(row):
+        raise MalformedRow(
+            f"no text in its field 'prompt', and no 'messages'; its fields are {sorted(row)}; "
+            "specforge-lk data --prompts-only writes such rows"
+        )
+    messages = messages_in(row)
+    if messages[-1]["role"] == "assistant":
+        raise MalformedRow("its last message is the assistant's; leave that out of a prompt")
+    return {"id": key, "messages": messages, **more}
+
+
+def read_rows(source: str, malformed: LeftOut | None = None) -> list[dict]:
+    """Read the rows of a benchmark; see `placed_rows`."""
+    return [row for _, row in placed_rows(source, malformed)]
+
+
+def placed_rows(
+    source: str, malformed: LeftOut | None = None
+) -> list[tuple[Place, dict[str, Any]]]:
+    """Read the rows of a benchmark with their places.
 
     Args:
         source: A JSONL file (also gzipped), or a hub data set ``hub:REPO[:CONFIG][@SPLIT]``.
+        malformed: What becomes of lines that are no rows; by default the first is an error.
 
     Raises:
         DataError: there is no such file, or it has no rows.
@@ -52,9 +100,10 @@ def read_rows(source: str) -> list[dict]:
 
         name, _, split = source.removeprefix(HUB_PREFIX).partition("@")
         repo, _, config = name.partition(":")
-        return [dict(row) for row in load_dataset(repo, config or None, split=split or "test")]
+        data = load_dataset(repo, config or None, split=split or "test")
+        return [(Place(Path(source), n, row.get("id")), dict(row)) for n, row in enumerate(data, 1)]
     try:
-        rows = list(read_jsonl(Path(source)))
+        rows = list(numbered_rows(Path(source), malformed))
     except FileNotFoundError as error:
         raise DataError(f"{error}; give a JSONL file or hub:REPO[:CONFIG][@SPLIT]") from error
     if not rows:
@@ -66,12 +115,18 @@ def user_turns(row: dict, source: str) -> list[str]:
     """Return the user messages of a benchmark row: its ``turns``, ``prompt`` or ``question``.
 
     Raises:
-        DataError: the row has none of these fields.
+        DataError: the row has none of these fields, or a turn is no text.
     """
     for key in ("turns", "prompt", "question"):
         found = row.get(key)
         if isinstance(found, list) and found:
-            return [str(turn) for turn in found]
+            for index, turn in enumerate(found):
+                if not isinstance(turn, str):
+                    raise DataError(
+                        f"{source}: {key}[{index}] must be text, got {str(turn)[:40]!r}; write "
+                        "what the user says, and nothing else"
+                    )
+            return found
         if isinstance(found, str):
             return [found]
     raise DataError(

@@ -10,27 +10,28 @@ row that lacks one that is needed is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from specforge_lk.data.conversations import Message
 from specforge_lk.data.jsonl import LineFile
+from specforge_lk.data.messages import (
+    THOUGHTS,
+    MalformedRow,
+    Message,
+    read_messages,
+    tools_in,
+)
 
 #: Rows between two writes to disk: the most that a crash can cost.
 WRITE_EVERY = 500
 
 #: Suffix of a single file -> loader of the package `datasets`.
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-#: Names that other layouts have for the roles.
-_ROLES = {"human": "user", "gpt": "assistant"}
-#: Fields of an assistant's message that chat templates read: the answer and the thoughts.
-_SAID = ("content", "reasoning_content", "thinking")
-
-
-class MalformedRow(ValueError):
-    """A row lacks a field that a conversation needs; the message names both."""
+#: Fields of an assistant's message that chat templates read.
+_SAID = ("content", "tool_calls", *THOUGHTS)
 
 
 def open_rows(source: str, subset: str | None = None, split: str = "train") -> Any:
@@ -96,55 +97,58 @@ class Layout:
         if row.get("id") is None:
             raise MalformedRow(f"{name} has no id; its fields are {sorted(row)}")
         messages = _messages(row, name)
+        with _named(name):
+            tools = tools_in(row)
+        more = {} if tools is None else {"tools": tools}
         if self.prompts_only:
-            if len(messages) > 1:
-                raise MalformedRow(
-                    f"{name} has {len(messages)} messages in its field conversation; prompts "
-                    "for generate are single messages"
-                )
-            prompt = messages[0]["content"]
-            return {"id": str(row["id"]), "prompt": prompt, "source_row": number}
+            alone = len(messages) == 1 and set(messages[0]) == {"role", "content"}
+            prompt = {"prompt": messages[0]["content"]} if alone else {"messages": messages}
+            return {"id": str(row["id"]), **prompt, **more, "source_row": number}
         completion = row.get(self.completion)
-        if not isinstance(completion, dict) or not _is_text(completion.get("content")):
+        completion = completion if isinstance(completion, dict) else {}
+        said = {key: completion[key] for key in _SAID if completion.get(key)}
+        if not said.get("content") and not said.get("tool_calls"):
             raise MalformedRow(
                 f"{name} has no text in {self.completion}.content; its fields are {sorted(row)}"
             )
-        said = {key: completion[key] for key in _SAID if _is_text(completion.get(key))}
-        messages.append({"role": "assistant", **said})
-        converted = {"id": str(row["id"]), "conversations": messages}
+        with _named(name):
+            messages += read_messages([{"role": "assistant", **said}], self.completion)
+        converted = {"id": str(row["id"]), "conversations": messages, **more}
         reason = completion.get("finish_reason") or row.get("finish_reason")
         if reason is not None:  # a response cut at its longest has no end-of-turn token
             converted["finished"] = reason != "length"
         return {**converted, "source_row": number}
 
 
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MalformedRow as error:
+        raise MalformedRow(f"{name}: {error}") from error
+
+
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
-    """Return the messages of a prompt, the last of which is the user's."""
+    """Return the messages of a prompt, the last of which is not the assistant's."""
     conversation = row.get("conversation")
     if not isinstance(conversation, list) or not conversation:
         raise MalformedRow(
             f"{name} has no messages in its field conversation; its fields are {sorted(row)}"
         )
-    messages = []
-    for index, message in enumerate(conversation):
-        if not isinstance(message, dict) or not _is_text(message.get("content")):
+    only = conversation[0]
+    if len(conversation) == 1 and isinstance(only, dict) and not ({"role", "from"} & set(only)):
+        conversation = [{"role": "user", **only}]
+    with _named(name):
+        messages = read_messages(conversation, "conversation")
+    for index, message in enumerate(messages):
+        if not message["content"] and not message.get("tool_calls"):
             raise MalformedRow(f"{name} has no text in conversation[{index}].content")
-        role = message.get("role") or message.get("from")
-        if role is None and len(conversation) == 1:
-            role = "user"
-        if role is None:
-            raise MalformedRow(f"{name} does not say whose conversation[{index}] is: no role")
-        messages.append({"role": _ROLES.get(role, role), "content": message["content"]})
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] in ("assistant", "system"):
         raise MalformedRow(
             f"{name}: the last message of its field conversation is the "
             f"{messages[-1]['role']}'s, not the user's"
         )
     return messages
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 `specforge_lk.data.sample_local` and `specforge_lk.data.sample_server` sample them.
 
-A prompt is ``{"id", "prompt"}``, a user's only turn, or ``{"id", "messages"}``, a chat that ends
-with a user's turn. A response is a row of conversations, see `specforge_lk.data.conversations`. Its
-field ``sampling`` says what distribution it is a sample of, such as
-``{"temperature": 0.7, "top_p": 0.9}``: every row says it, because files are concatenated, shuffled
-and compressed. `sampling_of` reads it.
+A prompt is ``{"id", "prompt"}``, a user's only turn, or ``{"id", "messages"}``, a chat that waits
+for an answer; it may have ``tools``. A response is a row of conversations, see
+`specforge_lk.data.conversations`. Its field ``sampling`` says what distribution it is a sample of,
+such as ``{"temperature": 0.7, "top_p": 0.9}``: every row says it, because files are concatenated,
+shuffled and compressed. `sampling_of` reads it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from specforge_lk.data.conversations import Message, prompt_ids
+from specforge_lk.data.conversations import Chat
 from specforge_lk.data.jsonl import LineFile, numbered_rows
+from specforge_lk.data.messages import MalformedRow, Message, read_messages, tools_in
 from specforge_lk.serving import Sampling
 
 #: A row ``{"id", "prompt"}`` or ``{"id", "messages"}``.
@@ -33,6 +34,7 @@ class Request:
         sampling: The distribution that tokens are sampled from.
         max_new_tokens: Longest response, the end-of-turn token included.
         seed: With the prompt's id it decides a response.
+        chat_template_args: Further arguments of the chat template, such as ``enable_thinking``.
 
     Raises:
         ValueError: max_new_tokens is below 1.
@@ -41,6 +43,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 160
     seed: int = 0
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -53,18 +56,18 @@ class Request:
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
-    """Return the messages of a prompt, the last of which is a user's turn."""
+    """Return the messages of a prompt, which wait for the assistant's answer."""
     if "messages" in prompt:
-        return list(prompt["messages"])
+        return read_messages(prompt["messages"], "messages")
     return [{"role": "user", "content": prompt["prompt"]}]
 
 
-def prompt_length(tokenizer: Any, prompt: Prompt) -> int:
-    """Return how many tokens a prompt has in the chat template, up to the assistant's turn.
+def prompt_ids_of(chat: Chat, prompt: Prompt) -> list[int]:
+    """Return a prompt's tokens in the chat template, up to the assistant's turn.
 
-    Together with ``max_new_tokens`` it must not exceed the target's context.
+    Together with ``max_new_tokens`` their number must not exceed the target's context.
     """
-    return len(prompt_ids(tokenizer, messages_of(prompt)))
+    return chat.prompt_ids(messages_of(prompt), tools_in(prompt))
 
 
 def recorded(sampling: Sampling) -> dict[str, float | int]:
@@ -82,7 +85,7 @@ def sampling_of(row: Mapping[str, Any]) -> Sampling | None:
     Rows of older files do not, nor those of servers that may have truncated the distribution.
 
     Raises:
-        ValueError: the field cannot be read; the message names the row, the field and the value.
+        MalformedRow: the field cannot be read; the message names the row, the field and the value.
     """
     found = row.get("sampling")
     if found is None:
@@ -90,20 +93,20 @@ def sampling_of(row: Mapping[str, Any]) -> Sampling | None:
     where = f"row {row.get('id')!r}: the field 'sampling'"
     known = {item.name: type(item.default) for item in fields(Sampling)}
     if not isinstance(found, dict) or "temperature" not in found:
-        raise ValueError(
+        raise MalformedRow(
             f'{where} must be such as {{"temperature": 0.7, "top_p": 0.9}}, got {found!r}'
         )
     for name, value in found.items():
         if name not in known:
-            raise ValueError(f"{where} has {name!r}, which is none of {', '.join(known)}")
+            raise MalformedRow(f"{where} has {name!r}, which is none of {', '.join(known)}")
         number = int if known[name] is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, number):
             kind = "an integer" if known[name] is int else "a number"
-            raise ValueError(f"{where}: {name} must be {kind}, got {value!r}")
+            raise MalformedRow(f"{where}: {name} must be {kind}, got {value!r}")
     try:
         return Sampling(**found)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise MalformedRow(f"{where}: {error}") from None
 
 
 class StoredResponse(NamedTuple):
@@ -123,7 +126,7 @@ class StoredResponse(NamedTuple):
     def of(cls, row: dict[str, Any]) -> StoredResponse:
         """Summarize a conversation row."""
         ids = row.get("response_ids")
-        prompt = _fingerprint(row["conversations"][:-1])
+        prompt = _fingerprint(row["conversations"][:-1], row.get("tools"))
         return cls(prompt, None if ids is None else len(ids), row["finished"])
 
 
@@ -142,8 +145,8 @@ class ResponseFile:
         self.answered.update({row["id"]: StoredResponse.of(row) for row in rows})
 
 
-def _fingerprint(messages: Sequence[Message]) -> int:
-    return hash(json.dumps(messages, sort_keys=True))
+def _fingerprint(messages: Sequence[Message], tools: Any) -> int:
+    return hash(json.dumps([messages, tools], sort_keys=True))
 
 
 def pending(prompts: Sequence[Prompt], done: ResponseFile) -> list[Prompt]:
@@ -154,7 +157,7 @@ def pending(prompts: Sequence[Prompt], done: ResponseFile) -> list[Prompt]:
     """
     for prompt in prompts:
         known = done.answered.get(prompt["id"])
-        if known and known.prompt != _fingerprint(messages_of(prompt)):
+        if known and known.prompt != _fingerprint(messages_of(prompt), tools_in(prompt)):
             raise ValueError(
                 f"the response {prompt['id']!r} belongs to another prompt; "
                 "write to a new file, or give changed prompts new ids"
@@ -164,22 +167,32 @@ def pending(prompts: Sequence[Prompt], done: ResponseFile) -> list[Prompt]:
 
 def conversation_row(
     prompt: Prompt,
-    text: str,
+    text: str | Message,
     finished: bool,
     ids: list[int] | None,
     sampling: Sampling | None,
+    chat_template_args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a row of a response file; see `specforge_lk.data.conversations`.
 
     Args:
         prompt: The prompt it answers.
-        text: The response.
+        text: The response; a message where it has more than text, such as tool calls.
         finished: Whether it ends with the end-of-turn token.
         ids: The sampled tokens; None if they are not known.
         sampling: What they were sampled from; None if that is not known.
+        chat_template_args: Arguments of the chat template, where they change the prompt's tokens.
     """
-    messages = [*messages_of(prompt), {"role": "assistant", "content": text}]
-    row = {"id": prompt["id"], "conversations": messages, "finished": finished}
+    said: Message = {"role": "assistant", "content": text} if isinstance(text, str) else text
+    row = {
+        "id": prompt["id"],
+        "conversations": [*messages_of(prompt), said],
+        "finished": finished,
+    }
+    if (tools := tools_in(prompt)) is not None:
+        row["tools"] = tools
+    if chat_template_args:
+        row["chat_template_args"] = dict(chat_template_args)
     if ids is not None:
         row["response_ids"] = ids
     if sampling is not None:
@@ -193,15 +206,17 @@ def settings_of(target: str, dtype: str, request: Request) -> dict[str, Any]:
     Args:
         target: Folder or hub id, or the name that a server has for it.
         dtype: Of local weights; ``server`` where a server decides.
-        request: How responses are drawn. Its top_k and top_p are there where they truncate: files
-            begun before there were such settings do not have them.
+        request: How responses are drawn. Its top_k, top_p and chat_template_args are there where
+            they change something: files begun before there were such settings do not have them.
     """
+    arguments = dict(request.chat_template_args)
     return {
         "target": target,
         "dtype": dtype,
         **recorded(request.sampling),
         "max_new_tokens": request.max_new_tokens,
         "seed": request.seed,
+        **({"chat_template_args": arguments} if arguments else {}),
     }
 
 
@@ -213,7 +228,7 @@ __all__ = [
     "conversation_row",
     "messages_of",
     "pending",
-    "prompt_length",
+    "prompt_ids_of",
     "recorded",
     "sampling_of",
     "settings_of",

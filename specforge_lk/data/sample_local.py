@@ -15,8 +15,15 @@ from typing import Any
 
 import torch
 
-from specforge_lk.data.conversations import prompt_ids, response_text
-from specforge_lk.data.responses import Prompt, Request, conversation_row, messages_of
+from specforge_lk.data.conversations import Chat, response_text
+from specforge_lk.data.messages import MalformedRow, tools_in
+from specforge_lk.data.responses import (
+    Prompt,
+    Request,
+    conversation_row,
+    messages_of,
+    prompt_ids_of,
+)
 from specforge_lk.decode.sampling import check_finite, distribution
 from specforge_lk.serving import Sampling
 from specforge_lk.target import eos_ids
@@ -51,25 +58,45 @@ def sample_responses(
 
     Raises:
         ValueError: a prompt and its response exceed the target's context;
-            `specforge_lk.data.responses.prompt_length` says before how long a prompt is.
+            `fits` says so before.
     """
-    encoded = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in prompts]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if context and len(ids) + request.max_new_tokens > context:
-            raise ValueError(
-                f"prompt {prompt['id']!r} has {len(ids)} tokens, and with max_new_tokens "
-                f"{request.max_new_tokens} exceeds the target's context of {context}"
-            )
+    chat = chat_of(model, tokenizer, request)
+    encoded = [fits(model, chat, prompt, request) for prompt in prompts]
     keys = [prompt["id"] for prompt in prompts]
-    responses = _sample(
-        model, encoded, keys, request, sorted(eos_ids(model.generation_config, tokenizer)), advance
-    )
+    responses = _sample(model, encoded, keys, request, sorted(chat.eos_ids), advance)
     texts = [response_text(tokenizer, response.ids, response.finished) for response in responses]
     return [
-        conversation_row(prompt, text, response.finished, response.ids, request.sampling)
+        conversation_row(
+            *(prompt, text, response.finished, response.ids, request.sampling),
+            chat.arguments
+            if chat.changed_by_arguments(messages_of(prompt), tools_in(prompt))
+            else None,
+        )
         for prompt, text, response in zip(prompts, texts, responses, strict=True)
     ]
+
+
+def chat_of(model: Any, tokenizer: Any, request: Request) -> Chat:
+    """Return the chat template and the ends of responses that a request goes by."""
+    ends = eos_ids(model.generation_config, tokenizer)
+    return Chat(tokenizer, ends, request.chat_template_args)
+
+
+def fits(model: Any, chat: Chat, prompt: Prompt, request: Request) -> list[int]:
+    """Return a prompt's tokens.
+
+    Raises:
+        MalformedRow: the chat template refuses the prompt, or with a response it exceeds the
+            target's context.
+    """
+    ids = prompt_ids_of(chat, prompt)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and len(ids) + request.max_new_tokens > context:
+        raise MalformedRow(
+            f"prompt {prompt['id']!r} has {len(ids)} tokens, and with max_new_tokens "
+            f"{request.max_new_tokens} exceeds the target's context of {context}"
+        )
+    return ids
 
 
 def _sample(
@@ -156,4 +183,4 @@ def _uniforms(request: Request, key: str) -> torch.Tensor:
     return torch.rand(request.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
-__all__ = ["Response", "sample_responses"]
+__all__ = ["Response", "chat_of", "fits", "sample_responses"]

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
 
+from specforge_lk.data.messages import Message, tools_in
 from specforge_lk.data.responses import Prompt, Request, conversation_row, messages_of
 from specforge_lk.serving import Sampling
 
@@ -150,7 +152,8 @@ class Server:
 
                 async def attempt(prompt: Prompt = prompt, body: dict = body) -> tuple[dict, int]:
                     reply = await self._call(client, "POST", "chat/completions", body)
-                    return _row(prompt, reply, request.sampling if self.extensions else None)
+                    asked = request.sampling if self.extensions else None
+                    return _row(prompt, reply, asked, request.chat_template_args)
 
                 tokens = 0
                 try:
@@ -204,12 +207,16 @@ class Server:
         sampling = request.sampling
         body = {
             "model": model,
-            "messages": messages_of(prompt),
+            "messages": _in_protocol(messages_of(prompt)),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": request.max_new_tokens,
             "seed": request.number(prompt["id"]) >> 32,  # some servers take 32 bits
         }
+        if (tools := tools_in(prompt)) is not None:
+            body["tools"] = tools
+        if request.chat_template_args:
+            body["chat_template_kwargs"] = dict(request.chat_template_args)
         return {**body, **_EXTENSIONS, "top_k": sampling.top_k or -1} if self.extensions else body
 
     async def _with_retries(self, what: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
@@ -262,7 +269,10 @@ class Server:
 
 
 def _row(
-    prompt: Prompt, reply: dict[str, Any], asked: Sampling | None
+    prompt: Prompt,
+    reply: dict[str, Any],
+    asked: Sampling | None,
+    chat_template_args: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Return a conversation row from a chat completion, and how many tokens were sampled.
 
@@ -271,22 +281,26 @@ def _row(
         reply: The answer of the server.
         asked: What the request asked to be sampled from; None where it left a part of that to the
             server. Only token ids show that a server heeds what is not of the OpenAI protocol.
+        chat_template_args: What the request gave the chat template.
     """
     try:
         choice = reply["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
     except (KeyError, IndexError, TypeError) as error:
         raise TransientError("an answer without a chat completion") from error
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "tool_calls"):
         raise TransientError(f"finish_reason {reason!r}")
-    text, ids = message.get("content") or "", _token_ids(choice)
+    text: str | Message = message.get("content") or ""
+    ids = _token_ids(choice)
+    if message.get("tool_calls"):
+        text = {"role": "assistant", "content": text, "tool_calls": message["tool_calls"]}
     if ids is None and (message.get("reasoning_content") or message.get("reasoning")):
         raise ServerError(
             f"prompt {prompt['id']!r}: the server takes thoughts out of the response and gives no "
             "token ids, so what was sampled is not known; start it without a reasoning parser, or "
             "use SGLang or vLLM with extensions"
         )
-    finished = reason == "stop"
+    finished = reason != "length"
     if ids is not None:
         end = choice.get("matched_stop")  # SGLang's name of the token that ended the response
         if finished and isinstance(end, int) and ids[-1:] != [end]:
@@ -296,7 +310,23 @@ def _row(
     sampling = asked if ids is not None else None
     if sampling and sampling.top_k and sampling.top_p < 1 and "meta_info" in choice:
         sampling = None  # SGLang takes top-p of all tokens, not of what top-k has left
-    return conversation_row(prompt, text, finished, ids, sampling), tokens
+    return conversation_row(prompt, text, finished, ids, sampling, chat_template_args), tokens
+
+
+def _in_protocol(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as the protocol has them: arguments of tool calls are text."""
+
+    def call(found: dict[str, Any]) -> dict[str, Any]:
+        inner = found.get("function", found)
+        text = json.dumps(inner["arguments"], ensure_ascii=False)
+        return {"type": "function", **found, "function": {**inner, "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [call(found) for found in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def _token_ids(choice: dict[str, Any]) -> list[int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from specforge_lk.data.conversations import Chat
 from specforge_lk.decode.sampling import check_finite
 from specforge_lk.drafts.modules import float32_buffers_kept
 from specforge_lk.target import eos_ids, load_target
@@ -44,9 +45,13 @@ class Target:
     describes it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, chat_template_args: Mapping[str, Any] | None = None
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.chat_template_args = dict(chat_template_args or {})
+        _ = self.chat  # refuses arguments that the template does not read
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.device = self.head.weight.device
@@ -73,10 +78,12 @@ class Target:
         device: str = "cpu",
         *,
         trust_remote_code: bool = False,
+        chat_template_args: Mapping[str, Any] | None = None,
     ) -> Target:
         """Load a target and its tokenizer from a folder or a hub id; see `load_target`."""
         name = str(dtype).removeprefix("torch.")
-        return cls(*load_target(path, name, device, trust_remote_code=trust_remote_code))
+        loaded = load_target(path, name, device, trust_remote_code=trust_remote_code)
+        return cls(*loaded, chat_template_args)
 
     @torch.inference_mode()
     def _check(self) -> None:
@@ -168,6 +175,11 @@ class Target:
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a response."""
         return eos_ids(self.model.generation_config, self.tokenizer)
+
+    @property
+    def chat(self) -> Chat:
+        """Its chat template, and how conversations become tokens."""
+        return Chat(self.tokenizer, self.eos_ids, self.chat_template_args)
 
     @property
     def max_positions(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.data.prompts import read_rows
+from specforge_lk.data.messages import LeftOut
 from specforge_lk.decode.checkpoint import DraftError, read_config
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.target import Target
@@ -29,7 +29,7 @@ from specforge_lk.doctor.measure import SERVED, Bench, Condition
 from specforge_lk.doctor.reading import EAGLE, as_served, layers_of
 from specforge_lk.drafts.table import DraftType
 from specforge_lk.evaluate.report import versions
-from specforge_lk.evaluate.responses import Recorded, conversations_of
+from specforge_lk.evaluate.responses import Chosen, Recorded, conversations_of, held_out_rows
 from specforge_lk.serving import Sampling, Serving
 
 #: K where neither the command nor the engine's counts nor the draft say it.
@@ -183,7 +183,7 @@ def _responses(
     """
     assert given.held_out is not None
     recorded = Recorded.of(
-        read_rows(given.held_out),
+        held_out_rows([given.held_out], target.chat, LeftOut()),
         sampled_by=given.sampled_by,
         off_policy=given.off_policy,
         remedy=f"specforge-lk generate --target {target_name} {{options}} --prompts PROMPTS.jsonl "
@@ -191,10 +191,16 @@ def _responses(
     )
     chosen = recorded.along(given.rule, given.limit)
     rows, found = [], []
-    for row, tokens in zip(chosen.rows, conversations_of(chosen, target), strict=True):
-        if len(tokens.input_ids) <= given.max_length and sum(tokens.loss_mask) > 1:
+    for row in chosen.rows:
+        samples = conversations_of(Chosen([row]), target)
+        fitting = [
+            tokens
+            for tokens in samples
+            if len(tokens.input_ids) <= given.max_length and sum(tokens.loss_mask) > 1
+        ]
+        if fitting:
             rows.append(row)
-            found.append(tokens)
+            found += fitting
     if not found:
         raise ValueError(
             f"{given.held_out}: no response of two tokens or more within --max-length "

@@ -18,7 +18,7 @@ from specforge_lk.data.responses import (
     Request,
     ResponseFile,
     pending,
-    prompt_length,
+    prompt_ids_of,
     settings_of,
 )
 from specforge_lk.data.sample_local import sample_responses
@@ -67,7 +67,8 @@ def respond(
     Raises:
         DataError: no prompt fits into the target's context.
     """
-    request = Request(sampling, settings.max_new_tokens, settings.seed)
+    chat = target.chat
+    request = Request(sampling, settings.max_new_tokens, settings.seed, chat.arguments)
     dtype = str(target.head.weight.dtype).removeprefix("torch.")
     made_with = settings_of(target_path, dtype, request)
     # Another target, seed or prompt has a file of its own, and so has a target changed in place.
@@ -88,7 +89,7 @@ def respond(
                 messages = [*said, {"role": "user", "content": prompts[index][turn]}]
                 key = f"{index}/{turn}"
                 row: Prompt = {"id": key, "messages": messages}
-                if prompt_length(target.tokenizer, row) > longest:
+                if len(prompt_ids_of(chat, row)) > longest:
                     # What was too long once stays without an answer, and without further questions.
                     del chats[index]
                     skipped += 1
@@ -118,7 +119,8 @@ def _sample(
     """Sample responses in batches of prompts of like length, each kept once it is complete."""
     if not prompts:
         return
-    prompts.sort(key=lambda prompt: prompt_length(target.tokenizer, prompt))
+    chat = target.chat
+    prompts.sort(key=lambda prompt: len(prompt_ids_of(chat, prompt)))
     what = f"the target's responses, {request.sampling}"
     with track(what, len(prompts) * request.max_new_tokens) as progress:
         for start in range(0, len(prompts), settings.batch_size):

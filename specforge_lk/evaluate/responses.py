@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specforge_lk.data.conversations import Tokens, prompt_ids, tokenize
-from specforge_lk.data.prompts import DataError
+from specforge_lk.data.conversations import Chat, Tokens
+from specforge_lk.data.messages import LeftOut, usable_rows
+from specforge_lk.data.prompts import DataError, placed_rows
 from specforge_lk.data.responses import sampling_of
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.settings import fingerprint
@@ -110,25 +111,39 @@ class Recorded:
         )
 
 
+def held_out_rows(paths: Sequence[str], chat: Chat, malformed: LeftOut) -> list[Row]:
+    """Read held-out responses, all of which `conversations_of` can tokenize.
+
+    Args:
+        paths: JSONL of conversations.
+        chat: the target's chat template.
+        malformed: what becomes of other rows.
+
+    Raises:
+        DataError: there is no such file, or no row.
+        ValueError: a row cannot be used, or too many of them.
+    """
+
+    def read(row: Row) -> None:
+        sampling_of(row)
+        chat.tokenize(row, sampled_only=True)
+
+    found = []
+    for path in paths:
+        rows = iter(placed_rows(path, malformed))
+        found += [row for _, row, _ in usable_rows(rows, read, malformed)]
+    malformed.check_share(", ".join(paths))
+    return found
+
+
 def conversations_of(chosen: Chosen, target: Target) -> list[Tokens]:
-    """Tokenize conversations.
+    """Tokenize conversations; the samples of a row follow one another.
 
     Where a row has the tokens that were sampled, these are its response: what its earlier messages
     were sampled by it does not say. In other rows every message of the assistant is a response.
     """
-    return [
-        last_response_of(row, target)
-        if "response_ids" in row
-        else tokenize(row, target.tokenizer, target.eos_ids)
-        for row in chosen.rows
-    ]
+    chat = target.chat
+    return [tokens for row in chosen.rows for tokens in chat.tokenize(row, sampled_only=True)]
 
 
-def last_response_of(row: Row, target: Target) -> Tokens:
-    """Tokenize a row with sampled tokens, the last message its response."""
-    prompt = prompt_ids(target.tokenizer, row["conversations"][:-1])
-    ids = list(row["response_ids"])
-    return Tokens(prompt + ids, [0] * len(prompt) + [1] * len(ids))
-
-
-__all__ = ["Chosen", "Recorded", "conversations_of", "last_response_of"]
+__all__ = ["Chosen", "Recorded", "conversations_of", "held_out_rows"]

@@ -13,8 +13,11 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
+from specforge_lk.data.chat_template import as_option
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.data.prompts import HUB_PREFIX, DataError, read_rows, user_turns
+from specforge_lk.data.jsonl import MOST_LEFT_OUT, RowError
+from specforge_lk.data.messages import LeftOut
+from specforge_lk.data.prompts import HUB_PREFIX, DataError, placed_rows, user_turns
 from specforge_lk.decode.checkpoint import DraftError
 from specforge_lk.decode.draft import Draft
 from specforge_lk.decode.prefill import Prefills
@@ -23,7 +26,7 @@ from specforge_lk.evaluate.arrays import Arrays
 from specforge_lk.evaluate.benchmarks import respond
 from specforge_lk.evaluate.compare import compare
 from specforge_lk.evaluate.report import HELD_OUT, Report, Result, read_report, versions
-from specforge_lk.evaluate.responses import Chosen, Recorded, conversations_of
+from specforge_lk.evaluate.responses import Chosen, Recorded, conversations_of, held_out_rows
 from specforge_lk.evaluate.sampled import decode_benchmark
 from specforge_lk.evaluate.settings import MEASUREMENT, Settings, Track, digest, fingerprint
 from specforge_lk.evaluate.teacher_forced import measure_responses
@@ -55,9 +58,20 @@ class Benchmark:
     identity: str
 
     @classmethod
-    def read(cls, name: str, path: str, limit: int | None) -> Benchmark:
+    def read(
+        cls, name: str, path: str, limit: int | None, malformed: LeftOut | None = None
+    ) -> Benchmark:
         """Read the first rows of a JSONL file or of a dataset of the hub."""
-        prompts = [user_turns(row, path) for row in read_rows(path)[:limit]]
+        malformed = malformed or LeftOut()
+        prompts = []
+        for place, row in placed_rows(path, malformed)[:limit]:
+            try:
+                prompts.append(user_turns(row, str(place)))
+            except DataError as error:
+                malformed.refuse(RowError(str(error)))
+            else:
+                malformed.rows += 1
+        malformed.check_share(path)
         return cls(name, prompts, path if path.startswith(HUB_PREFIX) else digest(path))
 
 
@@ -73,6 +87,9 @@ class Asked:
         sampled: decode the benchmarks with every draft, too.
         sampled_by: what held-out responses were sampled by that do not say it.
         off_policy: measure along held-out responses that are no samples of a rule.
+        skip_malformed: leave out rows that cannot be used.
+        max_left_out: largest share of a source's rows that may be left out.
+        left_out: gets what was wrong with the rows of every source that were left out.
     """
 
     benchmarks: Mapping[str, str]
@@ -81,6 +98,9 @@ class Asked:
     sampled: bool = False
     sampled_by: Sampling | None = None
     off_policy: bool = False
+    skip_malformed: bool = False
+    max_left_out: float = MOST_LEFT_OUT
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 def run(
@@ -117,9 +137,16 @@ def run(
     report = read_report(out) if out.exists() else Report()
     dtype = str(target.head.weight.dtype).removeprefix("torch.")
     # Read all data first: a bad row should not surface after an hour of measuring.
-    benchmarks = [Benchmark.read(*item, settings.limit) for item in asked.benchmarks.items()]
+    left_out = {
+        name: LeftOut(asked.skip_malformed, asked.max_left_out)
+        for name in (*asked.benchmarks, HELD_OUT)
+    }
+    benchmarks = [
+        Benchmark.read(name, path, settings.limit, left_out[name])
+        for name, path in asked.benchmarks.items()
+    ]
     recorded = Recorded.of(
-        [row for path in asked.held_out for row in read_rows(path)],
+        held_out_rows(asked.held_out, target.chat, left_out[HELD_OUT]),
         sampled_by=asked.sampled_by,
         off_policy=asked.off_policy,
         remedy=f"specforge-lk generate --target {target_path} {{options}} --prompts PROMPTS.jsonl "
@@ -134,9 +161,18 @@ def run(
         **asdict(settings),
         "serving": "; ".join(map(str, rules)),
     }
+    if target.chat_template_args:
+        report.settings["chat_template_args"] = as_option(target.chat_template_args)
+    asked.left_out.update({name: of.left_out for name, of in left_out.items() if of.left_out})
+    if asked.left_out:
+        report.settings["malformed_rows_left_out"] = {
+            name: len(lines) for name, lines in asked.left_out.items()
+        }
     report.versions, report.command = versions(), list(command)
     report.published = published
     common = [MEASUREMENT, digest(target_path), dtype, asdict(settings)]
+    if target.chat_template_args:
+        common.append(target.chat_template_args)
     evaluation = _Evaluation(
         target, target_path, drafts, rules, settings, out, track, report, common
     )

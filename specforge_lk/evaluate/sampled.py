@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from specforge_lk.data.conversations import Message, prompt_ids, response_text
+from specforge_lk.data.conversations import Message, response_text
 from specforge_lk.data.prompts import DataError
 from specforge_lk.decode.draft import Draft
 from specforge_lk.decode.prefill import Prefills
@@ -140,7 +140,7 @@ class _Chat:
     def ask(self, target: Target) -> None:
         """Add the next turn of the user."""
         self.messages.append({"role": "user", "content": self.turns[len(self.responses)]})
-        self.ids = prompt_ids(target.tokenizer, self.messages)
+        self.ids = target.chat.prompt_ids(self.messages)
 
     def answer(self, target: Target, response: Generation) -> None:
         """Add the target's response."""

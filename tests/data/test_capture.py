@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import prompt_ids, tokenize
+from specforge_lk.data.conversations import Chat
 from specforge_lk.data.vocabulary import coverage, vocabulary_mapping
 
 #: Algorithm -> feature of the auxiliary layers, feature of the last hidden state.
@@ -115,7 +115,7 @@ def test_features_equal_a_plain_forward(
     aux_name, last_name = FEATURES["dspark" if with_loss else algorithm]
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     for row, record in zip(rows, records(tmp_path), strict=True):
-        tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
+        (tokens,) = Chat(tokenizer, ()).tokenize(row)
         assert record["input_ids"].tolist() == tokens.input_ids
         assert record["loss_mask"].tolist() == tokens.loss_mask
         with torch.inference_mode():
@@ -170,17 +170,20 @@ def test_rows_that_train_nothing_are_skipped_and_counted(target: Path, tmp_path:
     ]
     path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)))
-    cut = len(prompt_ids(tokenizer, longer)) + 1
+    cut = len(Chat(tokenizer, ()).prompt_ids(longer)) + 1
     config = run_config(target, tmp_path)
-    output = run(config, path, f"data.max_length={cut}")
+    refused = invoke(config, path, f"data.max_length={cut}")
+    assert refused.exit_code == 1 and "2 of 3 rows would be left out" in refused.output
+    output = run(config, path, f"data.max_length={cut}", "--max-left-out", "0.7")
     assert f"1 samples (1 new, 1 cut to {cut} tokens, 2 skipped), 2 supervised tokens" in output
 
     model = resolve_run(load_config(str(config), ["training.loss=kl"])).algorithm.providers.model
-    masks = [tokenize(row, tokenizer, {tokenizer.eos_token_id}).loss_mask[:cut] for row in rows]
+    chat = Chat(tokenizer, ())
+    masks = [tokens.loss_mask[:cut] for row in rows for tokens in chat.tokenize(row)]
     assert [model.loss_mask_filter(mask) for mask in masks] == [False, False, True]
 
     path.write_text(json.dumps(rows[0]) + "\n")
-    refused = invoke(config, path, "--out", str(tmp_path / "none"))
+    refused = invoke(config, path, "--out", str(tmp_path / "none"), "--max-left-out", "1")
     assert refused.exit_code == 1 and "no response of two tokens or more" in refused.output
 
 
@@ -209,7 +212,7 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     end = tokenizer.eos_token_id
     supervised = []
     for row in map(json.loads, responses.read_text().splitlines()):
-        tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
+        (tokens,) = Chat(tokenizer, {end}).tokenize(row)
         pairs = zip(tokens.input_ids, tokens.loss_mask, strict=True)
         supervised.append([token for token, mask in pairs if mask])
     text = tokenizer.encode
@@ -217,11 +220,12 @@ def test_loss_mask_is_the_assistant_with_its_end_of_turn(target: Path, responses
     assert supervised[1] == [40] * 20
     assert supervised[2] == [*text("world"), end, *text("text"), end]
     assert supervised[3] == text("cut")
-    prompt = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
+    prompt = Chat(tokenizer, ()).prompt_ids([{"role": "user", "content": "a"}])
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
-    assert tokenize(rows[0], tokenizer, {end}).input_ids == [*prompt, 30, 31, end]
+    chat = Chat(tokenizer, {end})
+    assert chat.tokenize(rows[0])[0].input_ids == [*prompt, 30, 31, end]
     # A generation config that does not name the tokenizer's end leaves it one.
-    assert all(tokenize(row, tokenizer, set()) == tokenize(row, tokenizer, {end}) for row in rows)
+    assert all(Chat(tokenizer, ()).tokenize(row) == chat.tokenize(row) for row in rows)
 
 
 def test_a_turn_ends_where_the_target_stops(target: Path, responses: Path, tmp_path: Path):
@@ -307,11 +311,12 @@ def test_long_rows_are_cut_and_unsupervised_ones_skipped(
     target: Path, responses: Path, tmp_path: Path
 ):
     # Only row 0 has two tokens of a response within 22.
-    output = run(run_config(target, tmp_path), responses, "data.max_length=22")
+    some = ("--max-left-out", "1")
+    output = run(run_config(target, tmp_path), responses, "data.max_length=22", *some)
     assert "1 samples (1 new, 4 cut to 22 tokens, 3 skipped), 2 supervised tokens" in output
     (record,) = records(tmp_path)
     assert len(record["input_ids"]) == record["aux_hidden_state"].shape[1] == 22
-    result = invoke(run_config(target, tmp_path), responses, "data.max_length=21")
+    result = invoke(run_config(target, tmp_path), responses, "data.max_length=21", *some)
     assert result.exit_code == 1 and "data.max_length=21" in result.output
 
 

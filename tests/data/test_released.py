@@ -16,7 +16,7 @@ from tiny_target import build_tokenizer
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import tokenize
+from specforge_lk.data.conversations import Chat
 from specforge_lk.data.jsonl import read_jsonl
 from specforge_lk.data.prompts import read_prompts
 
@@ -78,7 +78,7 @@ def test_rows_become_conversations_that_capture_reads(name: str, tmp_path: Path)
     assert "30 rows read, 30 new conversations, 0 left out" in run(save(rows, tmp_path / name), out)
     assert read(out) == wanted(rows)
     tokenizer = build_tokenizer()
-    tokens = tokenize(read(out)[3], tokenizer, {tokenizer.eos_token_id})
+    (tokens,) = Chat(tokenizer, ()).tokenize(read(out)[3])
     supervised = [t for t, m in zip(tokens.input_ids, tokens.loss_mask, strict=True) if m]
     assert tokenizer.decode(supervised) == rows[3]["generated_message"]["content"] + "<|im_end|>"
 
@@ -121,7 +121,7 @@ def test_messages_keep_their_speakers(tmp_path: Path):
     row["conversation"] = [{"content": "no role, but alone"}]
     run(save([row], tmp_path / "set.jsonl"), tmp_path / "prompts.jsonl", "--prompts-only")
     prompts = read_prompts(tmp_path / "prompts.jsonl")
-    assert prompts == [{"id": "0", "prompt": "no role, but alone"}]
+    assert list(prompts.values()) == [{"id": "0", "prompt": "no role, but alone"}]
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_a_larger_limit_continues(tmp_path: Path):
         ({"conversation": None}, "row 3 (id 21) has no messages in its field conversation"),
         ({"conversation": [{"role": "user", "content": ""}]}, "no text in conversation[0].content"),
         ({"conversation": [{"role": "assistant", "content": "x"}]}, "is the assistant's, not the"),
-        ({"conversation": [{"content": "x"}] * 2}, "does not say whose conversation[0] is"),
+        ({"conversation": [{"content": "x"}] * 2}, "it does not say whose conversation[0] is"),
         ({"generated_message": None}, "no text in generated_message.content"),
         ({"generated_message": {"role": "assistant"}}, "no text in generated_message.content"),
     ],
@@ -190,7 +190,11 @@ def test_a_malformed_row_is_named_and_loses_nothing(damage: dict, message: str, 
     result = invoke(source, out)
     assert result.exit_code == 1 and message in result.output, result.output
     assert read(out) == wanted(released(6))[:3]
-    assert "6 rows read, 2 new conversations, 1 left out" in run(source, out, "--skip-malformed")
+    refused = invoke(source, out, "--skip-malformed")
+    assert refused.exit_code == 1 and "1 of 6 rows were left out" in refused.output
+    out = tmp_path / "other.jsonl"
+    some = ("--skip-malformed", "--max-left-out", "0.2")
+    assert "6 rows read, 5 new conversations, 1 left out" in run(source, out, *some)
     assert read(out) == [row for row in wanted(released(6)) if row["source_row"] != 3]
 
 

@@ -14,9 +14,9 @@ from tiny_target import build_model, build_tokenizer, save_target
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import prompt_ids, tokenize
+from specforge_lk.data.conversations import Chat
 from specforge_lk.data.jsonl import open_lines
-from specforge_lk.data.responses import Request, prompt_length, sampling_of
+from specforge_lk.data.responses import Request, prompt_ids_of, sampling_of
 from specforge_lk.data.sample_local import _draw, sample_responses
 from specforge_lk.decode.sampling import distribution
 from specforge_lk.serving import Sampling
@@ -62,7 +62,7 @@ def test_first_tokens_follow_the_full_softmax():
     drawn = torch.tensor(
         [row["response_ids"][0] for row in sample_responses(model, tokenizer, prompts, request)]
     )
-    ids = prompt_ids(tokenizer, [{"role": "user", "content": "hi"}])
+    ids = Chat(tokenizer, ()).prompt_ids([{"role": "user", "content": "hi"}])
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, -1].double()
     expected = (logits / 0.7).softmax(-1) * len(prompts)
@@ -98,9 +98,10 @@ def test_greedy_equals_transformers():
     (row,) = sample_responses(
         model, tokenizer, [{"id": "0", "prompt": "hello"}], Request(Sampling(0), max_new_tokens=12)
     )
-    ids = prompt_ids(tokenizer, row["conversations"][:1])
+    ids = Chat(tokenizer, ()).prompt_ids(row["conversations"][:1])
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
-    assert tokenize(row, tokenizer, {tokenizer.eos_token_id}).input_ids == expected.tolist()
+    (tokens,) = Chat(tokenizer, ()).tokenize(row)
+    assert tokens.input_ids == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -134,8 +135,8 @@ def test_a_response_to_a_chat_is_sampled_from_its_last_turn():
     greedy = Request(Sampling(0, top_k=5), max_new_tokens=12)
     (row,) = sample_responses(model, tokenizer, [{"id": "0", "messages": messages}], greedy)
     assert row["conversations"][:3] == messages and len(row["conversations"]) == 4
-    ids = prompt_ids(tokenizer, messages)
-    assert prompt_length(tokenizer, {"id": "0", "messages": messages}) == len(ids)
+    ids = Chat(tokenizer, ()).prompt_ids(messages)
+    assert len(prompt_ids_of(Chat(tokenizer, ()), {"id": "0", "messages": messages})) == len(ids)
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0]
     assert ids + row["response_ids"] == expected.tolist()
     assert row["sampling"] == {"temperature": 0} and sampling_of(row) == Sampling(0)

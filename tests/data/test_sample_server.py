@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from specforge_lk.cli import app
 from specforge_lk.data import sample_server as client
-from specforge_lk.data.conversations import tokenize
+from specforge_lk.data.conversations import Chat
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +107,7 @@ def test_plain_openai_servers_give_rows_that_capture_tokenizes(server, tmp_path:
     for row in rows(tmp_path):
         assert "response_ids" not in row and row["finished"] is False
         assert "sampling" not in row  # what else this server truncates is not known
-        tokens = tokenize(row, tokenizer, {tokenizer.eos_token_id})
+        (tokens,) = Chat(tokenizer, ()).tokenize(row)
         said = [t for t, mask in zip(tokens.input_ids, tokens.loss_mask, strict=True) if mask]
         assert tokenizer.decode(said) == answer(row["conversations"][0]["content"])
 

@@ -12,7 +12,7 @@ from tiny_target import build_tokenizer
 from typer.testing import CliRunner
 
 from specforge_lk.cli import app
-from specforge_lk.data.conversations import prompt_ids
+from specforge_lk.data.conversations import Chat
 from specforge_lk.decode.target import Target
 from specforge_lk.doctor.checks import CHECKS
 
@@ -79,7 +79,7 @@ def features(world: World, cut: int = 0, system: str = "", shift: int = 0, **man
         messages = row["conversations"][:1]
         if system:
             messages = [{"role": "system", "content": system}, *messages]
-        prompt = prompt_ids(tokenizer, messages)
+        prompt = Chat(tokenizer, ()).prompt_ids(messages)
         ids = prompt + row["response_ids"] + [2]
         mask = [0] * (len(prompt) + shift) + [1] * (len(row["response_ids"]) + 1 - shift)
         if cut:

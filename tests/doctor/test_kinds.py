@@ -9,7 +9,6 @@ from exact_draft import FIRST, IDS, WORDS, build_chain, sampled_rows
 from safetensors.torch import load_file, save_file
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, draft_config
 
-from specforge_lk.data.conversations import prompt_ids
 from specforge_lk.decode.dflash import DFlashDraft
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.peagle import PEagleDraft
@@ -77,7 +76,7 @@ def build_mtp(target, path: Path, own_head: bool = False) -> Path:
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         tensors[f"{prefix}{part}.weight"].zero_()
     # From the embedding of a word to the target's last state of it.
-    last = prompt_ids(target.tokenizer, [{"role": "user", "content": "a"}])[-1]
+    last = target.chat.prompt_ids([{"role": "user", "content": "a"}])[-1]
     words = torch.tensor([*IDS.tolist(), last])
     embedded = torch.nn.functional.rms_norm(target.embed(words), (HIDDEN_SIZE,), eps=1e-6)
     states = target.forward(words[:, None]).hidden[:, 0]

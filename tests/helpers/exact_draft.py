@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_tokenizer, draft_config, save_draft
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specforge_lk.data.conversations import prompt_ids
+from specforge_lk.data.conversations import Chat
 from specforge_lk.decode.target import Target
 
 WORDS = 24
@@ -64,7 +64,7 @@ def build_chain(path: Path, kind: str = "llama", **settings: Any) -> Target:
     logits[torch.arange(WORDS), IDS[successor(torch.arange(WORDS))]] = LIKELY
     tokenizer = build_tokenizer()
     # The last token of a prompt goes on as the first word does.
-    last = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])[-1]
+    last = Chat(tokenizer, ()).prompt_ids([{"role": "user", "content": "a"}])[-1]
     with torch.no_grad():
         states = model.model(torch.tensor([[*IDS.tolist(), last]]).T).last_hidden_state[:, 0]
         wanted = torch.cat([logits, logits[:1]])
@@ -79,7 +79,7 @@ def sampled_rows(target: Target, count: int, temperature: float = 1.0, length: i
     """Rows with the target's own responses of ``length`` tokens, none of which ends."""
     generator = torch.Generator().manual_seed(0)
     questions = [[{"role": "user", "content": f"{i:03d}"}] for i in range(count)]
-    ids = torch.tensor([prompt_ids(target.tokenizer, question) for question in questions])
+    ids = torch.tensor([target.chat.prompt_ids(question) for question in questions])
     first = ids.shape[1]
     for _ in range(length):
         logits = target.model(ids[:, -1:]).logits[:, -1]  # the last token is all that counts
@@ -108,7 +108,7 @@ def save_exact_draft(path: Path, target: Target, skipped: int = -8, **settings: 
     shape = {"generator": torch.Generator().manual_seed(0)}
     size = HIDDEN_SIZE**0.5  # of a normalized one-hot code, and of the codes of states
     words = torch.arange(WORDS)
-    last = prompt_ids(target.tokenizer, [{"role": "user", "content": "a"}])[-1]
+    last = target.chat.prompt_ids([{"role": "user", "content": "a"}])[-1]
     tokens = torch.tensor([[*IDS.tolist(), last]]).T
     features = target.forward(tokens, layers=LAYERS).features[:, 0]
     code = torch.zeros(WORDS + 1, HIDDEN_SIZE)

@@ -36,7 +36,7 @@ from training_run import (
     write_rows,
 )
 
-from specforge_lk.data.conversations import tokenize
+from specforge_lk.data.conversations import Chat
 from specforge_lk.data.jsonl import read_jsonl
 
 pytestmark = pytest.mark.online
@@ -168,9 +168,8 @@ def online(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         write_rows(setup.responses, [{**first, "id": str(i)} for i in range(SAMPLES)])
     run("specforge-lk", *capture_arguments(setup), LAMBDA)
     tokenizer = build_tokenizer()
-    samples = [
-        tokenize(row, tokenizer, {tokenizer.eos_token_id}) for row in read_jsonl(setup.responses)
-    ]
+    chat = Chat(tokenizer, ())
+    samples = [s for row in read_jsonl(setup.responses) for s in chat.tokenize(row)]
     rows = [{"input_ids": s.input_ids, "loss_mask": s.loss_mask} for s in samples]
     prompts = setup.root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from specforge_lk.data.conversations import Tokens, prompt_ids, tokenize
+from specforge_lk.data.conversations import Tokens
+from specforge_lk.data.messages import MalformedRow, messages_in
 from specforge_lk.doctor import edits
 from specforge_lk.doctor.case import Case
 from specforge_lk.doctor.findings import Finding, Weight
 from specforge_lk.doctor.measure import SERVED
 from specforge_lk.doctor.reading import BLOCK
-from specforge_lk.target import eos_ids
 
 #: Share of samples that may differ for reasons of their own.
 _ODD = 0.05
@@ -85,8 +85,7 @@ def _frame(case: Case) -> tuple[list[int], list[int]]:
     """Return the tokens that serving puts before and after a user's first message."""
     contents = ("a", "9 9", "Zz")
     rendered = [
-        prompt_ids(case.target.tokenizer, [{"role": "user", "content": content}])
-        for content in contents
+        case.target.chat.prompt_ids([{"role": "user", "content": content}]) for content in contents
     ]
     reverse = [ids[::-1] for ids in rendered]
     return _common(rendered), _common(reverse)[::-1]
@@ -151,24 +150,26 @@ def system_prompt(case: Case) -> Sequence[Finding]:
     name = case.run.get("data", "chat_template", "llama3")
     prompt = TEMPLATE_REGISTRY.get(name).system_prompt
     rendered = case.target.tokenizer.decode(
-        prompt_ids(case.target.tokenizer, [{"role": "user", "content": "a"}])
+        case.target.chat.prompt_ids([{"role": "user", "content": "a"}])
     )
     if not prompt or prompt in rendered:
         return []
     condition, caveat = case.served, ""
     if case.bench is not None:
-        ends = eos_ids(case.target.model.generation_config, case.target.tokenizer)
         system = {"role": "system", "content": prompt}
-        case.bench.responses[_SYSTEM] = [
-            tokenize(
-                {**row, "conversations": [system, *row["conversations"]]},
-                case.target.tokenizer,
-                ends,
-            )
-            for row in case.rows
-        ]
-        condition = replace(condition, responses=_SYSTEM)
-        caveat = "measured on the same responses after the training's system prompt"
+        chat = case.target.chat
+        try:
+            case.bench.responses[_SYSTEM] = [
+                tokens
+                for row in case.rows
+                for tokens in chat.tokenize(
+                    {**row, "conversations": [system, *messages_in(row)], "messages": None}
+                )
+            ]
+            condition = replace(condition, responses=_SYSTEM)
+            caveat = "measured on the same responses after the training's system prompt"
+        except MalformedRow as error:
+            caveat = f"its cost cannot be measured: {error}"
     return [
         case.judged(
             f"SpecForge's template data.chat_template={name} adds a system prompt in training",
