@@ -134,6 +134,10 @@ READ = {
         [["\nyes<|im_end|>"], ["yes<|im_end|>"]],
     ),
     "not finished": (CHATML, IM, chat(HI, YES, finished=False), [["yes"]]),
+    "not finished, an end in the text": (
+        *(CHATML, IM, chat(HI, says("ye<|im_end|>s"), finished=False)),
+        [["ye"]],
+    ),
     "no end known but the template's": (CHATML, (), chat(HI, YES), [["yes<|im_end|>"]]),
     "more after an end": (LLAMA3, EOT, chat(HI, says("ye<|eot_id|>s")), [["ye<|eot_id|>"]]),
     "an end of the generation config": (LLAMA3, EOT, chat(HI, YES), [["yes<|eot_id|>"]]),
