@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -103,6 +104,19 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def save_tensors(record: Any, path: Path) -> None:
+    """Write what ``torch.save`` takes; see `atomic_write`.
+
+    It is put together in memory: of a full disk torch itself says neither that nor the file.
+    """
+    import torch
+
+    content = io.BytesIO()
+    torch.save(record, content)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -110,4 +124,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["DiskFull", "atomic_write", "disk_errors", "read_json", "write_text"]
+__all__ = [
+    "DiskFull",
+    "atomic_write",
+    "disk_errors",
+    "read_json",
+    "save_tensors",
+    "write_text",
+]

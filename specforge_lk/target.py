@@ -9,6 +9,23 @@ from typing import Any
 
 #: Tensors that an error message names; a checkpoint may lack thousands.
 _NAMED = 4
+#: ``quant_method`` of a target's config -> packages that transformers needs to load it.
+_QUANTIZERS = {
+    "aqlm": "aqlm",
+    "auto-round": "auto-round",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "eetq",
+    "gptq": "gptqmodel optimum",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "quark": "amd-quark",
+    "torchao": "torchao",
+    "vptq": "vptq",
+}
+#: Ends of names of tensors that quantized weights have beside them, or are in.
+_QUANTIZED_TENSORS = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight")
 #: Targets of which SGLang 0.5.14 captures the inputs of the layers it is given, not their outputs,
 #: unless the first is layer 1; patch 0013 has the same list. Kimi K2 is a DeepseekV3ForCausalLM.
 LAYER_IDS_OF_INPUTS = frozenset(
@@ -62,7 +79,7 @@ def load_target(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(target, trust_remote_code=trust_remote_code)
     config = load_target_config(target, trust_remote_code=trust_remote_code)
-    with _errors(target):
+    with _errors(target), _quantization_errors(target, config):
         model, found = _auto_class(config, target).from_pretrained(
             target,
             dtype=getattr(torch, dtype),
@@ -123,9 +140,11 @@ def _check_weights(target: str, found: dict[str, Any]) -> None:
         ]
         faults.append(f"shapes differ from those of config.json: {_some(shapes)}")
     faults += found["error_msgs"]
+    unused = sorted(found["unexpected_keys"])
+    if scales := [name for name in unused if name.endswith(_QUANTIZED_TENSORS)]:
+        faults.append(f"it is quantized, with {_some(scales)}, and transformers does not know how")
     if not faults:
         return
-    unused = sorted(found["unexpected_keys"])
     rest = f" It has tensors that the model does not know: {_some(unused)}." if unused else ""
     raise ValueError(
         f"the weights of target {target!r} do not fill its model, and would be random numbers: "
@@ -196,9 +215,51 @@ def load_target_config(target: str, *, trust_remote_code: bool = False) -> Any:
 
 
 @contextmanager
-def _errors(target: str) -> Iterator[None]:
+def _quantization_errors(target: str, config: Any) -> Iterator[None]:
+    """Say of a quantized target what it needs here to be loaded.
+
+    Raises:
+        ValueError: its package is missing, or does not work on this machine.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        yield
+        return
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    said = f"target {target!r} is quantized by {method!r}, which transformers cannot load"
+    # transformers goes on with an unknown method, as if the weights were not quantized.
+    if method not in {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}:
+        raise ValueError(
+            f"{said}; it knows {', '.join(AUTO_QUANTIZATION_CONFIG_MAPPING)}. Give the target "
+            "without quantization"
+        )
     try:
         yield
+    except (ImportError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        package = _QUANTIZERS.get(method)
+        install = f"pip install {package}, or give" if package else "Give"
+        raise ValueError(
+            f"{said} here ({reason}): {install} the target without quantization"
+        ) from error
+
+
+@contextmanager
+def _errors(target: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"target {target!r} has a weight file that is cut or damaged ({error}); download or "
+            "copy it again"
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         if Path(target).is_dir():

@@ -80,6 +80,7 @@ def run(
     the system prompt of data.chat_template.
     """
     from specforge.application.composition import resolve_run
+    from specforge.runtime.data_plane.feature_contents import FeatureContents
 
     from specforge_lk.data import capture
     from specforge_lk.data.conversations import Chat
@@ -140,7 +141,14 @@ def run(
         capture.write_tokens(samples.kept, place)
         typer.echo(f"{len(samples.kept)} samples ({cut}), {supervised} supervised tokens: {place}")
         return
-    new = _write_features(decoder, plan, samples, batch_tokens, run.model.torch_dtype)
+    contents = FeatureContents.of(
+        plan.layout,
+        plan.capture_layers,
+        target_config.get_text_config().hidden_size,
+        vocab_size,
+    )
+    new = _write_features(decoder, plan, samples, contents, batch_tokens, run.model.torch_dtype)
+    capture.close_directory(place)
     typer.echo(
         f"{len(samples.kept)} samples ({new} new, {cut}), {supervised} supervised tokens, "
         f"layers {list(plan.capture_layers)}: {place}"
@@ -235,7 +243,7 @@ def _write_mapping(run: Any, algorithm: Any, samples: Samples, vocab_size: int, 
 
 
 def _write_features(
-    decoder: Any, plan: Any, samples: Samples, batch_tokens: int, dtype: str
+    decoder: Any, plan: Any, samples: Samples, contents: Any, batch_tokens: int, dtype: str
 ) -> int:
     """Write the feature files that are not there yet, and return how many that were."""
     import torch
@@ -243,7 +251,7 @@ def _write_features(
     from specforge_lk.data import capture
 
     names = plan.layout.output_names
-    todo = [sample for sample in samples.kept if not capture.is_captured(sample, names)]
+    todo = [sample for sample in samples.kept if not capture.is_captured(sample, names, contents)]
     with ProgressBar("capturing", sum(map(len, todo)), "tok/s") as bar:
         for batch in capture.batches(todo, batch_tokens):
             capture.capture(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ from specforge_lk.serving import Serving, parse
 
 if TYPE_CHECKING:
     from specforge_lk.evaluate.report import Report
+    from specforge_lk.evaluate.runner import LoadedDraft
 
 EXAMPLE = """\
 specforge-lk eval --target Qwen/Qwen3-8B --draft lk=drafts/lk --held-out held_out.jsonl --out r.json
@@ -227,6 +229,8 @@ def run(
         runner.LoadedDraft(loss, number, path, load_draft(path, model, layers))
         for loss, number, path in specs
     ]
+    for line in _short_drafts(drafts, model.max_positions):
+        say(line, "yellow", stderr=True)
     report = runner.run(
         model,
         target,
@@ -322,6 +326,19 @@ def _print(report: Report) -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
+
+
+def _short_drafts(drafts: Sequence[LoadedDraft], target_positions: int) -> Iterator[str]:
+    """Yield of which drafts engines use less than the target's context."""
+    for draft in drafts:
+        config = json.loads((Path(draft.path) / "config.json").read_text(encoding="utf-8"))
+        positions = config.get("max_position_embeddings")
+        if isinstance(positions, int) and positions < target_positions:
+            yield (
+                f"draft {draft.path}: max_position_embeddings in its config.json is {positions}, "
+                f"the target's {target_positions}: engines draft up to the draft's, or cut the "
+                "target to it. Set it to the target's, unless the draft is for shorter contexts"
+            )
 
 
 #: Share of tokens without probability under the rule above which responses are doubted. At

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -25,7 +26,12 @@ _NAMED = 5
 #: Share of a file's rows that may be left out unless another is asked for.
 MOST_LEFT_OUT = 0.1
 #: Expected errors of modules that are slow to import, which an error shows to be imported.
-_LATE = (("torch", "OutOfMemoryError"), ("specforge.plugins", "PluginError"))
+_LATE = (
+    ("torch", "OutOfMemoryError"),
+    ("specforge.plugins", "PluginError"),
+    ("safetensors", "SafetensorError"),
+)
+_EXPECTED = (OSError, ValueError, FloatingPointError, UnpicklingError)
 
 
 class Dtype(StrEnum):
@@ -140,7 +146,7 @@ def errors(
     except Exception as error:
         code = next((codes[kind] for kind in codes if isinstance(error, kind)), FAILED)
         late = [getattr(sys.modules.get(module), name, ()) for module, name in _LATE]
-        if not isinstance(error, (*codes, OSError, ValueError, FloatingPointError, *late)):
+        if not isinstance(error, (*codes, *_EXPECTED, *late)):
             raise
         message = f"out of memory: {memory}" if isinstance(error, late[0]) else str(error)
         fail(message, error, code)

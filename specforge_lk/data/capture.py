@@ -26,13 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from specforge_lk.data.conversations import Chat, Tokens
 from specforge_lk.data.jsonl import numbered_rows
-from specforge_lk.data.messages import LeftOut, MalformedRow, usable_rows
+from specforge_lk.data.messages import LeftOut, usable_rows
 from specforge_lk.data.responses import recorded, sampling_of
-from specforge_lk.files import atomic_write, write_text
+from specforge_lk.data.vocabulary import require_known
+from specforge_lk.files import atomic_write, read_json, save_tensors, write_text
 from specforge_lk.serving import Sampling
 
 if TYPE_CHECKING:
     import torch
+    from specforge.runtime.data_plane.feature_contents import FeatureContents
 
 #: File beside the feature files that says what they were made from, and how.
 MANIFEST = "capture.json"
@@ -149,7 +151,7 @@ def read_samples(
         index = next(count)
         samples = chat.tokenize(row)
         for tokens in samples:
-            _check_ids(tokens.input_ids, vocab_size)
+            require_known(tokens.input_ids, vocab_size)
         sampling = sampling_of(row)
         return index, samples, samplings.setdefault(sampling, sampling)
 
@@ -170,15 +172,6 @@ def read_samples(
         skipped += not usable
     malformed.check_share(responses, skipped)
     return Samples(kept, truncated, skipped, malformed.left_out)
-
-
-def _check_ids(ids: list[int], vocab_size: int) -> None:
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if outside:
-        raise MalformedRow(
-            f"it has token id {outside[0]}, outside the target's vocabulary of {vocab_size}; were "
-            "the responses sampled from another target?"
-        )
 
 
 def open_directory(
@@ -204,7 +197,7 @@ def open_directory(
     directory.mkdir(parents=True, exist_ok=True)
     manifest = directory / MANIFEST
     if manifest.exists():
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        before = read_json(manifest, "remove the folder, or write to another one")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -219,25 +212,40 @@ def open_directory(
             )
         names = tuple(held.union(names))
     held_here = {"features": sorted(names), **settings, **found}
-    write_text(manifest, json.dumps(held_here, indent=2) + "\n")
+    _write_manifest(manifest, held_here, complete=False)
 
 
-def is_captured(sample: Sample, names: tuple[str, ...]) -> bool:
-    """Return whether the sample's feature file is there, whole, and of the same tokens.
+def close_directory(directory: Path) -> None:
+    """Note in the manifest that every sample is captured, so that SpecForge trains on them."""
+    manifest = directory / MANIFEST
+    _write_manifest(manifest, read_json(manifest, "capture again"), complete=True)
+
+
+def _write_manifest(path: Path, held: dict[str, Any], *, complete: bool) -> None:
+    held = {**held, "complete": complete}
+    write_text(path, json.dumps(held, indent=2) + "\n", durable=complete)
+
+
+def is_captured(sample: Sample, names: tuple[str, ...], contents: FeatureContents) -> bool:
+    """Return whether the sample's feature file is there, undamaged, and of the same tokens.
 
     It may hold more features: those of DFlash with a registered loss serve it without one too.
-    """
-    import torch
 
-    if not sample.path.exists():
-        return False
+    Args:
+        sample: the sample.
+        names: features that it has to hold.
+        contents: SpecForge's ``FeatureContents``, what it trains on only.
+    """
+    from specforge.runtime.data_plane.feature_store import load_feature_file
+
     try:
-        record = torch.load(sample.path, weights_only=True, mmap=True)
-        return set(record) >= set(names) and sample.tokens == Tokens(
-            record["input_ids"].tolist(), record["loss_mask"].tolist()
-        )
-    except (RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError):
+        record = load_feature_file(str(sample.path))
+        contents.check(record)
+    except (FileNotFoundError, ValueError, LookupError, AttributeError, pickle.UnpicklingError):
         return False
+    return set(record) >= set(names) and sample.tokens == Tokens(
+        record["input_ids"].tolist(), record["loss_mask"].tolist()
+    )
 
 
 def batches(samples: list[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
@@ -304,8 +312,7 @@ def capture(
                     f"{sample.path.name}: feature {name} is not finite in {dtype}; "
                     "use --dtype float32 and model.torch_dtype=bfloat16 or float32"
                 )
-        with atomic_write(sample.path) as temporary:
-            torch.save(record, temporary)
+        save_tensors(record, sample.path)
 
 
 def file_digest(path: Path) -> str:
@@ -359,6 +366,7 @@ __all__ = [
     "Samples",
     "batches",
     "capture",
+    "close_directory",
     "file_digest",
     "is_captured",
     "open_directory",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specforge_lk.files import atomic_write
+from specforge_lk.data.messages import MalformedRow
+from specforge_lk.files import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,25 @@ def vocabulary_mapping(
     return {"t2d": t2d, "d2t": kept - torch.arange(draft_vocab_size)}
 
 
+def require_known(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse token ids that the target does not have.
+
+    Args:
+        ids: token ids of a row.
+        vocab_size: V, the size of the target vocabulary.
+
+    Raises:
+        MalformedRow: an id is outside the vocabulary.
+    """
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    outside = min(ids) if min(ids) < 0 else max(ids)
+    raise MalformedRow(
+        f"it has token id {outside}, outside the target's vocabulary of {vocab_size}; were the "
+        "responses sampled from another target?"
+    )
+
+
 def coverage(mapping: dict[str, torch.Tensor], counts: Counter[int]) -> float:
     """Return the share of the counted tokens that are in the draft vocabulary."""
     kept = mapping["t2d"].tolist()
@@ -59,17 +80,21 @@ def save_mapping(mapping: dict[str, torch.Tensor], path: Path) -> None:
         ValueError: another mapping is there, which drafts may have been trained with.
     """
     import torch
+    from specforge.tensor_file import read_tensor_file
 
     if path.exists():
-        before = torch.load(path, weights_only=True)
-        if all(torch.equal(before[name], mapping[name]) for name in ("t2d", "d2t")):
+        remedy = "Remove it, or write to another --vocab-mapping"
+        before = read_tensor_file(path, what="draft vocabulary", remedy=remedy)
+        held = before if isinstance(before, dict) else {}
+        if held.keys() == mapping.keys() and all(
+            torch.equal(held[name], mapping[name]) for name in mapping
+        ):
             return
         raise ValueError(
             f"{path} holds another draft vocabulary; drafts trained with it need it: remove it, "
             "or write to another --vocab-mapping"
         )
-    with atomic_write(path) as temporary:
-        torch.save(mapping, temporary)
+    save_tensors(mapping, path)
 
 
-__all__ = ["coverage", "save_mapping", "vocabulary_mapping"]
+__all__ = ["coverage", "require_known", "save_mapping", "vocabulary_mapping"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.table import ARCHITECTURES, DraftType, draft_type
+from specforge_lk.files import read_json
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _EXPORT = "`specforge export --to hf`"
@@ -61,7 +63,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], DraftType]:
             f"draft {path}: no config.json; export the checkpoint with {_EXPORT} and give the "
             "exported directory"
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = read_json(file, "export or download the draft again")
+    except ValueError as error:
+        raise DraftError(str(error)) from error
     kind = draft_type(config)
     if kind is None:
         named = (config.get("architectures") or [None])[0]
@@ -78,6 +83,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         DraftError: there is no such file, or a shard is missing.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     def load_torch(file: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +106,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"draft {path}: no *.safetensors file; export the checkpoint with {_EXPORT} and give "
             "the exported directory"
         )
-    return {name: tensor for file in files for name, tensor in load(file).items()}
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            weights |= load(file)
+        except (SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DraftError(
+                f"draft file {file} is cut or damaged ({reason}); export or download the draft "
+                "again"
+            ) from error
+    return weights
 
 
 def require_sizes(path: Path, sizes: Mapping[str, int | None], target: TargetFacts) -> None:

@@ -183,7 +183,7 @@ def _responses(
     """
     assert given.held_out is not None
     recorded = Recorded.of(
-        held_out_rows([given.held_out], target.chat, LeftOut()),
+        held_out_rows([given.held_out], target.chat, target.vocab_size, LeftOut()),
         sampled_by=given.sampled_by,
         off_policy=given.off_policy,
         remedy=f"specforge-lk generate --target {target_name} {{options}} --prompts PROMPTS.jsonl "

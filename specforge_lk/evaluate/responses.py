@@ -10,6 +10,7 @@ from specforge_lk.data.conversations import Chat, Tokens
 from specforge_lk.data.messages import LeftOut, usable_rows
 from specforge_lk.data.prompts import DataError, placed_rows
 from specforge_lk.data.responses import sampling_of
+from specforge_lk.data.vocabulary import require_known
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.settings import fingerprint
 from specforge_lk.serving import Sampling, Serving
@@ -111,12 +112,15 @@ class Recorded:
         )
 
 
-def held_out_rows(paths: Sequence[str], chat: Chat, malformed: LeftOut) -> list[Row]:
+def held_out_rows(
+    paths: Sequence[str], chat: Chat, vocab_size: int, malformed: LeftOut
+) -> list[Row]:
     """Read held-out responses, all of which `conversations_of` can tokenize.
 
     Args:
         paths: JSONL of conversations.
         chat: the target's chat template.
+        vocab_size: size of the target vocabulary.
         malformed: what becomes of other rows.
 
     Raises:
@@ -126,7 +130,8 @@ def held_out_rows(paths: Sequence[str], chat: Chat, malformed: LeftOut) -> list[
 
     def read(row: Row) -> None:
         sampling_of(row)
-        chat.tokenize(row, sampled_only=True)
+        for tokens in chat.tokenize(row, sampled_only=True):
+            require_known(tokens.input_ids, vocab_size)
 
     found = []
     for path in paths:

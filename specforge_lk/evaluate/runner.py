@@ -146,7 +146,7 @@ def run(
         for name, path in asked.benchmarks.items()
     ]
     recorded = Recorded.of(
-        held_out_rows(asked.held_out, target.chat, left_out[HELD_OUT]),
+        held_out_rows(asked.held_out, target.chat, target.vocab_size, left_out[HELD_OUT]),
         sampled_by=asked.sampled_by,
         off_policy=asked.off_policy,
         remedy=f"specforge-lk generate --target {target_path} {{options}} --prompts PROMPTS.jsonl "

@@ -158,6 +158,12 @@ def _load_patch(path: Path) -> Patch:
     if not path.is_file():
         raise PatchError(f"{path.parent / 'series'} names {path.name}, which does not exist")
     data = path.read_bytes()
+    if b"\r\n" in data:
+        raise PatchError(
+            f"{path} has CRLF line ends, with which no patch applies: git's core.autocrlf, or an "
+            "editor, changed them. In the clone of SpecForge-LK run 'git config core.autocrlf "
+            "false', remove the folder patches, and 'git checkout -- patches'"
+        )
     subject = email.message_from_bytes(data, policy=email.policy.default)["Subject"] or path.stem
     changes = {}
     for match in _DIFF_HEADER.finditer(data.decode("utf-8", "surrogateescape")):

@@ -93,7 +93,14 @@ def plan(installation: Installation, series: Series, *, tests: bool | None = Non
                 git_apply(root, patch, *only)
                 passed.append(patch.name)
         except PatchFailedError as failure:
-            return Plan(tests, tuple(passed), failure=failure)
+            crlf = [places[path] for path, data in before.items() if data and b"\r\n" in data]
+            if not crlf:
+                return Plan(tests, tuple(passed), failure=failure)
+            remedy = (
+                f"their line ends are CRLF, so that {failure.patch} does not apply; check them out "
+                "with core.autocrlf=false"
+            )
+            return Plan(tests, tuple(passed), failure=ForeignEditsError(crlf, remedy))
         changes = {}
         for path, data in before.items():
             after = read(root / path)

@@ -132,6 +132,44 @@ def test_no_fuzz_in_a_checkout(checkout):
     assert tree_hashes(checkout) == before
 
 
+def test_line_ends_of_windows_are_named(checkout, wheel, series_root):
+    """A clone with core.autocrlf=true, of this project or of SpecForge."""
+    loss = checkout / "specforge/loss.py"
+    loss.write_bytes(loss.read_bytes().replace(b"\n", b"\r\n"))
+    before = tree_hashes(checkout)
+    refused = patch("apply", checkout)
+    assert refused.exit_code == 1 and tree_hashes(checkout) == before
+    assert "specforge/loss.py: their line ends are CRLF" in refused.output, refused.output
+    assert "core.autocrlf=false" in refused.output
+
+    for path in (series_root / "specforge/0.2.0").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    before = tree_hashes(wheel)
+    for command in ("apply", "check", "status"):
+        refused = patch(command, wheel)
+        assert refused.exit_code == 2 and tree_hashes(wheel) == before
+        assert "0001-Fix-the-loss.patch has CRLF line ends" in refused.output
+        assert "git checkout -- patches" in refused.output
+
+
+def test_a_checkout_has_the_line_ends_that_patches_need(tmp_path):
+    """Whatever core.autocrlf says: .gitattributes decides."""
+    root = Path(patching.__file__).parents[2]
+    clone, git = tmp_path / "clone", ("git", "-c", "core.autocrlf=true", "-C")
+    (clone / "patches").mkdir(parents=True)
+    for name in (".gitattributes", "patches/specforge/0.2.0/series", "Makefile"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_bytes((root / name).read_bytes())
+    (clone / "patches/a.patch").write_bytes(b"unix\ndos\r\n")
+    subprocess.run([*git, clone, "init", "-q"], check=True)
+    subprocess.run([*git, clone, "add", "."], check=True)
+    for name in ("Makefile", "patches/a.patch"):
+        content = (clone / name).read_bytes()
+        (clone / name).unlink()
+        subprocess.run([*git, clone, "checkout", "-q", "--", name], check=True)
+        assert (clone / name).read_bytes() == content
+
+
 def test_check_names_each_patch(checkout):
     (checkout / "specforge/plugins.py").write_text("mine = 1\n")
     result = patch("check", checkout)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from training_run import DRAFT_VOCAB_SIZE, Finished, Setup, prepare_with_features, run
+from training_run import (
+    DRAFT_VOCAB_SIZE,
+    SAMPLES,
+    Finished,
+    Setup,
+    capture_arguments,
+    prepare_with_features,
+    run,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +69,11 @@ def features_with(setup: Setup, name: str, index: int, record: object) -> tuple[
         ),
         (
             ["training.loss=lk_lambda", "training.loss_options.eta=fast"],
-            ["training.loss_options.eta='fast'", "valid number", "Its options: ['eta',"],
+            [
+                "training.loss_options.eta='fast'",
+                "valid number",
+                "Its options: ['chain_weight', 'eta',",
+            ],
         ),
         (
             ["training.loss=kl", "data.hidden_states_path=nowhere"],
@@ -140,3 +154,165 @@ def test_plugin_that_does_not_import(setup: Setup, tmp_path: Path) -> None:
         setup.train("named", check=False, PYTHONPATH=str(tmp_path), SPECFORGE_PLUGINS="broken"),
     ):
         assert_refused(asked, *said)
+
+
+def changed(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        torch.save(change(torch.load(path, weights_only=True)), path)
+
+    return damage
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+#: Kind -> what becomes of one feature file, and what the error has to say of it.
+DAMAGE = {
+    "cut": (cut, "cut or damaged", "Capture it again"),
+    "a byte changed": (flipped, "cut or damaged", "checksum"),
+    "states fewer than tokens": (
+        changed(lambda r: r | {"hidden_state": r["hidden_state"][:, :-1]}),
+        "hidden_state has",
+        "capture the sample again",
+    ),
+    "another width": (
+        changed(lambda r: r | {"aux_hidden_state": r["aux_hidden_state"][..., :-1]}),
+        "aux_hidden_state has states of 95 numbers, but this target and draft have 96",
+    ),
+    "ids outside": (
+        changed(lambda r: r | {"input_ids": r["input_ids"] + 999}),
+        "outside the target's vocabulary of 264",
+        "model.target_model_path",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_feature_file_that_cannot_be_trained_on(setup: Setup, kind: str) -> None:
+    damage, *words = DAMAGE[kind]
+    directory = shutil.copytree(setup.features, setup.root / kind)
+    path = sorted(directory.glob("*.ckpt"))[3]
+    damage(path)
+    features = f"data.hidden_states_path={directory}"
+    finished = setup.train(kind, "training.loss=kl", features, check=False)
+    assert finished.returncode, finished.tail()
+    for word in (str(path), *words):
+        assert word in finished.tail(), finished.tail(20)
+
+
+@pytest.mark.parametrize("loss", [[], ["training.loss=kl"]], ids=["stock", "kl"])
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+def test_features_in_which_nothing_is_supervised(setup: Setup, part: str, loss: list[str]) -> None:
+    directory = setup.root / f"unsupervised {part} {len(loss)}"
+    shutil.copytree(setup.features, directory)
+    for path in directory.glob("*.ckpt"):
+        changed(lambda record: record | {"loss_mask": 0 * record["loss_mask"]})(path)
+    features = [f"data.hidden_states_path={directory}"]
+    if part == "evaluation":
+        features = [f"data.eval_hidden_states_path={directory}", "training.eval_interval=2"]
+    finished = setup.train(directory.name, *loss, *features, check=False)
+    assert_refused(finished, f"none of the {SAMPLES} feature files", str(directory), "data.max_len")
+
+
+def test_features_of_a_capture_that_was_interrupted(setup: Setup) -> None:
+    directory = shutil.copytree(setup.features, setup.root / "interrupted")
+    manifest = directory / "capture.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"complete": False}))
+    for name, loss in (("stock", []), ("kl", ["training.loss=kl"])):
+        features = f"data.hidden_states_path={directory}"
+        finished = setup.train(f"interrupted {name}", *loss, features, check=False)
+        assert_refused(finished, str(manifest), "Run the capture again")
+
+
+@pytest.mark.parametrize("damage", [cut, flipped])
+def test_checkpoints_that_are_damaged(
+    setup: Setup, damage: Callable[[Path], None], nan_run: Finished
+) -> None:
+    """Resumed, started from and exported: all name the file, and a checkpoint before it helps."""
+    broken = shutil.copytree(
+        setup.checkpoint("nan", 1), setup.root / damage.__name__ / "tiny-step1"
+    )
+    path = broken / "training_state.pt"
+    damage(path)
+    output = setup.root / f"export {damage.__name__}"
+    exported = run(
+        "specforge",
+        *("export", "--to", "hf", "--output-dir", output, "--checkpoint", broken),
+        *("--draft-config", setup.draft_config, "--embedding-source", setup.target),
+        check=False,
+    )
+    resumed, started = (
+        setup.train(
+            f"{key} {damage.__name__}", "training.loss=lk_lambda", f"{key}={broken}", check=False
+        )
+        for key in ("training.resume_from", "model.draft_checkpoint_path")
+    )
+    for finished in (exported, resumed, started):
+        assert_refused(finished, str(path), "cut or damaged", "another checkpoint")
+    assert not output.exists()
+
+
+def draft_with(setup: Setup, name: str, **changes: object) -> Path:
+    path = setup.root / f"{name}.json"
+    path.write_text(json.dumps(json.loads(setup.draft_config.read_text()) | changes))
+    return path
+
+
+def test_a_draft_of_more_layers_than_are_trained(setup: Setup, nan_run: Finished) -> None:
+    """Named before anything is captured, trained or exported."""
+    draft = draft_with(setup, "two layers", num_hidden_layers=2)
+    words = ("num_hidden_layers is 2", "one decoder layer", "set num_hidden_layers to 1")
+    override = f"model.draft_model_config={draft}"
+    assert_refused(setup.train("layers", "training.loss=kl", override, check=False), *words)
+    captured = run(
+        "specforge-lk",
+        *capture_arguments(setup, setup.held_out, setup.root / "of two layers"),
+        override,
+        check=False,
+    )
+    assert_refused(captured, *words)
+    assert not (setup.root / "of two layers").exists()
+    output = setup.root / "two layers exported"
+    exported = run(
+        "specforge",
+        *("export", "--to", "hf", "--output-dir", output),
+        *("--checkpoint", setup.checkpoint("nan", 1), "--draft-config", draft),
+        *("--embedding-source", setup.target),
+        check=False,
+    )
+    assert_refused(exported, *words)
+    assert not output.exists()
+
+
+def test_yarn_with_defaults_and_few_positions(setup: Setup) -> None:
+    """YaRN needs no more than transformers does; a draft for less than the target warns."""
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    draft = draft_with(setup, "yarn", rope_scaling=yarn, max_position_embeddings=128)
+    steps = ("training.loss=kl", f"model.draft_model_config={draft}", "training.max_steps=1")
+    trained = setup.train("yarn", *steps, "training.save_interval=1")
+    said = ("max_position_embeddings is 128", "the target's is 512", "data.max_length is 256")
+    for word in said:
+        assert word in trained.output, trained.tail(30)
+    output = setup.root / "yarn exported"
+    exported = run(
+        "specforge",
+        *("export", "--to", "hf", "--output-dir", output),
+        *("--checkpoint", setup.checkpoint("yarn", 1), "--draft-config", draft),
+        *("--embedding-source", setup.target),
+    )
+    for word in said[:2]:
+        assert word in exported.output, exported.tail(30)
+    measured = run(
+        "specforge-lk",
+        *("eval", "--target", setup.target, "--draft", f"kl={output}", "--device", "cpu"),
+        *("--held-out", setup.held_out, "--sampled-by", "temperature=1", "--heads", "2"),
+        *("--held-out-limit", "1", "--out", setup.root / "yarn report.json"),
+    )
+    assert "its config.json is 128, the target's 512" in measured.output, measured.output
