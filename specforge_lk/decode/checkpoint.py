@@ -106,11 +106,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"draft {path}: no *.safetensors file; export the checkpoint with {_EXPORT} and give "
             "the exported directory"
         )
+    damage = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, UnpicklingError)
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             weights |= load(file)
-        except (SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        except damage as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DraftError(
                 f"draft file {file} is cut or damaged ({reason}); export or download the draft "
