@@ -19,12 +19,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from specforge_lk.data.jsonl import MOST_LEFT_OUT
+
 #: Exit code of a command that an expected error ended.
 FAILED = 1
 #: Rows left out that are named.
 _NAMED = 5
-#: Share of a file's rows that may be left out unless another is asked for.
-MOST_LEFT_OUT = 0.1
 #: Expected errors of modules that are slow to import, which an error shows to be imported.
 _LATE = (
     ("torch", "OutOfMemoryError"),

@@ -88,22 +88,6 @@ class Malformed:
             raise error
         self.left_out.append(str(error))
 
-    def check(self, rows: int, path: Path) -> None:
-        """Refuse a file of which too much was left out.
-
-        Args:
-            rows: how many of its rows were read, those that were left out with them.
-            path: the file.
-
-        Raises:
-            ValueError: more than a tenth was left out.
-        """
-        if len(self.left_out) > MOST_LEFT_OUT * rows:
-            raise ValueError(
-                f"{path}: {len(self.left_out)} of {rows} rows are malformed, more than a tenth; "
-                f"mend the file, or take such rows out of it. The first: {self.left_out[0]}"
-            )
-
 
 def read_jsonl(path: Path, malformed: Malformed | None = None) -> Iterator[dict[str, Any]]:
     """Read the JSON objects of a JSONL file, as `numbered_rows` does, without their places."""
