@@ -53,7 +53,7 @@ def device_option(panel: str | None = None) -> Any:
     return typer.Option("--device", help=text, rich_help_panel=panel)
 
 
-def chat_template_args_option(panel: str | None = None) -> Any:
+def chat_template_args_option(panel: str = "Chat template") -> Any:
     """Return the option ``--chat-template-args``; see `parse_chat_template_args`."""
     text = (
         'Further arguments of the chat template as JSON, such as {"enable_thinking": false}. '
@@ -90,7 +90,7 @@ def skip_malformed_option() -> Any:
 def max_left_out_option() -> Any:
     """Return the option ``--max-left-out``; its default is a tenth."""
     text = "Largest share of a file's rows that may be left out; more are an error."
-    return typer.Option("--max-left-out", min=0, max=1, help=text)
+    return typer.Option("--max-left-out", metavar="SHARE", min=0, max=1, help=text)
 
 
 def name_left_out(left_out: Sequence[str]) -> None:
