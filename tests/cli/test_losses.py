@@ -39,7 +39,7 @@ def test_own_losses_with_their_options_and_defaults():
     options = {option["name"]: option for option in found["lk_lambda"]["options"]}
     assert options["eta"]["default"] == 3.0 and options["eta"]["values"] == "number"
     assert options["eta"]["algorithm_defaults"] == {"medusa": 10.0}
-    assert options["lambda_scope"]["values"] == "head | token | fixed"
+    assert options["lambda_scope"]["values"] == "head | token | fixed | schedule"
     assert options["lambda_fixed"]["default"] is None
     assert all(option["meaning"] for option in options.values())
     assert [o["name"] for o in found["tv"]["options"]] == ["serving", "sharpness", "chain_weight"]
