@@ -245,7 +245,11 @@ MISFITS = {
         {"midlayer.self_attn.q_proj.bias": torch.zeros(HIDDEN_SIZE)},
         "SpecForge trains no draft with attention_bias True",
     ),
-    "rotary tables": ({"rope_scaling": {**YARN, "truncate": False}}, {}, "rope_parameters"),
+    "rotary scaling": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {},
+        "rope_type 'dynamic' is not supported",
+    ),
     "four layers read": (
         {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4]},
         {"fc.weight": torch.zeros(HIDDEN_SIZE, 4 * HIDDEN_SIZE)},

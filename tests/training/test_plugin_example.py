@@ -63,7 +63,7 @@ def test_a_plugin_can_be_left_out(setup: Setup, installed: Path) -> None:
     )
     assert refused.returncode
     assert "training.loss='hellinger'" in refused.tail(1)
-    assert "['kl', 'lk_alpha', 'lk_lambda', 'reverse_kl', 'tv']" in refused.tail(1)
+    assert "['kl', 'lk_alpha', 'lk_lambda', 'reverse_kl', 'tau', 'tv']" in refused.tail(1)
 
 
 def test_a_draft_of_another_package_trains_and_is_exported(installed: Path, tmp_path: Path) -> None:
