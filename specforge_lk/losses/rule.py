@@ -33,6 +33,10 @@ from specforge_lk.serving import Sampling
 SHARPNESS: Final = 8.0
 
 
+#: Nats that a token may be behind the likeliest one in the draft that stands in for a greedy one.
+_FARTHEST: Final = 40.0
+
+
 @dataclass(frozen=True)
 class ServingRule:
     """How target and draft are sampled from.
@@ -87,7 +91,11 @@ class ServingRule:
         top-k or top-p cuts off; the very same tensor where nothing is cut off.
         """
         if self.sharpness is not None:
-            return _exact(draft_logits) * self.sharpness
+            sharpened = _exact(draft_logits) * self.sharpness
+            # Most tokens would have a probability below the least normal number, with which CPUs
+            # compute ten times as slowly, or products of two would. e^-40 is as good as none.
+            least = sharpened.detach().amax(-1, keepdim=True) - _FARTHEST
+            return torch.maximum(sharpened, least)
         if not self.draft.truncates:
             return tempered
         found = _exact(draft_logits.detach())
