@@ -135,7 +135,11 @@ class Chat:
         sampled = _sampled_ids(row)
         answers = _answers(messages, sampled is not None)
         if not answers:
-            raise MalformedRow("no message of it is an assistant's answer: nothing to train on")
+            roles = ", ".join(message["role"] for message in messages)
+            raise MalformedRow(
+                "no message of it is an assistant's answer: nothing to train on; its roles are "
+                f"{roles}"
+            )
         if sampled is not None and answers[-1] != len(messages) - 1:
             raise MalformedRow("it has response_ids, but its last message is not the assistant's")
         if answers[0] != next(i for i, m in enumerate(messages) if m["role"] == "assistant"):
@@ -148,7 +152,7 @@ class Chat:
         for index in answers:
             prompt = self.prompt_ids(messages[:index], tools)
             if index < len(messages) - 1 or sampled is None:
-                finished = bool(row.get("finished", True)) or index < answers[-1]
+                finished = _finished(row) or index < answers[-1]
                 response = self._said(messages[: index + 1], tools, prompt, finished)
             else:
                 response = self._until_end(sampled)
@@ -310,6 +314,13 @@ def _answers(messages: Sequence[Message], sampled: bool) -> list[int]:
     )
     found = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return [i for i in found if i > asked or (sampled and 0 < i == len(messages) - 1)]
+
+
+def _finished(row: Mapping[str, Any]) -> bool:
+    said = row.get("finished")
+    if said is not None and not isinstance(said, bool):
+        raise MalformedRow(f"its field finished must be true or false, got {said!r}")
+    return said is not False
 
 
 def _sampled_ids(row: Mapping[str, Any]) -> list[int] | None:

@@ -134,6 +134,10 @@ READ = {
         [["\nyes<|im_end|>"], ["yes<|im_end|>"]],
     ),
     "not finished": (CHATML, IM, chat(HI, YES, finished=False), [["yes"]]),
+    "a null of what is finished": (
+        *(CHATML, IM, chat(HI, YES, finished=None)),
+        [["yes<|im_end|>"]],
+    ),
     "not finished, an end in the text": (
         *(CHATML, IM, chat(HI, says("ye<|im_end|>s"), finished=False)),
         [["ye"]],
@@ -222,6 +226,14 @@ REFUSED = {
     "no role": (CHATML, chat({"content": "hi"}, YES), "whose conversations[0] is: no role"),
     "an unknown speaker": (CHATML, chat({"from": "bing", "value": "hi"}, YES), "from is 'bing'"),
     "no answer": (CHATML, chat(HI), "no message of it is an assistant's answer"),
+    "an assistant of another name": (
+        *(CHATML, chat(HI, {"role": "Assistant", "content": "yes"})),
+        "nothing to train on; its roles are user, Assistant",
+    ),
+    "finished as text": (
+        *(CHATML, chat(HI, YES, finished="false")),
+        "its field finished must be true or false, got 'false'",
+    ),
     "another field": (CHATML, {"id": "x", "chat": [HI, YES]}, "rename its field 'chat'"),
     "no messages": (CHATML, {"id": "x", "text": "hi"}, "its fields are ['id', 'text']"),
     "two fields": (CHATML, chat(HI, YES, messages=[HI, HI, YES]), "differ; remove one"),
