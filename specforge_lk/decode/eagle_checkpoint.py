@@ -83,12 +83,19 @@ def _checked(
     target: TargetFacts,
     layers: tuple[int, ...] | None,
 ) -> EagleCheckpoint:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
+    from transformers.activations import ACT2FN
 
     file = path / "config.json"
     if "draft_vocab_size" not in config:
         raise DraftError(f"{file}: draft_vocab_size is missing; export again")
-    parsed = LlamaConfig.from_dict(config)
+    try:
+        parsed = LlamaConfig.from_dict(config)
+    except StrictDataclassError as error:
+        raise DraftError(f"{file}: {' '.join(str(error).split())}; export again") from None
+    if parsed.hidden_act not in ACT2FN:
+        raise DraftError(f"{file}: hidden_act {parsed.hidden_act!r} is not known; export again")
     # transformers 5 has `rope_parameters`, 4 has `rope_scaling` (None for the default).
     scaling = getattr(parsed, "rope_parameters", None) or getattr(parsed, "rope_scaling", None)
     rope = (scaling or {}).get("rope_type", "default")

@@ -158,6 +158,10 @@ def edit(path, config=None, drop=(), **tensors):
         ({"drop": ("fc.weight",)}, r"\['fc.weight'\] are missing"),
         ({"config": {"vocab_size": 300}}, "vocab_size 300, but the target's is 264"),
         ({"config": {"architectures": ["Other"]}}, "'Other' is not a known draft"),
+        ({"config": {"hidden_act": "foo"}}, "config.json: hidden_act 'foo' is not known"),
+        ({"config": {"num_attention_heads": "4"}}, "config.json: .*expected int, got str"),
+        ({"config": {"num_attention_heads": 3}}, "not a multiple of the number of attention"),
+        ({"config": {"rms_norm_eps": None}}, "config.json: .*'rms_norm_eps'.* export again"),
         ({"config": {"intermediate_size": 50}}, "config.json and safetensors disagree"),
         (
             {"config": {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 6]}}},
