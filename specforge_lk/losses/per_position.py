@@ -12,6 +12,7 @@ draft vocabulary, p is not; see `overlap_terms`. Sources: LK-losses paper, arXiv
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from specforge_lk.overlap import OverlapTerms
 
 
 @dataclass(frozen=True)
-class PositionLoss(OverlapLoss):
+class PositionLoss(OverlapLoss, ABC):
     """A loss that is each draft position's own, with a weight in its chain.
 
     With ``chain_weight`` it is a `ChainLoss`: it also has the method ``combine_chain``.
@@ -48,9 +49,9 @@ class PositionLoss(OverlapLoss):
     def _needs_tokens(self) -> bool:
         return self.options.chain_weight != "gamma"
 
+    @abstractmethod
     def combine(self, terms: Terms, mean: Mean) -> Terms:
         """Return the loss of every position, and what it reports, each [...]."""
-        raise NotImplementedError
 
     def _combine_chain(
         self, heads: Sequence[Mapping[str, torch.Tensor]], means: Sequence[Mean]
