@@ -34,6 +34,9 @@ from experiments.gains.results import PATH, Results
 from experiments.runner import ROOT, RUNS, Training, capture, console, train
 
 CONVERSATIONS = 109
+#: Drafts that are measured at once: the target's passes, most of the time, are made once for all.
+#: More would keep a longer stretch of the study from the results file.
+MEASURED_AT_ONCE = 8
 
 
 def main(
@@ -123,7 +126,7 @@ def _make(wanted: list[Run], measurement: Measurement, path: Path) -> None:
         # A row may be there of a start whose draft is not: it was made on another machine.
         train(_starts(waiting), cores)
         while waiting:
-            together, waiting = waiting[:cores], waiting[cores:]
+            together, waiting = waiting[:MEASURED_AT_ONCE], waiting[MEASURED_AT_ONCE:]
             train([run.training for run in together], cores)
             measured = Results()
             measurement.add(measured, together)
