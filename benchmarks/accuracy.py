@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -161,7 +161,10 @@ def _distance(computed: torch.Tensor, loss: str, logits: Logits) -> float:
     z, y, log_z = (t.double() for t in logits)
     exact = _gradient(loss, logits, exactly=True)
     overlap = overlap_terms(z, y, log_z, impl="reference")
-    rates = OverlapTerms(*(t.requires_grad_() for t in astuple(overlap)[:4]))
+    rates = replace(
+        overlap,
+        **{n: getattr(overlap, n).requires_grad_() for n in ("kl", "alpha", "log_alpha")},
+    )
     d_alpha, d_log_alpha = torch.autograd.grad(
         _mean_loss(loss, rates), (rates.alpha, rates.log_alpha), materialize_grads=True
     )

@@ -22,8 +22,8 @@ def forward(
     mask = mask & (log_coverage != -torch.inf)
     for at, (z, y) in row_chunks(mask, log_normalizer.dtype, draft_logits, target_logits):
         z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
-        top = z.amax(-1, keepdim=True)
-        s.draft_shift[at] = top.squeeze(-1)
+        top, argmax = z.max(-1, keepdim=True)
+        s.draft_shift[at], s.draft_argmax[at] = top.squeeze(-1), argmax.squeeze(-1)
         s.draft_log_sum[at] = (z - top).exp_().sum(-1).log()
         log_q, log_ratio, w = _compare(z, y, log_normalizer, s, at)
         # A coverage that the caller rounded, or took of other roundings of y, is refined here.

@@ -26,6 +26,8 @@ class OverlapTerms:
         alpha: acceptance rate, sum of min(p, q) over the draft vocabulary.
         log_alpha: log of ``alpha``, finite where ``alpha`` underflows.
         log_coverage: log of the coverage, the target's mass on the draft vocabulary; no gradient.
+        draft_argmax: int64 index into the draft vocabulary of the draft's most likely token, the
+            first of several; 0 where the other terms are, and always a valid index. No gradient.
         reverse_kl: KL(q || p) in nats against the target that is NOT renormalized, if asked for.
         log_q: log of the draft's probability of the given token, ``LOGIT_FLOOR`` where that is
             outside the draft vocabulary; None unless tokens are given.
@@ -37,6 +39,7 @@ class OverlapTerms:
     alpha: torch.Tensor
     log_alpha: torch.Tensor
     log_coverage: torch.Tensor
+    draft_argmax: torch.Tensor
     reverse_kl: torch.Tensor | None = None
     log_q: torch.Tensor | None = None
     log_p: torch.Tensor | None = None
@@ -84,6 +87,8 @@ class RowStatistics(NamedTuple):
         target_log_sum: log sum_D exp(y - log Z), the log coverage of these very logits: p~ =
             exp(y - log Z - target_log_sum) sums to 1 as exactly as the arithmetic allows.
         below: B / alpha, the share of the acceptance rate where q < p (ties count half).
+        draft_argmax: int64, the first index of the highest draft logit; 0 where the mask is False
+            and in rows without coverage. Where logits are nan it is any index, below V_d.
     """
 
     kl: torch.Tensor
@@ -94,12 +99,14 @@ class RowStatistics(NamedTuple):
     draft_log_sum: torch.Tensor
     target_log_sum: torch.Tensor
     below: torch.Tensor
+    draft_argmax: torch.Tensor
 
     @classmethod
     def zeros(cls, rows: RowInputs) -> Self:
         """Return statistics of 0 for as many rows, in the dtype to compute in."""
-        size = len(cls._fields), len(rows.log_normalizer)
-        return cls._make(rows.log_normalizer.new_zeros(size))
+        like, count = rows.log_normalizer, len(rows.log_normalizer)
+        values = like.new_zeros(len(cls._fields) - 1, count)
+        return cls(*values, draft_argmax=like.new_zeros(count, dtype=torch.int64))
 
 
 class RowGradients(NamedTuple):

@@ -116,15 +116,16 @@ def terms_of(
         statistics.alpha.view(shape).clone(),
         statistics.log_alpha.view(shape).clone(),
         log_coverage.clone(),
+        statistics.draft_argmax.view(shape).clone(),
         statistics.reverse_kl.view(shape).clone() if rows.reverse_kl else None,
         *((None, None) if of_tokens is None else (log.reshape(shape).clone() for log in of_tokens)),
     )
 
 
 def without_gradient(terms: tuple[torch.Tensor | None, ...]) -> Iterator[torch.Tensor]:
-    """Yield those of `terms_of`'s that have none: ``log_coverage`` and ``log_p``."""
-    _, _, _, log_coverage, _, _, log_p = terms
-    return (term for term in (log_coverage, log_p) if term is not None)
+    """Yield those of `terms_of`'s that have none."""
+    _, _, _, log_coverage, draft_argmax, _, _, log_p = terms
+    return (term for term in (log_coverage, draft_argmax, log_p) if term is not None)
 
 
 def covered(rows: RowInputs, statistics: RowStatistics) -> RowInputs:
@@ -139,7 +140,7 @@ def row_gradients(
 
     ``rows`` are flat.
     """
-    kl, alpha, log_alpha, _, reverse_kl, log_q, _ = (
+    kl, alpha, log_alpha, _, _, reverse_kl, log_q, _ = (
         None if g is None else g.to(statistics.kl.dtype).reshape(-1).contiguous() for g in gradients
     )
     if alpha is not None:

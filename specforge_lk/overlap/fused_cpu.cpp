@@ -161,7 +161,7 @@ void write_row(char* to, int dtype, int64_t V, const float* row) {
 
 // ----------------------------------------------------------------------------- one row
 
-struct Statistics {  // contract.RowStatistics, in its order
+struct Statistics {  // contract.RowStatistics, in its order, without draft_argmax
     float kl, alpha, log_alpha, reverse_kl, draft_shift, draft_log_sum, target_log_sum, below;
 };
 constexpr int TERMS = sizeof(Statistics) / sizeof(float);
@@ -229,25 +229,41 @@ void backward_careful(const float* z, const float* y, int64_t V, float log_z,
     }
 }
 
-float highest(const float* z, int64_t V) {
-    Floats tops = splat(FLOOR);
-    for (int64_t i = 0; i < V; i += LANES) tops = max(load(z + i), tops);
-    float top = tops[0];
-    for (int i = 1; i < LANES; ++i) top = std::max(top, tops[i]);
+float highest(Floats x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; ++i) top = std::max(top, x[i]);
     return top;
 }
 
-// exps[i] = exp(z[i] - shift) up to the Shift's factor; returns their sum with it.
-double exponentials(const float* z, int64_t V, const Shift& shift, float* exps) {
+// The highest logit that is no nan, and where the block starts that has it first.
+struct Highest {
+    float logit = FLOOR;
+    int64_t block = 0;
+
+    // Its first index; 0 if nothing is above the floor.
+    int64_t index(const float* z, int64_t V) const {
+        if (logit > FLOOR)
+            for (int64_t i = block; i < V; ++i)
+                if (z[i] == logit) return i;
+        return 0;
+    }
+};
+
+// exps[i] = exp(z[i] - shift) up to the Shift's factor; returns their sum with it. Finds the
+// highest logit on the way: one operation more to a vector.
+double exponentials(const float* z, int64_t V, const Shift& shift, float* exps, Highest& found) {
     double total = 0;
+    found = Highest{};
     for (int64_t block = 0; block < V; block += BLOCK) {
-        Floats part = {};
+        Floats part = {}, tops = splat(FLOOR);
         for (int64_t i = block; i < std::min(V, block + BLOCK); i += LANES) {
-            const Floats e = shift.bounded_exp(load(z + i));
+            const Floats zi = load(z + i), e = shift.bounded_exp(zi);
             store(exps + i, e);
             part += e;
+            tops = max(zi, tops);
         }
         total += sum(part);
+        if (const float top = highest(tops); top > found.logit) found = {top, block};
     }
     return total * shift.factor;
 }
@@ -289,20 +305,26 @@ void overlap(const float* z, const float* y, int64_t V, float log_z, const float
 }
 
 // z and y hold V logits and then the floor up to a whole vector; `exps` has room for as many.
-void forward_row(const float* z, const float* y, int64_t V, float log_z, bool reverse_kl,
+// Returns the first index of the highest draft logit.
+int64_t forward_row(const float* z, const float* y, int64_t V, float log_z, bool reverse_kl,
                  float* exps, Statistics& s) {
     // Any shift near the maximum does. That of the first block saves a pass over z, unless a later
     // logit is so much higher that the sum overflows.
-    float top = highest(z, std::min(V, BLOCK));
-    double total = exponentials(z, V, Shift(top), exps);
+    Floats tops = splat(FLOOR);
+    for (int64_t i = 0; i < std::min(V, BLOCK); i += LANES) tops = max(load(z + i), tops);
+    float top = highest(tops);
+    Highest found;
+    double total = exponentials(z, V, Shift(top), exps, found);
     if (!(total < 1e30)) {
-        top = highest(z, V);
-        total = exponentials(z, V, Shift(top), exps);
+        top = found.logit;
+        total = exponentials(z, V, Shift(top), exps, found);
     }
+    const int64_t argmax = found.index(z, V);
     if (total == 0 || log_z == INFINITY) {
         s.draft_shift = FLOOR;
         s.draft_log_sum = std::log(double(V));
-        return forward_careful(z, y, V, log_z, s);
+        forward_careful(z, y, V, log_z, s);
+        return argmax;
     }
     // The log-sum-exp as a float and the rest of it: q loses no digits where logits are large.
     const double log_sum = top + std::log(total);
@@ -312,6 +334,7 @@ void forward_row(const float* z, const float* y, int64_t V, float log_z, bool re
     if (!reverse_kl) overlap<false>(z, y, V, log_z, exps, scale, s);
     if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, log_z, exps, scale, s);
     if (needs_care(s)) forward_careful(z, y, V, log_z, s);
+    return argmax;
 }
 
 template <bool REVERSE>
@@ -400,14 +423,17 @@ void prefer_huge_pages(char* start, int64_t bytes) {
 
 // Both return false, having done nothing, if memory is short.
 
-// statistics: [8, N] of contract.RowStatistics, zeros.
-extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics) {
+// statistics: [8, N] of contract.RowStatistics, zeros; argmax: [N], zeros, its draft_argmax.
+extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics,
+                                int64_t* argmax) {
     return for_each_row(*in, [=](int64_t i, float* const* buffers) {
         if (!in->mask[i]) return;
         Statistics s;
-        forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
-                    read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
-                    in->log_z[i], reverse_kl, buffers[2], s);
+        const int64_t at =
+            forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
+                        read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
+                        in->log_z[i], reverse_kl, buffers[2], s);
+        if (s.target_log_sum != -INFINITY) argmax[i] = at;
         float values[TERMS];
         std::memcpy(values, &s, sizeof s);
         for (int k = 0; k < TERMS; ++k) statistics[k * in->N + i] = values[k];

@@ -59,11 +59,14 @@ def forward(
     """See `contract.Kernels`. Dtypes that the source does not know are left to `closed_form`."""
     if not _knows(draft_logits, target_logits):
         return closed_form.forward(draft_logits, target_logits, rows)
-    statistics = torch.zeros(len(RowStatistics._fields), len(rows.log_normalizer))
+    values = torch.zeros(len(RowStatistics._fields) - 1, len(rows.log_normalizer))
+    draft_argmax = torch.zeros(len(rows.log_normalizer), dtype=torch.int64)
     inputs, _tensors = _inputs(draft_logits, target_logits, rows)
-    done = library().overlap_forward(ctypes.byref(inputs), rows.reverse_kl, statistics.data_ptr())
+    done = library().overlap_forward(
+        ctypes.byref(inputs), rows.reverse_kl, values.data_ptr(), draft_argmax.data_ptr()
+    )
     _check(done)
-    return RowStatistics(*statistics)
+    return RowStatistics(*values, draft_argmax=draft_argmax)
 
 
 def backward(
@@ -83,10 +86,10 @@ def backward(
     for row, values in zip(of_terms, gradients, strict=True):
         if values is not None:
             row.copy_(values)
-    statistics_ = torch.stack(statistics)
+    values = torch.stack(statistics[:-1])
     inputs, _tensors = _inputs(draft_logits, target_logits, rows)
     done = library().overlap_backward(
-        ctypes.byref(inputs), statistics_.data_ptr(), of_terms.data_ptr(), out.data_ptr()
+        ctypes.byref(inputs), values.data_ptr(), of_terms.data_ptr(), out.data_ptr()
     )
     _check(done)
     return out
@@ -155,7 +158,7 @@ def library() -> ctypes.CDLL:
     library.overlap_forward.argtypes = [
         ctypes.POINTER(_Inputs),
         ctypes.c_int32,
-        ctypes.c_void_p,
+        *[ctypes.c_void_p] * 2,
     ]
     library.overlap_forward.restype = ctypes.c_bool
     library.overlap_backward.argtypes = [ctypes.POINTER(_Inputs), *[ctypes.c_void_p] * 3]

@@ -53,9 +53,10 @@ def overlap_terms(
     ``kl`` is KL(p~ || q), ``alpha`` the acceptance rate sum_D min(p, q), ``log_alpha`` its
     logarithm, computed as log sum_D exp(min(log p, log q)) so that it stays finite where
     ``alpha`` underflows, and ``reverse_kl`` is KL(q || p). With a token x given at every position,
-    ``log_q`` is log q(x) and ``log_p`` is log p(x). Gradients flow to ``draft_logits``
-    only (LK-losses paper, arXiv 2602.23881, appendix A); with w = 1[q < p] + 1/2 1[q = p] and
-    B = sum_D q w they are
+    ``log_q`` is log q(x) and ``log_p`` is log p(x). ``draft_argmax`` is the token that the draft
+    would propose greedily, so that its accuracy takes no pass of its own. Gradients flow to
+    ``draft_logits`` only (LK-losses paper, arXiv 2602.23881, appendix A); with
+    w = 1[q < p] + 1/2 1[q = p] and B = sum_D q w they are
 
         kl: q - p~      alpha: q (w - B)      log_alpha: q (w - B) / alpha      log_q: 1[x] - q
 

@@ -22,12 +22,13 @@ def reference(
         return logits.clamp_min(LOGIT_FLOOR)
 
     def zero_where_skipped(term: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, term, 0.0)
+        return torch.where(mask, term, 0)
 
     y = cleaned(target_logits)
     log_p = y - torch.where(mask, rows.log_normalizer, 0.0)[..., None]
     log_p_renormalized = torch.log_softmax(y, dim=-1)
-    log_q = torch.log_softmax(cleaned(draft_logits), dim=-1)
+    z = cleaned(draft_logits)
+    log_q = torch.log_softmax(z, dim=-1)
 
     kl = (log_p_renormalized.exp() * (log_p_renormalized - log_q)).sum(-1)
     # Autograd splits the gradient of a minimum evenly at ties: the paper's sign(0) = 0.
@@ -49,6 +50,7 @@ def reference(
         zero_where_skipped(alpha),
         zero_where_skipped(log_alpha),
         log_coverage,
+        zero_where_skipped(z.detach().argmax(-1)),
         reverse_kl,
         *of_tokens,
     )

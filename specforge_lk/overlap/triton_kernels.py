@@ -65,7 +65,9 @@ def forward(
             ALIGNMENT=_alignment(z, y),
             REVERSE_KL=rows.reverse_kl,
         )
-    return statistics
+    counted = rows.mask & (statistics.target_log_sum != -torch.inf)
+    argmax = torch.where(counted, draft_logits.argmax(-1).flatten(), 0)
+    return statistics._replace(draft_argmax=argmax)
 
 
 def backward(

@@ -73,6 +73,14 @@ def test_equals_the_operation_on_logits(impl_case, small_chunks, impl, masked, p
     )
     for a, b in zip(computed, expected, strict=True):
         torch.testing.assert_close(a, b)
+    argmax = [
+        of_hidden.draft_argmax
+        for of_hidden in (
+            linear_overlap(hidden, head, target, log_z, **options),
+            overlap_terms(F.linear(hidden, head), logits, log_z, **options),
+        )
+    ]
+    assert torch.equal(*argmax) and argmax[0].any()
 
 
 @pytest.mark.parametrize("impl", ["closed_form", "cpu"], indirect=True)
@@ -163,7 +171,7 @@ def test_no_logits_are_ever_whole(case, small_chunks):
         linear_overlap(hidden, head, target, log_z.repeat(10, 1)).kl.sum().backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     allocated = [e.nbytes() for e in events]
-    # The gradient of the hidden states, and eight statistics per position.
+    # The gradient of the hidden states; eight statistics and an index per position are less.
     assert max(allocated) == 180 * H * 8 < 180 * V * 8
 
 

@@ -128,6 +128,28 @@ def nan(dtype):
     return torch.tensor(2**31 - 1, dtype=torch.int32).view(dtype)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 37, 1025, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_draft_s_most_likely_token_is_the_first_of_its_highest_logits(
+    overlap_case, impl, vocabulary, dtype
+):
+    z, y, log_z = (t.detach() for t in overlap_case(8, vocabulary, outside=9, dtype=dtype))
+    z = z.round()  # many highest ones
+    z[1] = -torch.inf
+    z[2, vocabulary // 2 :] += 1000.0  # far above all before
+    z[3, : vocabulary // 2] = -torch.inf
+    y[4] = -torch.inf
+    z[5, -1] = torch.nan
+    mask = torch.arange(8) != 6
+    terms = overlap_terms(z, y, log_z, mask=mask, impl=impl)
+    expected = z.argmax(-1).masked_fill(~mask, 0)
+    expected[4] = 0  # no coverage
+    assert terms.draft_argmax.dtype == torch.int64 and not terms.draft_argmax.requires_grad
+    assert ((terms.draft_argmax >= 0) & (terms.draft_argmax < vocabulary)).all()
+    finite = torch.arange(8) != 5
+    assert torch.equal(terms.draft_argmax[finite], expected[finite])
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 8 * 12 * 2, 1 << 20])
 @pytest.mark.parametrize("masked", [True, False])
 def test_chunks_change_nothing(overlap_case, monkeypatch, chunk_bytes, masked):
