@@ -42,8 +42,8 @@ class ServingOptions(BaseModel):
     "temperature=0.7,top_p=0.9" or "temperature=1,drafting=greedy": p and q are what target and
     draft sample from under it."""
     sharpness: Annotated[Number, Field(gt=0)] | None = None
-    """With greedy drafting, s of the draft that stands in for the likeliest token,
-    softmax(s z); 8 unless given. KL is of softmax(z), so `kl` has none."""
+    """With greedy drafting, one over the scale of the noise on the draft's logits, with which the
+    likeliest token gets a gradient; 8 unless given. KL needs none, of the draft or reverse."""
 
     @property
     def rule(self) -> Serving:
@@ -74,6 +74,17 @@ class CommonOptions(ServingOptions):
 NoOptions = CommonOptions
 
 
+class _WithoutSharpness(CommonOptions):
+    @model_validator(mode="after")
+    def _no_sharpness(self) -> Self:
+        if self.sharpness is not None:
+            raise ValueError(
+                f"sharpness={self.sharpness} has no effect: KL is of the draft itself, "
+                "softmax(z); leave it out or take another training.loss"
+            )
+        return self
+
+
 class AlphaOptions(CommonOptions):
     """Options of ``lk_alpha``."""
 
@@ -88,7 +99,7 @@ class AlphaOptions(CommonOptions):
         return self
 
 
-class ReverseKLOptions(CommonOptions):
+class ReverseKLOptions(_WithoutSharpness):
     """Options of ``reverse_kl``."""
 
     @model_validator(mode="after")
@@ -139,17 +150,8 @@ class LambdaSettings(KLSettings):
         return self
 
 
-class KLOptions(KLSettings, CommonOptions):
+class KLOptions(KLSettings, _WithoutSharpness):
     """Options of ``kl``."""
-
-    @model_validator(mode="after")
-    def _no_sharpness(self) -> Self:
-        if self.sharpness is not None:
-            raise ValueError(
-                f"sharpness={self.sharpness} has no effect: KL is taken to the draft itself, "
-                "softmax(z); leave it out or take another training.loss"
-            )
-        return self
 
 
 class LambdaOptions(LambdaSettings, CommonOptions):

@@ -1,7 +1,7 @@
 """What every loss is made of: the overlap terms of a draft position, and KL blended with overlap.
 
 p and q are those of a serving rule, see `specforge_lk.losses.rule`. A greedy draft is trained with
-a smooth one in its place: ``_alpha`` and ``_past`` are of that, ``alpha`` and ``past`` of the rule.
+its logits perturbed: ``_alpha`` and ``_past`` are of that, ``alpha`` and ``past`` of the rule.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import ClassVar, Final
 import torch
 
 from specforge_lk.losses.contract import Mean, Target, Terms
+from specforge_lk.losses.greedy import likeliest, perturbed
 from specforge_lk.losses.options import LambdaSettings, ServingOptions
-from specforge_lk.losses.rule import ServingRule, greedy_acceptance
+from specforge_lk.losses.rule import ServingRule
 from specforge_lk.overlap import OverlapTerms, overlap_terms
 from specforge_lk.overlap.contract import LOGIT_FLOOR
 
@@ -47,8 +48,7 @@ class OverlapLoss:
         tempered = self.rule.tempered(draft_logits)
         drafting = self.rule.drafting(draft_logits, tempered)
         overlap = self._overlap(drafting, target, mask)
-        # KL to a truncated draft is infinite, and KL to a sharpened one would undo the sharpening:
-        # both are taken to the draft before.
+        # KL to a truncated draft is infinite: it is taken to the draft before.
         kl = overlap.kl if drafting is tempered else self._overlap(tempered, target, mask).kl
         coverage = overlap.log_coverage.exp()
         terms = {
@@ -73,7 +73,11 @@ class OverlapLoss:
                 "trainer gives none: TargetDistribution.with_labels has to be called"
             )
         if self.rule.sharpness is not None:
-            self._report_greedy(terms, draft_logits, target, mask)
+            smooth = perturbed(draft_logits, target, mask, self.rule.sharpness)
+            rule = likeliest(draft_logits, target, mask)
+            terms |= {"_alpha": smooth.alpha, "_log_alpha": smooth.log_alpha, "alpha": rule.alpha}
+            if smooth.past is not None and rule.past is not None:
+                terms |= {"_past": smooth.past, "past": rule.past}
         return terms | self._chain_terms(draft_logits, target, mask, overlap)
 
     def _overlap(self, z: torch.Tensor, target: Target, mask: torch.Tensor) -> OverlapTerms:
@@ -86,15 +90,6 @@ class OverlapLoss:
             tokens=target.labels,
             reverse_kl=self._reverse_kl,
         )
-
-    def _report_greedy(
-        self, terms: Terms, draft_logits: torch.Tensor, target: Target, mask: torch.Tensor
-    ) -> None:
-        """Put the rule's own acceptance in place of the smooth draft's, which the loss keeps."""
-        terms["_alpha"] = terms["alpha"]
-        terms["alpha"], past = greedy_acceptance(draft_logits, target, mask)
-        if past is not None:
-            terms["_past"], terms["past"] = terms["past"], past
 
     def _needs_tokens(self) -> bool:
         """Return whether recorded tokens are needed, not only reported."""

@@ -74,19 +74,27 @@ def sampled_from(logits, sampling):
 def definition(name, rule, z, y, tokens, sharpness):
     """Loss, its alpha and past [n] with gradients; the alpha and past of the rule itself."""
     p = sampled_from(y, rule.target)
-    smooth = z.mul(sharpness).softmax(-1) if rule.greedy_draft else sampled_from(z, rule.draft)
-    q = torch.nn.functional.pad(smooth, (0, VOCABULARY - KEPT))
-    exact = q if not rule.greedy_draft else sampled_from(z, Sampling(0))
-    exact = torch.nn.functional.pad(exact, (0, VOCABULARY - exact.shape[-1])).detach()
     at = tokens[:, None]
 
-    def past(q):
-        # 0 / 0 counts as 0: such a token is neither recorded nor drafted.
-        return (q.gather(1, at) / p.gather(1, at).clamp_min(1e-300)).squeeze(1).clamp_max(1)
+    def padded(q):
+        return torch.nn.functional.pad(q, (0, VOCABULARY - KEPT))
 
     covered = p[:, :KEPT].sum(-1) > 0
-    alpha, rule_alpha = (torch.minimum(p, x).sum(-1) for x in (q, exact))
-    # KL is taken to the draft before it is truncated or sharpened.
+    if rule.greedy_draft:
+        # With noise on z, q is where the likeliest token is; each is verified as a greedy draft's.
+        q, drafted = padded(z.mul(sharpness).softmax(-1)), padded(sampled_from(z, Sampling(0)))
+        alpha, rule_alpha = ((p * x).sum(-1) for x in (q, drafted))
+        past, rule_past = (x.gather(1, at).squeeze(1) for x in (q, drafted))
+        past, rule_past = past * covered, rule_past.detach()
+    else:
+        q = padded(sampled_from(z, rule.draft))
+        alpha = rule_alpha = torch.minimum(p, q).sum(-1)
+        # 0 / 0 counts as 0: such a token is neither recorded nor drafted.
+        past = (q.gather(1, at) / p.gather(1, at).clamp_min(1e-300)).squeeze(1).clamp_max(1)
+        rule_past = past
+    rule_alpha = rule_alpha.detach()
+    q = padded(z.softmax(-1)) if rule.greedy_draft else q
+    # KL is taken to the draft before it is truncated.
     temperature = 1 if rule.greedy_draft else rule.draft.temperature
     log_full = (z / temperature).log_softmax(-1)
     renormalized = p[:, :KEPT] / p[:, :KEPT].sum(-1, keepdim=True).clamp_min(1e-300)
@@ -101,7 +109,7 @@ def definition(name, rule, z, y, tokens, sharpness):
         "tau": lambda: blended,
         "reverse_kl": lambda: (q * (torch.where(q > 0, q, 1).log() - p.log())).sum(-1),
     }[name]()
-    return torch.where(covered, loss, 0), alpha, past(q), rule_alpha, past(exact)
+    return torch.where(covered, loss, 0), alpha, past, rule_alpha, rule_past.detach()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -112,7 +120,7 @@ def test_loss_is_its_definition_under_the_rule(case, name, rule):
             build(name, serving=rule)
         return
     z, y, tokens = case
-    given = {"sharpness": 3} if parse(rule).greedy_draft and name != "kl" else {}
+    given = {"sharpness": 3} if parse(rule).greedy_draft and "kl" not in name else {}
     loss, mask = build(name, serving=rule, **given), torch.ones(ROWS, dtype=torch.bool)
     terms = loss.terms(z, target_of(loss, y, tokens), mask)
     (combined,) = combine(loss, [terms], [mask])
@@ -131,6 +139,9 @@ def test_loss_is_its_definition_under_the_rule(case, name, rule):
     if parse(rule).greedy_draft:  # what it trains on is not what it reports
         assert not terms["alpha"].requires_grad and not terms["past"].requires_grad
         assert rule_past.sum() >= 8 and (alpha - rule_alpha).abs().max() > 0.01
+        if "kl" in name:
+            with pytest.raises(ValueError, match="sharpness"):
+                build(name, serving=rule, sharpness=3)
 
 
 @pytest.mark.parametrize("text", ["temperature=0", *RULES[:2], "temperature=1,top_k=3,top_p=0.5"])
