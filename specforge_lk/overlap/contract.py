@@ -106,7 +106,7 @@ class RowStatistics(NamedTuple):
         """Return statistics of 0 for as many rows, in the dtype to compute in."""
         like, count = rows.log_normalizer, len(rows.log_normalizer)
         values = like.new_zeros(len(cls._fields) - 1, count)
-        return cls(*values, draft_argmax=like.new_zeros(count, dtype=torch.int64))
+        return cls._make((*values, like.new_zeros(count, dtype=torch.int64)))
 
 
 class RowGradients(NamedTuple):

@@ -66,7 +66,7 @@ def forward(
         ctypes.byref(inputs), rows.reverse_kl, values.data_ptr(), draft_argmax.data_ptr()
     )
     _check(done)
-    return RowStatistics(*values, draft_argmax=draft_argmax)
+    return RowStatistics._make((*values, draft_argmax))
 
 
 def backward(
