@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
 from experiments.demo_summary import TITLES, measurements, preface, sentence, taus
-from experiments.gains.report import best_of, summary
+from experiments.gains.report import Setting, best_of, summary
 from experiments.gains.results import PATH, Results
 from experiments.runner import START
 from specforge_lk.evaluate.published import GAIN_BASELINE, PUBLISHED
@@ -88,17 +89,23 @@ def _demo_taus(report: Report, losses: Sequence[str], temperature: float) -> lis
 
 
 def _study_rows() -> list[list[str]]:
-    """Return a row of the table: what gains most at T = 1, by architecture and start."""
-    best = [
-        f"{found.setting.architecture}, {found.setting.steps} steps "
-        + (f"after {start} of KL" if (start := found.setting.start_steps) else "from scratch")
-        + f", {found.title} {found.hot.share:+.0%}"
-        + (f" ({found.cold.share:+.0%})" if found.cold and found.cold.share is not None else "")
-        for found in best_of(Results.read(ROOT / PATH))
-        if found.hot.share is not None
-    ]
-    title = "gain of τ − 1, the best objective at T = 1 (T = 0)"
-    return [[title, "; ".join(best), "`make gains`, on a CPU"]] if best else []
+    """Return rows of the table, one per size of the study: what gains most at T = 1."""
+    rows = []
+    found = [best for best in best_of(Results.read(ROOT / PATH)) if best.hot.share is not None]
+    for size, of in groupby(found, lambda best: _size(best.setting)):
+        gains = [
+            f"{best.setting.architecture} {best.title} {best.hot.share:+.0%}"
+            + (f" ({cold:+.0%})" if best.cold and (cold := best.cold.share) is not None else "")
+            for best in of
+        ]
+        title = f"gain of τ − 1, {size}: best at T = 1 (T = 0)"
+        rows.append([title, "; ".join(gains), "`make gains`, on a CPU"])
+    return rows
+
+
+def _size(setting: Setting) -> str:
+    after = f" after {setting.start_steps} of KL" if setting.start_steps else " from scratch"
+    return f"{setting.steps} steps{after}"
 
 
 def _options(report: Report, loss: str) -> str:

@@ -10,11 +10,13 @@ from statistics import mean
 from typing import TYPE_CHECKING, Final
 
 from experiments.gains.plan import (
+    ARCHITECTURES,
     BASELINE,
     OBJECTIVES,
     PARTS,
     RULE_LOSS,
     RULES,
+    SAMPLES,
     Run,
     runs_of,
     start_of,
@@ -120,7 +122,13 @@ def settings_of(results: Results) -> list[Setting]:
         setting = Setting.of(row)
         if row.part == "scratch" and _then(results, setting, [row.run]):
             found.setdefault(setting)
-    return sorted(found, key=lambda s: (list(PARTS).index(s.part), s.architecture, s.samples))
+    return sorted(found, key=_place)
+
+
+def _place(setting: Setting) -> tuple[int, int, int, int, int]:
+    """Return what orders settings: architectures beside one another at every size of a part."""
+    size = setting.samples, setting.start_steps, setting.steps
+    return list(PARTS).index(setting.part), *size, ARCHITECTURES.index(setting.architecture)
 
 
 def table(results: Results, setting: Setting) -> str:
@@ -212,22 +220,24 @@ def _paired(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
 
 
 def missing(results: Results) -> str:
-    """Say which drafts of the whole study have no row."""
+    """Say which drafts have no row, at every size that the study has or is planned for."""
+    begun_of = settings_of(results)
     rows = []
-    for part in PARTS:
-        for architecture, of in groupby(runs_of(part), lambda run: run.architecture):
-            runs = list(of)
-            absent = [run for run in runs if results.find(run) is None]
-            names = dict.fromkeys(
-                f"`{run.objective}` ({run.steps}"
-                + (f" after {run.start_steps})" if run.start_steps else ")")
-                for run in absent
+    for part, of in PARTS.items():
+        begun = {(s.samples, s.steps, s.start_steps) for s in begun_of if s.part == part}
+        planned = {(SAMPLES, s, start) for s in of.steps for start in of.start_steps or (0,)}
+        for samples, steps, start in sorted(begun | planned):
+            planned_runs = runs_of(
+                part, steps=[steps], start_steps=[start] if start else None, samples=samples
             )
-            whole = len(absent) == len(runs)
-            shown = "all" if whole else ", ".join(names) or "none"
-            rows.append([part, architecture, f"{len(runs) - len(absent)} of {len(runs)}", shown])
-    header = ["part", "architecture", "rows", "missing, of one seed or more"]
-    return markdown_table(header, rows)
+            cells = []
+            for architecture in ARCHITECTURES:
+                runs = [run for run in planned_runs if run.architecture == architecture]
+                there = [run for run in runs if results.find(run)]
+                cells.append(f"{len(there)} of {len(runs)}")
+            after = f" after {start}" if start else ""
+            rows.append([part, f"{steps}{after}, {samples} responses", *cells])
+    return markdown_table(["part", "steps", *ARCHITECTURES], rows)
 
 
 def notes(results: Results) -> list[str]:
@@ -285,7 +295,12 @@ def markdown(results: Results, chart: str) -> str:
         for setting in of_part:
             parts.append(f"### {setting.architecture}: {setting.text}")
             parts.append((crossed if part == "rules" else table)(results, setting))
-    parts += ["## What is missing", missing(results)]
+    parts += [
+        "## What is missing",
+        "Drafts that have a row, of those that the study is planned for, three seeds of each. The "
+        "larger sizes are for a GPU.",
+        missing(results),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -307,18 +322,21 @@ class Best:
 
 
 def best_of(results: Results) -> list[Best]:
-    """Return the best of every setting, but for drafts that are trained for a rule."""
+    """Return the best of every setting, but for drafts that are trained for a rule.
+
+    Of objectives that have as many seeds as any: one seed more is worth more than a better mean.
+    """
     found = []
     hot, cold = SHOWN.values()
     for setting in settings_of(results):
         compared = [
-            (gain.share, line, gain)
+            (len(line.pairs), gain.share, line, gain)
             for line in lines_of(results, setting)
             if (gain := results.gain(line.pairs, hot)) and gain.share is not None
             if setting.part != "rules" and line.title != "(start)"
         ]
         if compared:
-            _, best, gain = max(compared, key=lambda found: found[0])
+            *_, best, gain = max(compared, key=lambda found: found[:2])
             found.append(Best(setting, best.title, gain, results.gain(best.pairs, cold)))
     return found
 

@@ -363,12 +363,13 @@ def test_crossed_rules_say_what_the_diagonal_beats() -> None:
 def test_what_is_missing_is_said() -> None:
     # On 768 responses, as the study is planned.
     found = results(row(TV), row(KL))
-    lines = missing(found).splitlines()
-    fine = next(line for line in lines if line.startswith("| fine-tune | eagle3"))
-    assert "| 2 of " in fine and "`tv` (384 after 384)" in fine and "`tv` (96 after 384)" in fine
-    assert next(line for line in lines if line.startswith("| scratch | mtp")).endswith("| all |")
+    fine = f"| fine-tune | {TV.steps} after {TV.start_steps}, {TV.samples} responses | 2 of 42 |"
+    assert fine in missing(found) and "| 1920, 768 responses | 0 of 36 |" in missing(found)
     every = results(*(row(run) for run in runs_of("rules")))
-    assert "| rules | dflash | 18 of 18 | none |" in missing(every)
+    assert f"| rules | 96 after 384, 768 responses |{' 18 of 18 |' * 5}" in missing(every)
+    # A size of its own is a row of its own.
+    small = (replace(run, steps=36, start_steps=144) for run in (TV, KL))
+    assert "| 36 after 144, 768 responses | 2 of 42 |" in missing(results(*map(row, small)))
 
 
 def test_other_code_weights_and_devices_are_noted() -> None:
