@@ -21,7 +21,18 @@ import torch
 import typer
 
 from experiments.assets import prepare
-from experiments.runner import ROOT, RUNS, Training, capture, console, fail, train
+from experiments.runner import (
+    ROOT,
+    RUNS,
+    Device,
+    Training,
+    capture,
+    chosen_device,
+    console,
+    fail,
+    hardware,
+    train,
+)
 from experiments.serving.cases import DRAFTS as SERVED
 from experiments.serving.cases import ServedDraft
 from experiments.serving.compare import prediction
@@ -64,6 +75,7 @@ def main(
     publish: Annotated[
         Path | None, typer.Option(help="Also write the report here: a .json, with .md beside it.")
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Decode SmolLM2-135M with drafts, and compute the rounds along what was decoded."""
     publish = publish.resolve() if publish else None
@@ -74,10 +86,11 @@ def main(
             param_hint="--drafts",
         )
     rules = [parse(text) for text in rule or RULES]
+    used = chosen_device(device)
     os.chdir(ROOT)
     assets = prepare(RUNS)
-    paths = _trained([DRAFTS[name] for name in drafts.split()]) | paths
-    target = Target.load(str(assets.target))
+    paths = _trained([DRAFTS[name] for name in drafts.split()], used) | paths
+    target = Target.load(str(assets.target), device=used)
     turns = [
         user_turns(row, str(path))[0]
         for path in assets.benchmarks.values()
@@ -91,6 +104,7 @@ def main(
         "new_tokens": new_tokens,
         "seeds": seeds,
         "heads": HEADS,
+        "device": hardware(used),
         "versions": versions(),
         "measured": [],
     }
@@ -120,7 +134,7 @@ def main(
         fail("decoding does not take the rounds that are computed")
 
 
-def _trained(drafts: Sequence[Training]) -> dict[str, Path]:
+def _trained(drafts: Sequence[Training], device: str) -> dict[str, Path]:
     """Train and export the drafts that are not there yet; return their folders by algorithm."""
     cores = len(os.sched_getaffinity(0))
     for draft in drafts:
@@ -135,8 +149,9 @@ def _trained(drafts: Sequence[Training]) -> dict[str, Path]:
         mapping = draft.features.parent / "vocab_mapping.pt" if draft.vocab_mapping else None
         made = draft.features, mapping
         # With a loss set, DFlash needs the target's states, too.
-        capture(draft.config_path, *made, "training.loss=lk_lambda", threads=cores)
-    train(drafts, cores)
+        loss = "training.loss=lk_lambda"
+        capture(draft.config_path, *made, loss, threads=cores, device=device)
+    train(drafts, cores, device)
     return {draft.algorithm: draft.draft for draft in drafts}
 
 
@@ -152,7 +167,7 @@ def _compare(
     """Decode all prompts with every seed, and compute the rounds along the responses."""
     responses, conversations = [], []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(target.device).manual_seed(seed)
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             decoded = speculate(
@@ -202,7 +217,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Rounds computed and decoded",
         "",
-        "Written by `python -m experiments.agreement` on a CPU: SmolLM2-135M-Instruct, "
+        f"Written by `python -m experiments.agreement` on {report.get('device', 'a CPU')}: "
+        "SmolLM2-135M-Instruct, "
         f"{report['prompts']}, {report['new_tokens']} new tokens at most, K = {report['heads']}, "
         f"{report['seeds']} responses to each prompt where they are sampled. "
         "Rounds are computed along the responses that were decoded. At T = 0 every response must "

@@ -27,9 +27,11 @@ from experiments.runner import (
     ROOT,
     RUNS,
     START,
+    Device,
     Training,
     capture,
     check_losses,
+    chosen_device,
     console,
     execute,
     record,
@@ -158,12 +160,14 @@ def main(
             "of README.md and docs/.",
         ),
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Fine-tune a KL draft of SmolLM2-135M with every loss and compare what is accepted."""
     os.chdir(ROOT)
     started = time.monotonic()
     cores = len(os.sched_getaffinity(0))
     check_losses(losses.split(), "LOSSES")
+    used = chosen_device(device)
     if not seeds.split() or not all(seed.isdigit() for seed in seeds.split()):
         raise typer.BadParameter(
             f"{seeds!r}: name seeds as numbers, such as 0 1", param_hint="SEEDS"
@@ -185,7 +189,8 @@ def main(
         f"features: the target's hidden states over {SAMPLES} of its own responses",
         lambda: _files(first.features),
     ):
-        capture(first.config_path, first.features, first.vocab_mapping, threads=cores)
+        made = first.features, first.vocab_mapping
+        capture(first.config_path, *made, threads=cores, device=used)
 
     for name, what, trainings in (
         ("start", f"a draft to start from: {START_STEPS} steps with KL", runs.starts),
@@ -196,10 +201,10 @@ def main(
         ),
     ):
         for run in trainings:
-            run.discard_if_outdated()
+            run.discard_if_outdated(used)
         directories = [run.directory for run in trainings]
         with stages.stage(name, what, partial(_files, *directories)):
-            train(trainings, cores)
+            train(trainings, cores, used)
 
     measurements = DEMO / "measurements" / "report.json"
     with stages.stage(
@@ -207,9 +212,10 @@ def main(
         "evaluation: exact τ along the target's own responses; a check by rejection sampling",
         lambda: _measured(measurements, runs),
     ):
-        _evaluate(assets, runs, measurements, cores)
+        _evaluate(assets, runs, measurements, cores, used)
     record(measurements, [*runs.starts, *runs.tuned])
     command = ["make", "demo", f'LOSSES="{losses}"', f'SEEDS="{seeds}"']
+    command += [] if device == "auto" else [f'DEMO="--device {device}"']
     report = _report(measurements, runs, stages, command)
     _show(report, runs.losses)
     minutes = (time.monotonic() - started) / 60
@@ -226,12 +232,12 @@ def main(
             console.print(f"  {page}")
 
 
-def _evaluate(assets: Assets, runs: Runs, out: Path, cores: int) -> None:
+def _evaluate(assets: Assets, runs: Runs, out: Path, cores: int, device: str) -> None:
     """Measure every draft along held-out responses, and the fine-tuned ones on the benchmarks."""
     common = (
         *("specforge-lk", "eval", "--target", assets.target, "--out", out),
         *("--heads", HEADS, "--max-new-tokens", NEW_TOKENS, "--max-length", 512),
-        *("--limit", PROMPTS, "--held-out-limit", CONVERSATIONS),
+        *("--limit", PROMPTS, "--held-out-limit", CONVERSATIONS, "--device", device),
     )
     drafts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.tuned]
     starts = [f"--draft={run.loss}@{run.seed}={run.draft}" for run in runs.starts]

@@ -22,7 +22,17 @@ import torch
 import typer
 
 from experiments.assets import HELD_OUT, prepare
-from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, execute
+from experiments.runner import (
+    CONFIGS,
+    ROOT,
+    RUNS,
+    Device,
+    capture,
+    chosen_device,
+    console,
+    execute,
+    hardware,
+)
 from specforge_lk.data.conversations import Tokens
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
@@ -52,9 +62,11 @@ def main(
     anchors: Annotated[int, typer.Option(help="Blocks per response and step.")] = 32,
     conversations: Annotated[int, typer.Option(help="Held-out responses to measure.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads of every step.")] = 1,
+    device: Device = "auto",
 ) -> None:
     """Train the two drafts and measure each with both angles; about 10 minutes on an idle core."""
     publish = publish.resolve() if publish else None
+    used = chosen_device(device)
     os.chdir(ROOT)
     torch.set_num_threads(threads)
     assets = prepare(RUNS)
@@ -64,13 +76,14 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         levels = Levels(Path(scratch))
         trees = {"rounded": levels.tree(level - 1), "exact": levels.tree(level)}
-        capture(CONFIG, features, None, "model.torch_dtype=bfloat16", threads=threads)
+        dtype = "model.torch_dtype=bfloat16"
+        capture(CONFIG, features, None, dtype, threads=threads, device=used)
         budget = (f"training.max_steps={steps}", f"training.num_anchors={anchors}")
         rounded, exact = (
-            _train(name, tree, features, budget, threads) for name, tree in trees.items()
+            _train(name, tree, features, budget, threads, used) for name, tree in trees.items()
         )
     drafts = {ROUNDED: rounded, EXACT: exact}
-    target = Target.load(str(assets.target), torch.float32, "cpu")
+    target = Target.load(str(assets.target), torch.float32, used)
     with gzip.open(HELD_OUT, "rt") as rows:
         held_out = [tokens for row in rows for tokens in target.chat.tokenize(json.loads(row))]
         held_out = held_out[:conversations]
@@ -90,6 +103,7 @@ def main(
     far = _far(fitting)
     report = {
         "patch": patch.name,
+        "device": hardware(used),
         "steps": steps,
         "anchors": anchors,
         "conversations": len(fitting),
@@ -109,7 +123,9 @@ def main(
     console.print(text, markup=False)
 
 
-def _train(name: str, tree: Path, features: Path, budget: tuple[str, ...], threads: int) -> Path:
+def _train(
+    name: str, tree: Path, features: Path, budget: tuple[str, ...], threads: int, device: str
+) -> Path:
     """Return the exported draft of ``specforge train`` with the SpecForge in ``tree``."""
     output, draft = DIRECTORY / name, DIRECTORY / f"{name}-draft"
     if draft.exists():
@@ -120,6 +136,7 @@ def _train(name: str, tree: Path, features: Path, budget: tuple[str, ...], threa
         *("env", f"PYTHONPATH={tree}", "SPECFORGE_PLUGINS=", sys.executable, "-m", "specforge.cli"),
         *("train", "-c", CONFIG, *paths, *SETTINGS, *budget),
         threads=threads,
+        device=device,
     )
     execute(
         *("specforge", "export", "--to", "hf", "--checkpoint", output, "--output-dir", draft),
@@ -177,8 +194,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Rotary angles in bfloat16",
         "",
-        f"Written by `python -m experiments.rotary` on a CPU: {report['patch']}. A DFlash draft of "
-        f"SmolLM2-135M-Instruct, SpecForge's own loss, {report['steps']} steps of 2 responses and "
+        f"Written by `python -m experiments.rotary` on {report.get('device', 'a CPU')}: "
+        f"{report['patch']}. A DFlash draft of SmolLM2-135M-Instruct, SpecForge's own loss, "
+        f"{report['steps']} steps of 2 responses and "
         f"{report['anchors']} blocks in each, in bfloat16, trained with frequencies rounded to "
         "bfloat16 (before the patch) and in float32 (with it); each measured with both on "
         f"{report['conversations']} held-out "

@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -27,6 +29,7 @@ from specforge.losses import installed_loss_registry
 
 from experiments.assets import RESPONSES, SAMPLES
 from specforge_lk.cli.progress import Bar, ProgressBars
+from specforge_lk.cli.shell import find_device
 from specforge_lk.evaluate.render import write_all
 from specforge_lk.evaluate.report import Training as TrainingRecord
 from specforge_lk.evaluate.report import read_report
@@ -61,6 +64,32 @@ ALLOCATOR = ":".join(
 )
 
 console = Console(highlight=False, soft_wrap=True)
+
+#: ``--device`` of every experiment.
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(
+        help="Where features are captured and drafts trained and measured; auto takes a GPU if "
+        "there is one. CUDA_VISIBLE_DEVICES chooses among several."
+    ),
+]
+
+
+def chosen_device(name: str) -> str:
+    """Return the device that ``--device`` names, ``auto`` being what is there.
+
+    Raises:
+        typer.BadParameter: it cannot be used here.
+    """
+    try:
+        return find_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; leave the option out to take what there is") from None
+
+
+def hardware(device: str) -> str:
+    """Return what a report calls the device: "a CPU", or the name of the card."""
+    return "a CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 @dataclass(frozen=True)
@@ -191,9 +220,11 @@ class Training:
             *([f"model.vocab_mapping_path={mapping}"] if mapping else []),
         ]
 
-    def discard_if_outdated(self) -> None:
-        """Remove what another command, other features or other code has left behind."""
+    def discard_if_outdated(self, device: str = "cpu") -> None:
+        """Remove what another command, features, code or kind of device has left behind."""
         current = {"command": self.command, "inputs": self._digest_of_inputs()}
+        # A CPU is not named, so that what was made before there was a choice is kept.
+        current |= {} if device == "cpu" else {"device": device}
         if not self.made_from.exists() or json.loads(self.made_from.read_text()) != current:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
@@ -298,14 +329,15 @@ def capture(
     )
 
 
-def train(trainings: Sequence[Training], cores: int) -> None:
+def train(trainings: Sequence[Training], cores: int, device: str = "auto") -> None:
     """Train and export every run that has no draft yet, as many at once as there are cores.
 
     Runs of one length end together: where fewer are left than there are cores, they begin when
-    all others have ended, and share the cores.
+    all others have ended, and share the cores. On a GPU they share that.
     """
+    device = find_device(device)
     for run in trainings:
-        run.discard_if_outdated()
+        run.discard_if_outdated(device)
     waiting = [run for run in trainings if not run.draft.exists()]
     with ProgressBars(console) as bars:
         running: list[_Running] = []
@@ -314,7 +346,7 @@ def train(trainings: Sequence[Training], cores: int) -> None:
             for _ in range(together):
                 run = waiting.pop(0)
                 command = run.resumable_command()
-                process = _start(command, run.log, threads=cores // together)
+                process = _start(command, run.log, threads=cores // together, device=device)
                 bar = bars.add(run.name, run.steps, "steps", done=run.done_steps())
                 resumed = command != run.command
                 running.append(_Running(run, process, bar, time.monotonic(), resumed))
@@ -368,7 +400,7 @@ def record(path: Path, trainings: Sequence[Training]) -> None:
     write_all(report, path)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, device: str) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -380,22 +412,29 @@ def _environment(threads: int) -> dict[str, str]:
         # Compiling costs more than these short runs could gain.
         "TORCHDYNAMO_DISABLE": "1",
         "PYTHONWARNINGS": "ignore",
+        # Where SpecForge trains; it would take a GPU whenever there is one.
+        "SPECFORGE_DEVICE": find_device(device),
     }
 
 
-def _start(command: list[str], log: Path, *, threads: int) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], log: Path, *, threads: int, device: str = "cpu"
+) -> subprocess.Popen[bytes]:
     console.print(f"[dim]$ {shlex.join(command)}[/]")
     with log.open("ab") as output:
         return subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads)
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads, device)
         )
 
 
-def execute(*command: object, threads: int) -> None:
-    """Run a command of this interpreter's environment; end the program if it fails."""
+def execute(*command: object, threads: int, device: str = "auto") -> None:
+    """Run a command of this interpreter's environment; end the program if it fails.
+
+    ``device`` is where SpecForge's own commands train; those of this project have an option.
+    """
     words = [str(word) for word in command]
     console.print(f"[dim]$ {shlex.join(words)}[/]")
-    if subprocess.run(words, env=_environment(threads), check=False).returncode:
+    if subprocess.run(words, env=_environment(threads, device), check=False).returncode:
         fail(f"{words[0]} {words[1]} failed")
 
 

@@ -21,9 +21,11 @@ from experiments.assets import HELD_OUT, HELD_OUT_GREEDY, prepare
 from experiments.runner import (
     ROOT,
     RUNS,
+    Device,
     Training,
     capture,
     check_losses,
+    chosen_device,
     console,
     execute,
     record,
@@ -149,6 +151,7 @@ def main(
             help="Also write the report here: a .json, with .md and .png beside it.",
         ),
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Train and evaluate every algorithm × seed × loss of a study."""
     os.chdir(ROOT)
@@ -167,6 +170,7 @@ def main(
         plans = {a: replace(plan, losses=tuple(losses.split())) for a, plan in plans.items()}
     for plan in plans.values():
         check_losses(plan.losses, "--losses")
+    used = chosen_device(device)
     report = study.directory / "report.json"
     assets = prepare(RUNS)
     sources: dict[str, object] = {**assets.benchmarks, **study.benchmarks}
@@ -185,11 +189,12 @@ def main(
         if (made := (first.features, first.vocab_mapping)) not in captured:
             captured.add(made)
             # With a loss set, DFlash and Domino need the target's states too.
-            capture(first.config_path, *made, "training.loss=lk_lambda", threads=cores)
+            loss = "training.loss=lk_lambda"
+            capture(first.config_path, *made, loss, threads=cores, device=used)
         if plan.tuning_steps:
-            train([runs[0] for runs in per_seed], cores)
-        train(trainings, cores)
-        evaluate(trainings, assets.target, sources, report, study.new_tokens, cores)
+            train([runs[0] for runs in per_seed], cores, used)
+        train(trainings, cores, used)
+        evaluate(trainings, assets.target, sources, report, study.new_tokens, cores, used)
     console.print(f"[bold green]done[/] in {(time.monotonic() - started) / 60:.0f} minutes")
     if to is not None:
         publish(report, to, ["make", name], study.gains)
@@ -202,6 +207,7 @@ def evaluate(
     report: Path,
     new_tokens: int,
     cores: int,
+    device: str = "auto",
 ) -> None:
     """Measure drafts of one algorithm at T = 0 and 1, and add them to ``report``."""
     execute(
@@ -211,7 +217,7 @@ def evaluate(
         *("--held-out", HELD_OUT, "--held-out", HELD_OUT_GREEDY),
         *("--held-out-limit", CONVERSATIONS),
         *("--temperature", 0, "--temperature", 1, "--heads", HEADS, "--limit", PROMPTS),
-        *("--max-new-tokens", new_tokens, "--max-length", 512),
+        *("--max-new-tokens", new_tokens, "--max-length", 512, "--device", device),
         threads=cores,
     )
     # Whatever the report held before stays in it.

@@ -31,7 +31,16 @@ from experiments.gains.plan import (
     runs_of,
 )
 from experiments.gains.results import PATH, Results
-from experiments.runner import ROOT, RUNS, Training, capture, console, train
+from experiments.runner import (
+    ROOT,
+    RUNS,
+    Device,
+    Training,
+    capture,
+    chosen_device,
+    console,
+    train,
+)
 
 CONVERSATIONS = 109
 #: Drafts that are measured at once: the target's passes, most of the time, are made once for all.
@@ -64,10 +73,7 @@ def main(
     conversations: Annotated[
         int, typer.Option(min=1, help="Held-out responses of each file to measure along.")
     ] = CONVERSATIONS,
-    device: Annotated[
-        str,
-        typer.Option(help="Torch device of capture and measurement; SpecForge chooses its own."),
-    ] = "cpu",
+    device: Device = "auto",
     same_code: Annotated[
         bool, typer.Option("--same-code", help="Make anew the rows that other code made.")
     ] = False,
@@ -101,7 +107,8 @@ def main(
         check_objectives({run.objective: None for run in runs}, installed_loss_registry())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    measurement = Measurement(prepare(RUNS).target, conversations, device)
+    used = chosen_device(device)
+    measurement = Measurement(prepare(RUNS).target, conversations, used)
     wanted = [
         run for run in runs if not results.has(run, measurement.responses, same_code=same_code)
     ]
@@ -124,10 +131,10 @@ def _make(wanted: list[Run], measurement: Measurement, path: Path) -> None:
     for _, same in groupby(sorted(wanted, key=_when), _when):
         waiting = list(same)
         # A row may be there of a start whose draft is not: it was made on another machine.
-        train(_starts(waiting), cores)
+        train(_starts(waiting), cores, measurement.device)
         while waiting:
             together, waiting = waiting[:MEASURED_AT_ONCE], waiting[MEASURED_AT_ONCE:]
-            train([run.training for run in together], cores)
+            train([run.training for run in together], cores, measurement.device)
             measured = Results()
             measurement.add(measured, together)
             # Read only now: another process may have added rows meanwhile.

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from experiments.assets import HELD_OUT, HELD_OUT_GREEDY, HELD_OUT_TRUNCATED
 from experiments.gains.plan import RULES, Run
 from experiments.gains.results import Measured, Results, Row
@@ -100,7 +98,7 @@ def row_of(run: Run, measured: dict[str, Measured], device: str) -> Row:
         inputs=run.inputs,
         code=run.code,
         command=shlex.join(training.command),
-        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         seconds=training.seconds,
         last_step={k: float(f"{v:.5g}") for k, v in training.last_metrics().items()},
         versions=versions(),

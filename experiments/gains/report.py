@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -261,12 +262,12 @@ def notes(results: Results) -> list[str]:
     return found
 
 
-def markdown(results: Results, chart: str) -> str:
+def markdown(results: Results, chart: str | None) -> str:
     """Return the report.
 
     Args:
         results: the rows.
-        chart: name of the figure beside it.
+        chart: name of the figure beside it; None for none.
     """
     lengths = {len(tokens) for tokens in results.responses.values()}
     parts = [
@@ -282,7 +283,7 @@ def markdown(results: Results, chart: str) -> str:
         *notes(results),
     ]
     settings = settings_of(results)
-    if settings:
+    if settings and chart:
         parts.append(f"![gain of τ − 1 over KL]({chart})")
     for part, of_part in groupby(settings, lambda s: s.part):
         parts.append(f"## {PARTS[part].title}")
@@ -396,8 +397,14 @@ def _draw(
 
 
 def write(results: Results, path: Path) -> list[Path]:
-    """Write the report and its figure beside the rows; returns the files written."""
+    """Write the report and its figure beside the rows; returns the files written.
+
+    The figure is left out where matplotlib is not installed.
+    """
     text, chart = path.with_suffix(".md"), path.with_suffix(".png")
-    write_text(text, markdown(results, chart.name))
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    write_text(text, markdown(results, chart.name if drawn else None))
+    if not drawn:
+        return [text]
     render(results, chart)
     return [text, chart]

@@ -289,7 +289,7 @@ def test_the_command_goes_on_where_the_rows_end(
     monkeypatch.setattr(command, "prepare", lambda root: type("A", (), {"target": root}))
     monkeypatch.setattr(command, "capture", lambda *of, **options: None)
     monkeypatch.setattr(
-        command, "train", lambda runs, cores: trained.extend(str(run.directory) for run in runs)
+        command, "train", lambda runs, *_: trained.extend(str(run.directory) for run in runs)
     )
     words = ["fine-tune", "--architectures", "eagle3", "--seeds", "0", "--results", str(path)]
     words += ["--steps", "4", "--start-steps", "4", "--objectives"]
