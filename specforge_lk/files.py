@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+#: Lists the checksums of the weight files beside it, as ``sha256sum`` does.
+CHECKSUMS = "SHA256SUMS"
 #: Errors of a disk on which nothing more can be written.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -98,6 +101,37 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def compare_checksums(folder: Path, remedy: str) -> None:
+    """Compare the files that SHA256SUMS lists; SpecForge's exports have one of their weights.
+
+    Nothing is compared in a folder without it.
+
+    Args:
+        folder: Where both are.
+        remedy: What to do where a file is another one.
+
+    Raises:
+        ValueError: a file that is listed is missing or not the one that is listed.
+    """
+    listed = folder / CHECKSUMS
+    if not listed.is_file():
+        return
+    for line in listed.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition(" ")
+        file = folder / name.strip(" *")
+        if not file.is_file() or file_digest(file) != digest:
+            raise ValueError(
+                f"{file} is missing or not the one that {listed} lists; {remedy} or, if it was "
+                f"replaced on purpose, remove {CHECKSUMS}"
+            )
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace the UTF-8 content of a file; see `atomic_write`."""
     with atomic_write(path, durable=durable) as temporary:
@@ -125,9 +159,12 @@ def _remove(path: Path) -> None:
 
 
 __all__ = [
+    "CHECKSUMS",
     "DiskFull",
     "atomic_write",
+    "compare_checksums",
     "disk_errors",
+    "file_digest",
     "read_json",
     "save_tensors",
     "write_text",

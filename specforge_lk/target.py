@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from specforge_lk.files import read_json
+
+_AGAIN = "check that its files are complete: download or copy it again"
 #: Tensors that an error message names; a checkpoint may lack thousands.
 _NAMED = 4
 #: ``quant_method`` of a target's config -> packages that transformers needs to load it.
@@ -79,7 +82,9 @@ def load_target(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(target, trust_remote_code=trust_remote_code)
     config = load_target_config(target, trust_remote_code=trust_remote_code)
-    with _errors(target), _quantization_errors(target, config):
+    # transformers would go on without one that it cannot read.
+    load_generation_config(target)
+    with _quantization_errors(target, config), _errors(target):
         model, found = _auto_class(config, target).from_pretrained(
             target,
             dtype=getattr(torch, dtype),
@@ -159,17 +164,43 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
+def load_generation_config(target: str) -> Any | None:
+    """Return the target's generation config; None where it has no generation_config.json.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    with _errors(target):
+        found = cached_file(
+            target,
+            "generation_config.json",
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if found is None:
+        return None
+    values = read_json(Path(found), _AGAIN)
+    ends = values.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    if ends is not None and any(type(end) is not int or end < 0 for end in listed):
+        raise ValueError(f"{found}: eos_token_id is {ends!r}, not token ids; {_AGAIN}")
+    return GenerationConfig.from_dict(values)
+
+
 def load_eos_ids(target: str, tokenizer: Any, *, trust_remote_code: bool = False) -> frozenset[int]:
     """Return `eos_ids` of a target whose weights are not loaded.
 
     Raises:
-        ValueError: there is no such target.
+        ValueError: there is no such target, or its generation config cannot be read.
     """
     from transformers import GenerationConfig
 
-    try:
-        config = GenerationConfig.from_pretrained(target)
-    except OSError:
+    config = load_generation_config(target)
+    if config is None:
         # As transformers does with a model that has no generation_config.json.
         own = load_target_config(target, trust_remote_code=trust_remote_code)
         config = GenerationConfig.from_model_config(own)
@@ -251,19 +282,20 @@ def _quantization_errors(target: str, config: Any) -> Iterator[None]:
 
 @contextmanager
 def _errors(target: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"target {target!r} has a weight file that is cut or damaged ({error}); download or "
-            "copy it again"
+            f"target {target!r} has a weight file that is cut or damaged ({error}); {_AGAIN}"
         ) from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, StrictDataclassError) as error:
+        # What comes after the first sentence is the library's own advice.
+        reason = " ".join(str(error).split()).partition(". ")[0]
         if Path(target).is_dir():
-            raise ValueError(f"target {target!r} cannot be loaded: {reason}") from error
+            raise ValueError(f"target {target!r} cannot be loaded ({reason}); {_AGAIN}") from error
         raise ValueError(
             f"target {target!r} is no model folder here and could not be had from the hub either; "
             f"check --target or model.target_model_path ({reason})"

@@ -148,7 +148,7 @@ def run(
         vocab_size,
     )
     new = _write_features(decoder, plan, samples, contents, batch_tokens, run.model.torch_dtype)
-    capture.close_directory(place)
+    capture.close_directory(place, samples.kept)
     typer.echo(
         f"{len(samples.kept)} samples ({new} new, {cut}), {supervised} supervised tokens, "
         f"layers {list(plan.capture_layers)}: {place}"
@@ -197,8 +197,11 @@ def _prepare(
     Returns:
         The target without its LM head.
     """
+    from specforge.modeling.target.identity import target_identity
+
     from specforge_lk.data import capture
     from specforge_lk.data.target_check import check_target
+    from specforge_lk.files import file_digest
     from specforge_lk.target import load_target
 
     compute = dtype or Dtype("float32" if device == "cpu" else run.model.torch_dtype)
@@ -214,7 +217,7 @@ def _prepare(
     settings = {
         "target": run.model.target_model_path,
         "responses": responses.name,
-        "responses_sha256": capture.file_digest(responses),
+        "responses_sha256": file_digest(responses),
         "layers": list(plan.capture_layers),
         "max_length": run.data.max_length,
         "compute_dtype": compute.value,
@@ -222,7 +225,14 @@ def _prepare(
     }
     # Null where earlier versions wrote nothing.
     compared = {**settings, "chat_template_args": chat_template_args or None}
-    found = {"sampling": samples.samplings(), "left_out": samples.left_out}
+    identity = target_identity(
+        run.model.target_model_path, trust_remote_code=run.model.trust_remote_code
+    )
+    found = {
+        "target_identity": identity,
+        "sampling": samples.samplings(),
+        "left_out": samples.left_out,
+    }
     capture.open_directory(place, plan.layout.output_names, compared, found)
     return decoder
 

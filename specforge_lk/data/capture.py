@@ -12,7 +12,6 @@ state is the one after the final norm, from which the LM head makes the target's
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import pickle
@@ -187,19 +186,31 @@ def open_directory(
         names: Features to capture. Files there may hold more of them, or be given more: some
             algorithms read a part of what others read.
         settings: Everything else that the features depend on.
-        found: What the responses are samples of, and what of them is missing. These follow from
-            the responses, so a directory of an earlier version, which does not have them, gets
-            them.
+        found: What follows from the settings: which target it is, what the responses are samples
+            of, what of them is missing. A directory of an earlier version, which does not have
+            them, gets them.
 
     Raises:
         ValueError: the directory holds features made with other settings, or other features.
     """
+    from specforge.modeling.target.identity import identity_differences
+
     directory.mkdir(parents=True, exist_ok=True)
     manifest = directory / MANIFEST
     if manifest.exists():
         before = read_json(manifest, "remove the folder, or write to another one")
+        identity = before.get("target_identity")
+        if identity is not None and (
+            differing := identity_differences(identity, found["target_identity"])
+        ):
+            raise ValueError(
+                f"{directory} holds features of another target, {before.get('target')!r}, than "
+                f"{settings['target']!r}: {'; '.join(differing)}; remove it, or write to another "
+                "directory"
+            )
         for name, value in settings.items():
-            if before.get(name) != value:
+            # A target that was moved is the same one.
+            if before.get(name) != value and not (name == "target" and identity):
                 raise ValueError(
                     f"{directory} holds features made with {name}={before.get(name)!r}, not "
                     f"{value!r}; remove it, or write to another directory"
@@ -215,10 +226,17 @@ def open_directory(
     _write_manifest(manifest, held_here, complete=False)
 
 
-def close_directory(directory: Path) -> None:
-    """Note in the manifest that every sample is captured, so that SpecForge trains on them."""
+def close_directory(directory: Path, samples: list[Sample]) -> None:
+    """Note in the manifest which samples are captured, so that SpecForge trains on all of them.
+
+    Args:
+        directory: The folder of the feature files.
+        samples: What was captured into it.
+    """
     manifest = directory / MANIFEST
-    _write_manifest(manifest, read_json(manifest, "capture again"), complete=True)
+    held = read_json(manifest, "capture again")
+    held["files"] = sorted(sample.path.name for sample in samples)
+    _write_manifest(manifest, held, complete=True)
 
 
 def _write_manifest(path: Path, held: dict[str, Any], *, complete: bool) -> None:
@@ -315,12 +333,6 @@ def capture(
         save_tensors(record, sample.path)
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_tokens(samples: list[Sample], path: Path) -> None:
     """Write token ids and loss masks where ``data.prompts_path`` of a streamed run reads them.
 
@@ -367,7 +379,6 @@ __all__ = [
     "batches",
     "capture",
     "close_directory",
-    "file_digest",
     "is_captured",
     "open_directory",
     "read_samples",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
@@ -13,10 +13,11 @@ from torch import nn
 
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.table import ARCHITECTURES, DraftType, draft_type
-from specforge_lk.files import read_json
+from specforge_lk.files import compare_checksums, read_json
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _EXPORT = "`specforge export --to hf`"
+_AGAIN = "export or download the draft again"
 
 
 class TargetFacts(Protocol):
@@ -64,15 +65,25 @@ def read_config(path: Path) -> tuple[dict[str, Any], DraftType]:
             "exported directory"
         )
     try:
-        config = read_json(file, "export or download the draft again")
+        config = read_json(file, _AGAIN)
     except ValueError as error:
         raise DraftError(str(error)) from error
+    if not isinstance(config.get("architectures") or [], list):
+        raise DraftError(
+            f"{file}: architectures is {config['architectures']!r}, not a list; {_AGAIN}"
+        )
     kind = draft_type(config)
     if kind is None:
         named = (config.get("architectures") or [None])[0]
         raise DraftError(
             f"{file}: architectures {named!r} is not a known draft; "
             f"known are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    # An MTP module's blocks in fp8 have scales that are read.
+    if config.get("quantization_config") and kind.name != "mtp":
+        raise DraftError(
+            f"{file}: quantization_config, but a quantized {kind.title} is not read here; give "
+            "the draft without quantization"
         )
     return config, kind
 
@@ -81,9 +92,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors in a draft's folder, from safetensors or torch files, sharded or not.
 
     Raises:
-        DraftError: there is no such file, or a shard is missing.
+        DraftError: there is no such file, a shard is missing, one is cut, or numbers in it are
+            not finite or need scales that are not read here.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     def load_torch(file: Path) -> dict[str, torch.Tensor]:
@@ -91,12 +102,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
     files = sorted(path.glob("*.safetensors"))
     if index := next(path.glob("*.safetensors.index.json"), None):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [path / name for name in sorted(shards)]
+        files = [path / name for name in sorted(_shards(index))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise DraftError(
-                f"draft {path}: {', '.join(missing)} of {index.name} is missing; "
-                "export or download the draft again"
+                f"draft {path}: {', '.join(missing)} of {index.name} is missing; {_AGAIN}"
             )
     load: Callable[[Path], dict[str, torch.Tensor]] = load_file
     if not files:
@@ -106,18 +115,73 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"draft {path}: no *.safetensors file; export the checkpoint with {_EXPORT} and give "
             "the exported directory"
         )
-    damage = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, UnpicklingError)
+    require_listed(path)
     weights: dict[str, torch.Tensor] = {}
     for file in files:
-        try:
+        with damage_named(file):
             weights |= load(file)
-        except damage as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DraftError(
-                f"draft file {file} is cut or damaged ({reason}); export or download the draft "
-                "again"
-            ) from error
+    require_finite(path, weights)
     return weights
+
+
+def require_listed(path: Path) -> None:
+    """Refuse a draft whose files are not those that its export listed.
+
+    Raises:
+        DraftError: naming the first.
+    """
+    try:
+        compare_checksums(path, _AGAIN)
+    except ValueError as error:
+        raise DraftError(f"draft {path}: {error}") from error
+
+
+def _shards(index: Path) -> set[str]:
+    with damage_named(index):
+        return set(read_json(index, _AGAIN)["weight_map"].values())
+
+
+@contextmanager
+def damage_named(file: Path) -> Iterator[None]:
+    """Say of an error in reading a draft's files which they are, and the remedy.
+
+    Raises:
+        DraftError: a file is cut, damaged or missing.
+    """
+    from safetensors import SafetensorError
+
+    damage = (LookupError, AttributeError, OSError, RuntimeError, ValueError, EOFError)
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, *damage) as error:
+        if isinstance(error, DraftError):
+            raise
+        # What comes after the first sentence is a library's own advice.
+        said = str(error).split(". ")[0].strip() or type(error).__name__
+        reason = " ".join(said.split())
+        raise DraftError(f"draft file {file} is cut or damaged ({reason}); {_AGAIN}") from error
+
+
+def require_finite(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are nan or infinite, or quantized.
+
+    Raises:
+        DraftError: naming the first tensor.
+    """
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or not weight.numel():
+            continue
+        if weight.dtype.itemsize < 2:
+            raise DraftError(
+                f"draft {path}: {name} has type {weight.dtype}, which needs scales that are not "
+                "read here; give the draft in bfloat16"
+            )
+        # nan is the least and the greatest of what it is among.
+        if not torch.stack(weight.aminmax()).isfinite().all():
+            raise DraftError(
+                f"draft {path}: {name} has numbers that are nan or infinite; its training "
+                "diverged or the file is damaged: give another checkpoint"
+            )
 
 
 def require_sizes(path: Path, sizes: Mapping[str, int | None], target: TargetFacts) -> None:

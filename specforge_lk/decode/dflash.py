@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -21,6 +21,14 @@ from torch import nn
 from specforge_lk.decode.base import CachedDraft, KeysValues
 from specforge_lk.decode.checkpoint import DraftError, fill, read_weights, require_sizes
 from specforge_lk.decode.draft import Proposal
+from specforge_lk.decode.draft_config import (
+    are_distinct,
+    listed_layers,
+    parse_config,
+    require_positive,
+    require_token,
+    section,
+)
 from specforge_lk.decode.layers import DecoderLayer, Rotary, attend, rotary_tables
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
@@ -44,6 +52,8 @@ class DFlashDraft(CachedDraft):
     algorithm = "dflash"
     #: First slot that predicts a token.
     first_slot = 1
+    #: Sizes in ``dflash_config``.
+    sizes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, target: Target) -> None:
         options = config.dflash_config
@@ -78,23 +88,27 @@ class DFlashDraft(CachedDraft):
         """Load a draft from ``specforge export --to hf``; see `load_draft`."""
         from transformers import Qwen3Config
 
-        options = config.get("dflash_config") or {}
-        for name in ("target_layer_ids", "mask_token_id"):
+        file = path / "config.json"
+        options = section(file, config, "dflash_config")
+        for name in ("target_layer_ids", "mask_token_id", *cls.sizes):
             if options.get(name) is None:
-                raise DraftError(
-                    f"{path / 'config.json'}: dflash_config.{name} is missing; export again"
-                )
-        captured = options["target_layer_ids"]
+                raise DraftError(f"{file}: dflash_config.{name} is missing; export again")
+        captured = listed_layers(file, options, "target_layer_ids") or []
         if layers is not None and layers != tuple(captured):
             raise DraftError(
                 f"draft {path}: --aux-layers {list(layers)} are not its target layers "
                 f"{captured}; leave the option out"
             )
-        parsed = Qwen3Config.from_dict(config)
-        require_sizes(path, {"vocab_size": parsed.vocab_size}, target)
-        if max(captured) >= target.num_layers:
+        parsed = parse_config(file, Qwen3Config, config)
+        require_positive(file, {name: options[name] for name in cls.sizes})
+        require_positive(file, {"block_size": config.get("block_size")})
+        sizes = {"vocab_size": parsed.vocab_size, "hidden_size": parsed.hidden_size}
+        require_sizes(path, sizes, target)
+        mask, size = options["mask_token_id"], target.vocab_size
+        require_token(file, "dflash_config.mask_token_id", mask, size)
+        if not are_distinct(captured, target.num_layers):
             raise DraftError(
-                f"draft {path}: target layers {captured} do not fit a target of "
+                f"draft {path}: target layers {captured} are not different ones of a target of "
                 f"{target.num_layers} layers; give the target the draft was trained for"
             )
         # DSpark's confidence head decides how much to draft; it has no part in what is drafted.
@@ -236,6 +250,7 @@ class DominoDraft(DFlashDraft):
     """Domino: a GRU over the drafted tokens corrects the logits of all but the first slots."""
 
     algorithm = "domino"
+    sizes = ("gru_hidden_dim", "emb_dim")
 
     def _init_head(self, options: dict) -> None:
         self.first_slot = 0 if options.get("shift_label") else 1

@@ -21,6 +21,7 @@ from specforge_lk.decode.checkpoint import (
     read_weights,
     require_sizes,
 )
+from specforge_lk.decode.draft_config import are_distinct, listed_layers, parse_config, section
 from specforge_lk.decode.target import Target
 from specforge_lk.target import layer_ids_are_inputs
 
@@ -83,19 +84,12 @@ def _checked(
     target: TargetFacts,
     layers: tuple[int, ...] | None,
 ) -> EagleCheckpoint:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
-    from transformers.activations import ACT2FN
 
     file = path / "config.json"
     if "draft_vocab_size" not in config:
         raise DraftError(f"{file}: draft_vocab_size is missing; export again")
-    try:
-        parsed = LlamaConfig.from_dict(config)
-    except StrictDataclassError as error:
-        raise DraftError(f"{file}: {' '.join(str(error).split())}; export again") from None
-    if parsed.hidden_act not in ACT2FN:
-        raise DraftError(f"{file}: hidden_act {parsed.hidden_act!r} is not known; export again")
+    parsed = parse_config(file, LlamaConfig, config)
     # transformers 5 has `rope_parameters`, 4 has `rope_scaling` (None for the default).
     scaling = getattr(parsed, "rope_parameters", None) or getattr(parsed, "rope_scaling", None)
     rope = (scaling or {}).get("rope_type", "default")
@@ -119,9 +113,10 @@ def _checked(
     count = target.num_layers
     layers = layers or _captured_layers(file, config, target) or (1, count // 2 - 1, count - 4)
     needed = weights["fc.weight"].shape[1] // target.hidden_size
-    if len(layers) != needed or any(not 0 <= layer < count for layer in layers):
+    if len(layers) != needed or not are_distinct(layers, count):
         raise DraftError(
-            f"draft {path}: captured layers {list(layers)} do not fit a target of {count} layers; "
+            f"draft {path}: captured layers {list(layers)} are not {needed} different ones of a "
+            f"target of {count} layers; "
             "set eagle_config.eagle_aux_hidden_state_layer_ids in its config.json, or --aux-layers "
             f"({needed} layers, as in model.aux_hidden_state_layer_ids of the training)"
         )
@@ -138,9 +133,9 @@ def _captured_layers(
     from 1: its layer k + 1 is the input of decoder layer k + 1, which is the output of layer k.
     So does SGLang for the targets of `LAYER_IDS_OF_INPUTS`.
     """
-    eagle = config.get("eagle_config") or {}
-    ours = eagle.get("eagle_aux_hidden_state_layer_ids")
-    theirs = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get("layer_ids")
+    eagle, name = section(file, config, "eagle_config"), "eagle_aux_hidden_state_layer_ids"
+    ours = listed_layers(file, eagle, name)
+    theirs = listed_layers(file, config, name) or listed_layers(file, eagle, "layer_ids")
     named = []
     if ours:
         inputs = layer_ids_are_inputs(target.config, ours)
@@ -162,9 +157,15 @@ def _specforge_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     config, speculators = dict(config), "speculators_model_type" in config
     if not speculators and "LlamaForCausalLMEagle3" in config["architectures"]:
+        if config.get("num_hidden_layers", 1) != 1:
+            raise DraftError(
+                f"{path / 'config.json'}: num_hidden_layers {config['num_hidden_layers']!r}, but "
+                "SpecForge's EAGLE-3 draft has one decoder layer, and engines would build as many "
+                "as this says; set it to 1, or export the draft again"
+            )
         return config
     if speculators:
-        inner = config.get("transformer_layer_config") or {}
+        inner = section(path / "config.json", config, "transformer_layer_config")
         # The layer's own sizes come from the inner config; vLLM's default of one setting differs.
         config = {"norm_before_residual": True, **config, **inner}
     layers, kind = config.get("num_hidden_layers", 1), config.get("model_type", "llama")

@@ -28,6 +28,7 @@ from specforge_lk.decode.checkpoint import (
     require_sizes,
 )
 from specforge_lk.decode.draft import Proposal
+from specforge_lk.decode.draft_config import require_positive
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.serving import Sampling
@@ -99,6 +100,7 @@ class LastStateDraft(BaseDraft):
             raise DraftError(
                 f"{path / 'config.json'}: {', '.join(missing)} is missing; export again"
             )
+        require_positive(path / "config.json", {name: config[name] for name in cls.needed})
         require_sizes(path, {name: config[name] for name in ("vocab_size", cls.needed[0])}, target)
         rows = cls.rows(weights)
         if rows is None:
@@ -258,7 +260,7 @@ class MLPSpeculatorDraft(LastStateDraft):
     @staticmethod
     def layout(config: Config, weights: Weights, target: TargetFacts) -> tuple[Config, Weights]:
         """Return tensors with an entry for every head, where tied ones are stored once."""
-        if not config.get("tie_weights") or not config.get("n_predict"):
+        if not config.get("tie_weights") or not isinstance(config.get("n_predict"), int):
             return config, weights
         filled = dict(weights)
         for name, tensor in weights.items():

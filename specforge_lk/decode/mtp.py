@@ -18,11 +18,15 @@ from specforge_lk.decode.base import BaseDraft
 from specforge_lk.decode.checkpoint import (
     DraftError,
     TargetFacts,
+    damage_named,
     disagreement,
     refuse_layers,
+    require_finite,
+    require_listed,
     require_sizes,
 )
 from specforge_lk.decode.draft import Proposal
+from specforge_lk.decode.draft_config import parse_config
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
 from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
@@ -209,17 +213,14 @@ def read_mtp(
     Raises:
         DraftError: there is no module, or one that does not fit the target.
     """
-    try:
-        parsed = MTPConfig.from_dict(config)
-    except ValueError as error:
-        raise DraftError(f"{path / 'config.json'}: {error}") from error
+    parsed = parse_config(path / "config.json", MTPConfig, config)
     sizes = {name: getattr(parsed, name, None) for name in ("vocab_size", "hidden_size")}
     require_sizes(path, sizes, target)
     prefix = f"model.layers.{parsed.num_hidden_layers}."
-    try:
+    require_listed(path)
+    with damage_named(path):
         weights = read_module(path, prefix)
-    except ValueError as error:
-        raise DraftError(f"draft {error}") from error
+    require_finite(path, weights)
     if missing := [prefix + name for name in _OWN if name not in weights]:
         raise DraftError(
             f"draft {path}: {', '.join(missing)} missing; this is no checkpoint with an MTP "

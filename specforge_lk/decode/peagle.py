@@ -18,6 +18,7 @@ from torch import nn
 from specforge_lk.decode.base import CachedDraft, KeysValues
 from specforge_lk.decode.checkpoint import DraftError
 from specforge_lk.decode.draft import Proposal
+from specforge_lk.decode.draft_config import require_token
 from specforge_lk.decode.eagle_checkpoint import read_eagle
 from specforge_lk.decode.layers import DecoderLayer, EagleLayer, attend, rotary_tables
 from specforge_lk.decode.sampling import choose
@@ -86,7 +87,9 @@ class PEagleDraft(CachedDraft):
                 f"{path / 'config.json'}: ptd_token_id, the mask token of the training, is "
                 "missing; export again, or set it to model.mask_token_id of the training"
             )
-        draft = cls(read.config, int(config["ptd_token_id"]), read.layers, read.draft_ids)
+        file, token = path / "config.json", config["ptd_token_id"]
+        token = require_token(file, "ptd_token_id", token, target.vocab_size)
+        draft = cls(read.config, token, read.layers, read.draft_ids)
         return read.fill(draft, target)
 
     def _run(

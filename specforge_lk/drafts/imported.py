@@ -121,6 +121,7 @@ def _write(source: Path, read: Imported, state: dict[str, torch.Tensor], folder:
     from safetensors.torch import save_file
     from specforge.export.checkpoint_io import apply_legacy_rope_scaling
     from specforge.modeling.auto import AutoDraftModel
+    from specforge.tensor_file import write_checksums
     from specforge.training.model_loading import load_draft_config_source, warm_start_draft_model
 
     folder.mkdir()
@@ -137,6 +138,7 @@ def _write(source: Path, read: Imported, state: dict[str, torch.Tensor], folder:
         named = draft.engine_state(state) if hasattr(draft, "engine_state") else state
         stored = {name: value.detach().contiguous().clone() for name, value in named.items()}
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        write_checksums(str(folder))
         found = warm_start_draft_model(
             draft, str(folder), draft_config=load_draft_config_source(str(file)), strategy=read.name
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refused import assert_named, assert_refused, changed, cut, draft_with, flipped
 from training_run import (
     DRAFT_VOCAB_SIZE,
     SAMPLES,
@@ -26,13 +27,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return prepare_with_features(tmp_path_factory.mktemp("bad"))
-
-
-def assert_refused(finished: Finished, *words: str) -> None:
-    """The command failed, before any step, and its last lines hold all words."""
-    assert finished.returncode and not finished.steps, finished.tail()
-    for word in words:
-        assert word in finished.tail(), finished.tail(20)
 
 
 def mapping(draft_vocab_size: int, vocab_size: int, first: int = 0) -> dict[str, torch.Tensor]:
@@ -79,8 +73,27 @@ def features_with(setup: Setup, name: str, index: int, record: object) -> tuple[
             ["training.loss=kl", "data.hidden_states_path=nowhere"],
             ["'nowhere' does not exist", "check data.hidden_states_path"],
         ),
+        (["training.batch_size=two"], ["run.json: training.batch_size='two': Input should be"]),
+        (["training.batchsize=2"], ["'training.batchsize' does not exist", "'batch_size'"]),
+        (
+            [f"training.batch_size={SAMPLES + 1}", "training.max_steps=2"],
+            [f"batch_size={SAMPLES + 1} is more than the {SAMPLES} samples", "lower it"],
+        ),
+        (
+            ["model.vocab_mapping_path=nowhere.pt"],
+            ["vocabulary mapping nowhere.pt does not exist", "set model.vocab_mapping_path"],
+        ),
+        (
+            ["model.target_model_path=./nowhere"],
+            ["target './nowhere' cannot be used", "Set model.target_model_path"],
+        ),
+        (["model.embedding_key=e"], ["has no tensor e", "set model.embedding_key"]),
+        (["model.lm_head_key=h"], ["['h'] is in the checkpoint", "set model.lm_head_key"]),
     ],
-    ids=["unknown loss", "option type", "features"],
+    ids=[
+        *("unknown loss", "option type", "features", "type", "name", "batch size", "vocabulary"),
+        *("target", "embedding", "LM head"),
+    ],
 )
 def test_wrong_setting(setup: Setup, overrides: list[str], words: list[str]) -> None:
     assert_refused(setup.train("setting", *overrides, check=False), *words)
@@ -96,24 +109,29 @@ def test_draft_vocabulary_of_another_size(setup: Setup) -> None:
 
 @pytest.fixture(scope="module")
 def nan_run(setup: Setup) -> Finished:
-    """One feature file has a target state that is not a number."""
+    """One feature file has a target state that is not a number; it is read after some steps."""
     path = sorted(setup.features.glob("*.ckpt"))[3]
     record = torch.load(path, weights_only=True)
     record["hidden_state"][0, record["loss_mask"].nonzero()[5]] = float("nan")
     directory, _ = features_with(setup, "nan", 3, record)
     features = f"data.hidden_states_path={directory}"
-    every_step = "training.save_interval=1"
-    return setup.train("nan", "training.loss=lk_lambda", features, every_step, check=False)
+    return setup.train("nan", features, "training.save_interval=1", check=False)
 
 
 def test_target_states_that_are_not_finite(setup: Setup, nan_run: Finished) -> None:
-    assert nan_run.returncode
-    for word in ("loss is not finite", "'tiny:00000003'", "data.hidden_states_path"):
-        assert word in nan_run.tail()
-    saved = [int(path.name.rpartition("step")[2]) for path in setup.output("nan").glob("*-step*")]
-    assert sorted(saved) == sorted(nan_run.steps), "the step that failed must not be saved"
+    """Named without ``training.loss`` too, whose loss alone would not end the run."""
+    path = setup.root / "nan" / "sample_00000003.ckpt"
+    assert_named(nan_run, str(path), "hidden_state has numbers that are nan", "Capture it again")
+
+
+def test_a_step_that_is_not_finite_is_not_saved(setup: Setup) -> None:
+    rate, save = "training.learning_rate=1e30", "training.save_interval=1"
+    stopped = setup.train("rate", "training.loss=lk_lambda", rate, save, check=False)
+    assert_named(stopped, "loss is not finite", "'tiny:0000", "lower training.learning_rate")
+    saved = [int(path.name.rpartition("step")[2]) for path in setup.output("rate").glob("*-step*")]
+    assert sorted(saved) == sorted(stopped.steps), "the step that failed must not be saved"
     for step in saved:
-        assert all(weight.isfinite().all() for weight in setup.weights("nan", step).values())
+        assert all(weight.isfinite().all() for weight in setup.weights("rate", step).values())
 
 
 def test_draft_vocabulary_of_another_checkpoint(setup: Setup, nan_run: Finished) -> None:
@@ -136,8 +154,8 @@ def test_feature_file_that_runs_code(setup: Setup) -> None:
     directory, name = features_with(setup, "malicious", 2, {"input_ids": Malicious(trap)})
     features = f"data.hidden_states_path={directory}"
     finished = setup.train("malicious", "training.loss=kl", features, check=False)
-    assert finished.returncode and not trap.exists()
-    assert name in finished.tail() and "code" in finished.tail(), finished.tail()
+    assert_named(finished, name, "code")
+    assert not trap.exists()
 
 
 def test_plugin_that_does_not_import(setup: Setup, tmp_path: Path) -> None:
@@ -154,23 +172,6 @@ def test_plugin_that_does_not_import(setup: Setup, tmp_path: Path) -> None:
         setup.train("named", check=False, PYTHONPATH=str(tmp_path), SPECFORGE_PLUGINS="broken"),
     ):
         assert_refused(asked, *said)
-
-
-def changed(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        torch.save(change(torch.load(path, weights_only=True)), path)
-
-    return damage
-
-
-def flipped(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
 
 
 #: Kind -> what becomes of one feature file, and what the error has to say of it.
@@ -201,10 +202,7 @@ def test_a_feature_file_that_cannot_be_trained_on(setup: Setup, kind: str) -> No
     path = sorted(directory.glob("*.ckpt"))[3]
     damage(path)
     features = f"data.hidden_states_path={directory}"
-    finished = setup.train(kind, "training.loss=kl", features, check=False)
-    assert finished.returncode, finished.tail()
-    for word in (str(path), *words):
-        assert word in finished.tail(), finished.tail(20)
+    assert_named(setup.train(kind, "training.loss=kl", features, check=False), str(path), *words)
 
 
 @pytest.mark.parametrize("loss", [[], ["training.loss=kl"]], ids=["stock", "kl"])
@@ -257,12 +255,6 @@ def test_checkpoints_that_are_damaged(
     for finished in (exported, resumed, started):
         assert_refused(finished, str(path), "cut or damaged", "another checkpoint")
     assert not output.exists()
-
-
-def draft_with(setup: Setup, name: str, **changes: object) -> Path:
-    path = setup.root / f"{name}.json"
-    path.write_text(json.dumps(json.loads(setup.draft_config.read_text()) | changes))
-    return path
 
 
 def test_a_draft_of_more_layers_than_are_trained(setup: Setup, nan_run: Finished) -> None:
