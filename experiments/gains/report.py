@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Final
 from experiments.gains.plan import (
     ARCHITECTURES,
     BASELINE,
+    GREEDY_TUNING,
     OBJECTIVES,
     PARTS,
     RULE_LOSS,
     RULES,
     SAMPLES,
+    TUNING,
     Run,
     runs_of,
     start_of,
@@ -291,7 +293,8 @@ def markdown(results: Results, chart: str | None) -> str:
             options = " ".join(f"`{word}`" for word in RULE_LOSS)
             parts.append(
                 f"Fine-tuned with {options} and the rule as option `serving`, on responses sampled "
-                "at temperature 1. The gain over `kl`, by the rule that serves."
+                f"at temperature 1; with `{GREEDY_TUNING[0]}` for greedy drafting and "
+                f"`{TUNING[0]}` otherwise, KL's too. The gain over `kl`, by the rule that serves."
             )
         for setting in of_part:
             parts.append(f"### {setting.architecture}: {setting.text}")
