@@ -281,11 +281,10 @@ def load_run(path: Path, overrides: list[str]) -> Any:
         ValueError: SpecForge refuses it.
     """
     from specforge.application.composition import resolve_run
-    from specforge.config import load_config
 
-    if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist; give a run config to --config")
-    return resolve_run(load_config(str(path), overrides)).config
+    from specforge_lk import run_config
+
+    return resolve_run(run_config.load_run(path, overrides)).config
 
 
 def as_json(lines: list[Line]) -> list[dict[str, Any]]:

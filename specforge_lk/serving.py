@@ -219,6 +219,28 @@ def parse(text: str) -> Serving:
     Raises:
         ValueError: a name or a value is not known; the message has those that are.
     """
+    rule, given = _read(text)
+    return replace(rule, **given)  # type: ignore[arg-type]
+
+
+def without_effect(text: str) -> list[str]:
+    """Return the settings of a rule's text that its rule leaves out, such as ``draft_top_k=5``.
+
+    Raises:
+        ValueError: see `parse`.
+    """
+    rule, given = _read(text)
+    made = replace(rule, **given)  # type: ignore[arg-type]
+    said = {"draft_temperature": made.temperature}  # leaving that out is saying it
+    return [
+        f"{name}={value}"
+        for name, value in given.items()
+        if value not in (getattr(made, name), said.get(name))
+    ]
+
+
+def _read(text: str) -> tuple[Serving, dict[str, object]]:
+    """Return the rule that a text begins from, and what it sets."""
     preset, _, rest = text.strip().partition(",")
     rule, settings = Serving(), text
     if "=" not in preset:
@@ -242,7 +264,16 @@ def parse(text: str) -> Serving:
             number = "a whole number" if kind is int else "a number"
             choices = ", ".join(kind) if issubclass(kind, StrEnum) else number
             raise ValueError(f"{name}={value}: give {choices}") from None
-    return replace(rule, **given)  # type: ignore[arg-type]
+    return rule, given
 
 
-__all__ = ["PRESETS", "Drafting", "Preset", "Sampling", "Serving", "Verification", "parse"]
+__all__ = [
+    "PRESETS",
+    "Drafting",
+    "Preset",
+    "Sampling",
+    "Serving",
+    "Verification",
+    "parse",
+    "without_effect",
+]

@@ -94,6 +94,7 @@ def load_target(
             output_loading_info=True,
         )
     _check_weights(target, found)
+    _check_finite(target, model)
     try:
         return model.to(device).eval(), tokenizer
     except (AssertionError, RuntimeError) as error:
@@ -156,6 +157,30 @@ def _check_weights(target: str, found: dict[str, Any]) -> None:
         f"{'; '.join(faults)}.{rest} Check that the download is complete and that config.json "
         "belongs to these weights"
     )
+
+
+def _check_finite(target: str, model: Any) -> None:
+    """Refuse weights that are not finite, which states before them would not show.
+
+    Raises:
+        ValueError: a tensor has NaN or infinity.
+    """
+    import torch
+
+    types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        # Both are NaN where a value is; neither needs a copy of the weight.
+        if weight.dtype in types
+        and weight.numel()
+        and not torch.stack(weight.detach().aminmax()).isfinite().all()
+    ]
+    if broken:
+        raise ValueError(
+            f"the weights of target {target!r} are not finite: NaN or infinity in {_some(broken)}; "
+            "download them again, or load them in another --dtype if they overflow in this one"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

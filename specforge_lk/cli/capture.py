@@ -7,29 +7,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import (
+from specforge_lk.cli.options import (
     MOST_LEFT_OUT,
+    ChatTemplateArgs,
+    Device,
     Dtype,
-    chat_template_args_option,
-    device_option,
-    errors,
-    find_device,
-    max_left_out_option,
-    name_left_out,
+    MaxLeftOut,
+    Overrides,
+    SkipMalformed,
+    no_effect,
     parse_chat_template_args,
-    say,
-    skip_malformed_option,
 )
+from specforge_lk.cli.progress import ProgressBar
+from specforge_lk.cli.shell import check_out, errors, find_device, name_left_out, say
 
 if TYPE_CHECKING:
     from specforge_lk.data.capture import Samples
 
 EXAMPLE = "specforge-lk capture --config run.yaml --responses responses.jsonl"
+_STREAMED = "in a streamed run (data.prompts_path), which captures no features here"
 
 
 @errors(memory="lower --batch-tokens")
 def run(
+    context: typer.Context,
     config: Annotated[Path, typer.Option(help="SpecForge run config (YAML or JSON).")],
     responses: Annotated[
         Path,
@@ -59,14 +60,11 @@ def run(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens in one forward pass, padding included.")
     ] = 4096,
-    skip_malformed: Annotated[bool, skip_malformed_option()] = False,
-    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
-    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
-    device: Annotated[str, device_option()] = "auto",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Config overrides, as for specforge train: section.field=value."),
-    ] = None,
+    skip_malformed: SkipMalformed = False,
+    max_left_out: MaxLeftOut = MOST_LEFT_OUT,
+    chat_template_args: ChatTemplateArgs = None,
+    device: Device = "auto",
+    overrides: Overrides = None,
 ) -> None:
     """Write the feature files that SpecForge trains from offline, for any of its algorithms.
 
@@ -84,15 +82,19 @@ def run(
 
     from specforge_lk.data import capture
     from specforge_lk.data.conversations import Chat
-    from specforge_lk.data.messages import LeftOut
+    from specforge_lk.data.rows import LeftOut
     from specforge_lk.target import load_eos_ids, load_tokenizer
 
     arguments = parse_chat_template_args(chat_template_args)
     run, target_config = _load(config, out, overrides)
     algorithm = resolve_run(run).algorithm
     streamed = run.mode == "online"
+    no_effect(context, _STREAMED, streamed, "dtype", "batch_tokens", "device")
     plan = None if streamed else _plan(run, target_config)
     place = Path(run.data.prompts_path if streamed else run.data.hidden_states_path)
+    check_out(place, folder=not streamed)
+    if vocab_mapping:
+        check_out(vocab_mapping)
     vocab_size = target_config.get_text_config().vocab_size
     if vocab_mapping and run.model.draft_checkpoint_path:
         raise ValueError(
@@ -118,11 +120,11 @@ def run(
         loss_mask_filter=algorithm.providers.model.loss_mask_filter,
         malformed=LeftOut(skip_malformed, max_left_out),
     )
-    name_left_out(samples.malformed)
+    name_left_out([*samples.malformed, *samples.skipped])
     if not samples.kept:
         raise ValueError(
-            f"{responses} has no response of two tokens or more, within "
-            f"data.max_length={run.data.max_length}, to train on"
+            f"{responses} has nothing to train on: every row was left out; mend them, or raise "
+            f"data.max_length={run.data.max_length}"
         )
     decoder = None
     if plan:
@@ -132,7 +134,7 @@ def run(
     if vocab_mapping:
         _write_mapping(run, algorithm, samples, vocab_size, vocab_mapping)
     supervised = sum(sum(sample.loss_mask) for sample in samples.kept)
-    cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {samples.skipped} skipped"
+    cut = f"{samples.truncated} cut to {run.data.max_length} tokens, {len(samples.skipped)} skipped"
     if samples.malformed:
         cut += f", {len(samples.malformed)} malformed"
     for note, count in chat.notes.items():
@@ -296,14 +298,16 @@ def _target_head(run: Any) -> Any:
 
 def _load(config: Path, out: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
     """Return the run config and the target's config."""
-    from specforge.config import load_config
-
+    from specforge_lk.run_config import load_run, read_sections
     from specforge_lk.target import load_target_config
 
-    if not config.is_file():
-        raise FileNotFoundError(f"config {config} does not exist")
+    paths = [(read_sections(config).get("data") or {}).get("prompts_path")]
+    for name, _, value in (override.partition("=") for override in overrides or ()):
+        paths += [value] if name == "data.prompts_path" else []
+    if out and paths[-1]:
+        raise typer.BadParameter(f"--out has no effect {_STREAMED}; leave it out")
     place = [f"data.hidden_states_path={out}"] if out else []
-    run = load_config(str(config), [*(overrides or []), *place])
+    run = load_run(config, [*(overrides or []), *place])
     if run.data.train_data_path:
         raise ValueError(
             f"{config}: with data.train_data_path SpecForge tokenizes by itself; set "

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specforge_lk.cli.options import Overrides
 from specforge_lk.cli.shell import errors
 
 EXAMPLE = "specforge-lk cost --config run.yaml --prompts 660000 --mean-tokens 800"
@@ -22,16 +23,15 @@ def run(
     mean_tokens: Annotated[
         float,
         typer.Option(
-            min=1, help="Mean tokens of a sample, prompt and response: an assumption of yours."
+            min=1,
+            max=1e9,
+            help="Mean tokens of a sample, prompt and response: an assumption of yours.",
         ),
     ] = 1000,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the sheet as JSON instead of a table.")
     ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Config overrides, as for specforge train: section.field=value."),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Compute parameters, memory, steps, FLOPs and bytes of features from a run config.
 

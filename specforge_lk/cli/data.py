@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from specforge_lk.cli.shell import MOST_LEFT_OUT, errors, max_left_out_option
+from specforge_lk.cli.options import MOST_LEFT_OUT, MaxLeftOut, SkipMalformed, no_effect
+from specforge_lk.cli.shell import check_out, errors, name_left_out
 
 EXAMPLE = (
     "specforge-lk data --source nebius/Llama-3.1-8B-Instruct-Infinity-Instruct-0625 "
@@ -17,6 +18,7 @@ EXAMPLE = (
 
 @errors()
 def run(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Option(
@@ -41,11 +43,8 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first rows of the data set.")
     ] = None,
-    skip_malformed: Annotated[
-        bool,
-        typer.Option("--skip-malformed", help="Leave out rows that lack a field, and count them."),
-    ] = False,
-    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
+    skip_malformed: SkipMalformed = False,
+    max_left_out: MaxLeftOut = MOST_LEFT_OUT,
 ) -> None:
     """Turn prompts and completions into SpecForge conversations, which `capture` reads.
 
@@ -56,8 +55,12 @@ def run(
     """
     from specforge_lk.cli.progress import ProgressBar
     from specforge_lk.data import released
-    from specforge_lk.data.jsonl import open_lines
+    from specforge_lk.data.jsonl import RowError, open_lines
+    from specforge_lk.data.rows import LeftOut
 
+    no_effect(context, "with --prompts-only", prompts_only, "completion")
+    no_effect(context, "without --skip-malformed", not skip_malformed, "max_left_out")
+    check_out(out)
     layout = released.Layout(completion, prompts_only)
     settings = {
         "source": source,
@@ -65,30 +68,23 @@ def run(
         "split": split,
         "completion": None if prompts_only else completion,
     }
+    malformed = LeftOut(skip_malformed, max_left_out)
     try:
         rows = released.open_rows(source, subset, split)
-        total = min(filter(None, (limit, released.known_size(rows))), default=None)
+        total = min(filter(None, (limit, rows.size)), default=None)
         with open_lines(out, settings) as lines, ProgressBar("reading", total, "rows/s") as bar:
             counts = released.convert(
-                rows,
-                lines,
-                layout,
-                limit=limit,
-                skip_malformed=skip_malformed,
-                advance=bar.advance,
+                rows, lines, layout, limit=limit, malformed=malformed, advance=bar.advance
             )
-    except released.MalformedRow as error:
-        raise ValueError(
-            f"{source}: {error}; all rows before it are in {out}, and --skip-malformed goes on"
-        ) from error
+        earlier = ["a row that an earlier run of this command left out"] * counts.missing
+        malformed.check(source, earlier)
+    except RowError as error:
+        raise ValueError(f"{error}; all rows before it are in {out}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: {error}" if source not in str(error) else error) from error
-    read = counts.before + counts.added + counts.left_out
+    name_left_out(malformed.left_out)
     what = "prompts" if prompts_only else "conversations"
-    if counts.left_out > max_left_out * read:
-        raise ValueError(
-            f"{source}: {counts.left_out} of {read} rows were left out, more than a share of "
-            f"{max_left_out:g}; all others are in {out}. Mend the source, or allow more with "
-            "--max-left-out"
-        )
-    typer.echo(f"{read} rows read, {counts.added} new {what}, {counts.left_out} left out: {out}")
+    typer.echo(
+        f"{malformed.rows} rows read, {counts.added} new {what}, "
+        f"{len(malformed.left_out) + counts.missing} left out: {out}"
+    )

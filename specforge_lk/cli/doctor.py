@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specforge_lk.cli.shell import (
+from specforge_lk.cli.options import (
+    MOST_LEFT_OUT,
+    ChatTemplateArgs,
+    Device,
     Dtype,
-    chat_template_args_option,
-    device_option,
-    errors,
-    find_device,
+    MaxLeftOut,
+    OffPolicy,
+    SampledBy,
+    SkipMalformed,
+    TargetPath,
+    TrustRemoteCode,
+    no_effect,
     parse_chat_template_args,
-    say,
+    parse_rule,
+    parse_sampled_by,
 )
-from specforge_lk.serving import PRESETS, parse
+from specforge_lk.cli.shell import check_out, errors, find_device, name_left_out, say
+from specforge_lk.serving import PRESETS
 
 if TYPE_CHECKING:
     from specforge_lk.doctor.findings import Report
@@ -30,6 +38,10 @@ EXAMPLE = (
 FOUND = 1
 #: Exit code where nothing could be examined.
 _UNUSABLE = 2
+_OF_HELD_OUT = (
+    *("limit", "sampled_by", "off_policy", "max_length", "heads", "tolerance"),
+    *("skip_malformed", "max_left_out"),
+)
 
 
 @errors(
@@ -37,7 +49,8 @@ _UNUSABLE = 2
     codes={ValueError: _UNUSABLE, OSError: _UNUSABLE, FloatingPointError: _UNUSABLE},
 )
 def run(
-    target: Annotated[str, typer.Option(help="Target model: a directory or a hub id.")],
+    context: typer.Context,
+    target: TargetPath,
     draft: Annotated[Path, typer.Option(help="Folder of the exported draft.")],
     serving: Annotated[
         str,
@@ -56,20 +69,8 @@ def run(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Held-out responses to measure.")] = 32,
-    sampled_by: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SAMPLING",
-            help="What held-out responses were sampled by that do not say it, such as "
-            "temperature=1.",
-        ),
-    ] = None,
-    off_policy: Annotated[
-        bool,
-        typer.Option(
-            "--off-policy", help="Measure along responses that are no samples of the rule."
-        ),
-    ] = False,
+    sampled_by: SampledBy = None,
+    off_policy: OffPolicy = False,
     max_length: Annotated[
         int, typer.Option(min=2, help="Leave out responses with more tokens, prompt included.")
     ] = 2048,
@@ -98,7 +99,9 @@ def run(
         str | None,
         typer.Option(help="Address of a running vLLM or SGLang server, whose /metrics are read."),
     ] = None,
-    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
+    skip_malformed: SkipMalformed = False,
+    max_left_out: MaxLeftOut = MOST_LEFT_OUT,
+    chat_template_args: ChatTemplateArgs = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Smallest cost that counts, in τ.")
     ] = 0.01,
@@ -106,10 +109,8 @@ def run(
     dtype: Annotated[
         Dtype, typer.Option(help="Type that the target is loaded in here.")
     ] = Dtype.FLOAT32,
-    device: Annotated[str, device_option()] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the target.")
-    ] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare how a draft was trained with how it will be served.
 
@@ -117,28 +118,36 @@ def run(
     the suspected setting changed. The difference of the two τ is its cost. Exit code 0: nothing is
     wrong; 1: a finding costs something, or its cost is unknown; 2: nothing could be examined.
     """
-    rule = parse(serving)
+    rule = parse_rule(serving)
+    recorded = parse_sampled_by(sampled_by)
     arguments = parse_chat_template_args(chat_template_args)
+    no_effect(context, "without --held-out", not held_out, *_OF_HELD_OUT)
+    no_effect(context, "without --skip-malformed", not skip_malformed, "max_left_out")
+    if out:
+        check_out(out)
     if accepted and metrics:
         raise typer.BadParameter("give --accepted or --metrics, not both")
 
     import torch
     import transformers
 
+    from specforge_lk.data.rows import LeftOut
     from specforge_lk.decode.target import Target
     from specforge_lk.doctor.case import read_features, read_run
     from specforge_lk.doctor.diagnosis import Given, diagnose
     from specforge_lk.doctor.engine import fetch_counts, read_counts
     from specforge_lk.files import write_text
 
+    left_out = LeftOut(skip_malformed, max_left_out)
     counts = read_counts(accepted) if accepted else fetch_counts(metrics) if metrics else None
     given = Given(
         rule,
         _engine(serving),
         held_out,
         limit,
-        parse(sampled_by).target if sampled_by else None,
+        recorded,
         off_policy,
+        left_out,
         max_length,
         heads,
         read_run(config) if config else None,
@@ -155,6 +164,7 @@ def run(
         chat_template_args=arguments,
     )
     report = diagnose(model, target, dtype.value, draft, given)
+    name_left_out(left_out.left_out)
     _print(report)
     if out:
         write_text(out, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")

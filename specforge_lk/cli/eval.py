@@ -11,24 +11,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import (
+from specforge_lk.cli.options import (
     MOST_LEFT_OUT,
+    ChatTemplateArgs,
+    Device,
     Dtype,
-    chat_template_args_option,
-    device_option,
-    errors,
-    find_device,
-    max_left_out_option,
-    name_left_out,
+    MaxLeftOut,
+    OffPolicy,
+    SampledBy,
+    SkipMalformed,
+    TargetPath,
+    TrustRemoteCode,
+    no_effect,
     parse_chat_template_args,
     parse_layers,
-    say,
-    skip_malformed_option,
+    parse_rule,
+    parse_sampled_by,
 )
+from specforge_lk.cli.progress import ProgressBar
+from specforge_lk.cli.shell import check_out, errors, find_device, name_left_out, say
 from specforge_lk.evaluate.published import PUBLISHED, find_target
 from specforge_lk.evaluate.settings import Settings
-from specforge_lk.serving import Serving, parse
+from specforge_lk.serving import Serving
 
 if TYPE_CHECKING:
     from specforge_lk.evaluate.report import Report
@@ -39,10 +43,14 @@ specforge-lk eval --target Qwen/Qwen3-8B --draft lk=drafts/lk --held-out held_ou
 specforge-lk eval --target Qwen/Qwen3-8B --draft kl=drafts/kl --draft lk=drafts/lk \
 --benchmark humaneval=humaneval.jsonl --serving vllm,temperature=0.7 --out r.json"""
 
+_OF_BENCHMARKS = ("limit", "turns", "max_new_tokens")
+_OF_HELD_OUT = ("sampled_by", "off_policy", "held_out_limit")
+
 
 @errors(memory="lower --batch-size or --max-length")
 def run(
-    target: Annotated[str, typer.Option(help="Target model: a directory or a hub id.")],
+    context: typer.Context,
+    target: TargetPath,
     draft: Annotated[
         list[str],
         typer.Option(
@@ -96,22 +104,8 @@ def run(
             "figures, with noise.",
         ),
     ] = False,
-    sampled_by: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SAMPLING",
-            help="What held-out responses were sampled by that do not say it, such as "
-            "temperature=1: older files do not.",
-        ),
-    ] = None,
-    off_policy: Annotated[
-        bool,
-        typer.Option(
-            "--off-policy",
-            help="Measure rules along held-out responses that are no samples of them. The figures "
-            "are not what decoding will meet, and the report says so.",
-        ),
-    ] = False,
+    sampled_by: SampledBy = None,
+    off_policy: OffPolicy = False,
     heads: Annotated[
         int,
         typer.Option(
@@ -157,16 +151,14 @@ def run(
             "and LOSS, benchmarks by name: mt-bench, humaneval, gsm8k."
         ),
     ] = None,
-    skip_malformed: Annotated[bool, skip_malformed_option()] = False,
-    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
-    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
+    skip_malformed: SkipMalformed = False,
+    max_left_out: MaxLeftOut = MOST_LEFT_OUT,
+    chat_template_args: ChatTemplateArgs = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Use float32 for figures to report.")
     ] = Dtype.FLOAT32,
-    device: Annotated[str, device_option()] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the target.")
-    ] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how many tokens a round of speculative decoding will give.
 
@@ -189,8 +181,13 @@ def run(
         raise typer.BadParameter("nothing to measure: give --benchmark or --held-out")
     if sampled and not benchmarks:
         raise typer.BadParameter("--sampled decodes benchmarks: give --benchmark")
+    no_effect(context, "without --benchmark", not benchmarks, *_OF_BENCHMARKS)
+    no_effect(context, "without --held-out", not held_out, *_OF_HELD_OUT)
+    no_effect(context, "without --skip-malformed", not skip_malformed, "max_left_out")
+    check_out(out)
     layers = parse_layers(aux_layers)
     arguments = parse_chat_template_args(chat_template_args)
+    recorded = parse_sampled_by(sampled_by)
     rules = _rules(serving, temperature)
     published = find_target(compare_with or target)
     if compare_with and published is None:
@@ -214,10 +211,12 @@ def run(
     from specforge_lk.decode.draft import load_draft
     from specforge_lk.decode.target import Target
     from specforge_lk.evaluate import runner
+    from specforge_lk.evaluate.asked import Asked
     from specforge_lk.evaluate.render import write_all
 
     transformers.utils.logging.disable_progress_bar()
     left_out: dict[str, list[str]] = {}
+    notes: list[str] = []
     model = Target.load(
         target,
         getattr(torch, dtype.value),
@@ -235,16 +234,17 @@ def run(
         model,
         target,
         drafts,
-        runner.Asked(
+        Asked(
             benchmarks,
             held_out or (),
             rules,
             sampled=sampled,
-            sampled_by=None if sampled_by is None else _rule(sampled_by, "--sampled-by").target,
+            sampled_by=recorded,
             off_policy=off_policy,
             skip_malformed=skip_malformed,
             max_left_out=max_left_out,
             left_out=left_out,
+            notes=notes,
         ),
         settings=settings,
         out=out,
@@ -252,6 +252,8 @@ def run(
         command=["specforge-lk", *map(shlex.quote, sys.argv[1:])],
         published=published,
     )
+    for note in notes:
+        say(note, "yellow", stderr=True)
     _print(report)
     missing = [line for lines in left_out.values() for line in lines]
     name_left_out(missing)
@@ -265,14 +267,7 @@ def _rules(serving: list[str] | None, temperature: list[float] | None) -> list[S
     if temperature:
         # Before anything is left out that has no effect at the rule's own temperature.
         texts = [f"{text},temperature={t}" for text in serving or [""] for t in temperature]
-    return [_rule(text.lstrip(","), "--serving") for text in texts] or None
-
-
-def _rule(text: str, option: str) -> Serving:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{option}: {error}") from None
+    return [parse_rule(text.lstrip(",")) for text in texts] or None
 
 
 def _drafts(values: list[str]) -> list[tuple[str, int, str]]:

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specforge_lk.cli.progress import ProgressBar
-from specforge_lk.cli.shell import (
+from specforge_lk.cli.options import (
     MOST_LEFT_OUT,
+    ChatTemplateArgs,
     Dtype,
-    chat_template_args_option,
+    MaxLeftOut,
+    SkipMalformed,
     device_option,
-    errors,
-    find_device,
-    max_left_out_option,
-    name_left_out,
+    no_effect,
     parse_chat_template_args,
-    say,
-    skip_malformed_option,
+    parse_rule,
+    trust_remote_code_option,
 )
+from specforge_lk.cli.progress import ProgressBar
+from specforge_lk.cli.shell import check_out, errors, find_device, name_left_out, say
 
 if TYPE_CHECKING:
     from specforge_lk.data.jsonl import Place
-    from specforge_lk.data.messages import LeftOut
     from specforge_lk.data.responses import Prompt, Request, ResponseFile, StoredResponse
+    from specforge_lk.data.rows import LeftOut
     from specforge_lk.data.sample_server import RefusedPrompt, Server
     from specforge_lk.serving import Sampling
 
@@ -37,10 +37,13 @@ specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --out out.j
 specforge-lk generate --target Qwen/Qwen3-8B --prompts prompts.jsonl --temperature 0 --out t0.jsonl
 specforge-lk generate --server http://localhost:30000 --prompts prompts.jsonl --out out.jsonl"""
 _LOCAL, _SERVER = "Local transformers", "Server"
+_LOCAL_OPTIONS = ("batch_size", "dtype", "device", "trust_remote_code")
+_SERVER_OPTIONS = ("concurrency", "timeout", "retries", "skip_refused", "extensions", "api_key")
 
 
 @errors(memory="lower --batch-size or --max-new-tokens")
 def run(
+    context: typer.Context,
     prompts: Annotated[
         Path,
         typer.Option(
@@ -110,9 +113,9 @@ def run(
         ),
     ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
-    skip_malformed: Annotated[bool, skip_malformed_option()] = False,
-    max_left_out: Annotated[float, max_left_out_option()] = MOST_LEFT_OUT,
-    chat_template_args: Annotated[str | None, chat_template_args_option()] = None,
+    skip_malformed: SkipMalformed = False,
+    max_left_out: MaxLeftOut = MOST_LEFT_OUT,
+    chat_template_args: ChatTemplateArgs = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Responses sampled side by side.", rich_help_panel=_LOCAL)
     ] = 64,
@@ -126,14 +129,7 @@ def run(
         ),
     ] = Dtype.FLOAT32,
     device: Annotated[str, device_option(_LOCAL)] = "auto",
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run model code that comes with the target.",
-            rich_help_panel=_LOCAL,
-        ),
-    ] = False,
+    trust_remote_code: Annotated[bool, trust_remote_code_option(_LOCAL)] = False,
     server: Annotated[
         str | None,
         typer.Option(
@@ -193,11 +189,17 @@ def run(
     interruption: finished responses are kept.
     """
     from specforge_lk.data.jsonl import open_lines
-    from specforge_lk.data.messages import LeftOut
     from specforge_lk.data.prompts import read_prompts
     from specforge_lk.data.responses import Request, ResponseFile, pending, settings_of
+    from specforge_lk.data.rows import LeftOut
 
     sampling = _sampling(serving, temperature, top_k, top_p)
+    no_effect(context, "without --server", server is None, *_SERVER_OPTIONS)
+    no_effect(context, "with --server", server is not None, *_LOCAL_OPTIONS)
+    no_effect(context, "without --skip-malformed", not skip_malformed, "max_left_out")
+    greedy = sampling.temperature == 0
+    no_effect(context, "at temperature 0", greedy, "top_k", "top_p", "seed")
+    check_out(out)
     if server is not None and not extensions and sampling.top_k:
         raise typer.BadParameter(
             "top-k is no part of the OpenAI protocol; leave out --no-extensions, or top-k"
@@ -205,7 +207,7 @@ def run(
     request = Request(sampling, max_new_tokens, seed, parse_chat_template_args(chat_template_args))
     malformed = LeftOut(skip_malformed, max_left_out)
     placed = read_prompts(prompts, malformed, limit)
-    malformed.check_share(prompts)
+    malformed.check(prompts)
     rows = list(placed.values())
     sample: Callable[[Sequence[Prompt], Request, ResponseFile], int]
     if server is not None:
@@ -245,7 +247,7 @@ def _sampling(
     serving: str | None, temperature: float | None, top_k: int | None, top_p: float | None
 ) -> Sampling:
     """Return the sampling that the options ask for; None stands for an option not given."""
-    from specforge_lk.serving import Sampling, parse
+    from specforge_lk.serving import Sampling
 
     if serving is None:
         return Sampling(
@@ -255,7 +257,7 @@ def _sampling(
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise typer.BadParameter(f"give --serving or {', '.join(given)}, not both")
-    return parse(serving).target
+    return parse_rule(serving).target
 
 
 def _sample_here(
@@ -272,7 +274,7 @@ def _sample_here(
 ) -> int:
     """Sample with local transformers, no prompt of which is refused later than malformed ones."""
     from specforge_lk.data.jsonl import RowError
-    from specforge_lk.data.messages import MalformedRow
+    from specforge_lk.data.rows import MalformedRow
     from specforge_lk.data.sample_local import chat_of, fits, sample_responses
     from specforge_lk.target import load_target
 
@@ -288,7 +290,7 @@ def _sample_here(
         except MalformedRow as error:
             malformed.rows -= 1  # it was counted as usable
             malformed.refuse(RowError(f"{places[prompt['id']]}: {error}"))
-    malformed.check_share(places[prompts[0]["id"]].path)
+    malformed.check(places[prompts[0]["id"]].path)
     with _progress(usable, request) as bar:
         for start in range(0, len(usable), batch_size):
             batch = usable[start : start + batch_size]

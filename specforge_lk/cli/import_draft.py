@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from specforge_lk.cli.shell import errors, parse_layers, say
+from specforge_lk.cli.options import TrustRemoteCode, parse_layers
+from specforge_lk.cli.shell import check_out, errors, say
 
 EXAMPLE = "specforge-lk import-draft drafts/released --target Qwen/Qwen3-8B --out drafts/start"
 
@@ -39,9 +40,7 @@ def run(
     lm_head_key: Annotated[
         str, typer.Option(help="Name of the LM head in the target's checkpoint.")
     ] = "lm_head.weight",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a draft that was released as SpecForge exports its own, to fine-tune it.
 
@@ -54,6 +53,7 @@ def run(
     from specforge_lk.drafts.table import DRAFTS
     from specforge_lk.drafts.target_files import TargetFiles
 
+    check_out(out, folder=True)
     files = TargetFiles(target, embedding_key, lm_head_key, trust_remote_code)
     layers = parse_layers(aux_layers)
     name = import_draft(source, files, out, layers)

@@ -1,25 +1,29 @@
-"""What all commands share: how an expected error ends one, and the options that several have."""
+"""What all commands share: how an expected error ends one, as one line.
+
+`specforge_lk.cli.options` has the options that several have.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
+from pathlib import Path
 from pickle import UnpicklingError
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from specforge_lk.data.jsonl import MOST_LEFT_OUT
+from specforge_lk.files import DiskFull
 
 #: Exit code of a command that an expected error ended.
 FAILED = 1
@@ -32,65 +36,22 @@ _LATE = (
     ("safetensors", "SafetensorError"),
 )
 _EXPECTED = (OSError, ValueError, FloatingPointError, UnpicklingError)
-
-
-class Dtype(StrEnum):
-    """Floating-point types that a model can be loaded in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+#: Errors of the operating system -> what is wrong with a path, and what to do.
+_PATHS = {
+    errno.ENOENT: "does not exist; check the path",
+    errno.EISDIR: "is a folder, where a file is meant; name a file",
+    errno.ENOTDIR: "is a file, where a folder is meant; name another path",
+    errno.EEXIST: "is a file, where a folder is meant; name another path",
+    errno.EACCES: "may not be read or written here; change its permissions, or name another path",
+    errno.EPERM: "may not be read or written here; change its permissions, or name another path",
+    errno.EROFS: "is on a disk that cannot be written to; name another path",
+    errno.ENAMETOOLONG: "is too long a name; give a shorter one",
+}
 
 
 def example(commands: str) -> str:
     """Return the end of a command's ``--help``: examples of its use, one a line."""
     return "\n\n".join(["Example:", *commands.splitlines()])
-
-
-def device_option(panel: str | None = None) -> Any:
-    """Return the option ``--device``; its default is ``auto``."""
-    text = "Torch device, such as cpu or cuda; auto takes a GPU if there is one."
-    return typer.Option("--device", help=text, rich_help_panel=panel)
-
-
-def chat_template_args_option(panel: str = "Chat template") -> Any:
-    """Return the option ``--chat-template-args``; see `parse_chat_template_args`."""
-    text = (
-        'Further arguments of the chat template as JSON, such as {"enable_thinking": false}. '
-        "Engines call them chat_template_kwargs. Give capture, generate and eval the same."
-    )
-    return typer.Option("--chat-template-args", metavar="JSON", help=text, rich_help_panel=panel)
-
-
-def parse_chat_template_args(value: str | None) -> dict[str, Any]:
-    """Return the arguments of ``--chat-template-args``; none where it is not given."""
-    from specforge_lk.data.chat_template import check_arguments
-
-    try:
-        found = json.loads(value) if value else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise typer.BadParameter(
-            f'--chat-template-args {value!r} is no JSON object such as {{"enable_thinking": false}}'
-        )
-    try:
-        check_arguments(found)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return found
-
-
-def skip_malformed_option() -> Any:
-    """Return the flag ``--skip-malformed``."""
-    text = "Leave out rows that cannot be used, and count them; otherwise the first is an error."
-    return typer.Option("--skip-malformed", help=text)
-
-
-def max_left_out_option() -> Any:
-    """Return the option ``--max-left-out``; its default is a tenth."""
-    text = "Largest share of a file's rows that may be left out; more are an error."
-    return typer.Option("--max-left-out", metavar="SHARE", min=0, max=1, help=text)
 
 
 def name_left_out(left_out: Sequence[str]) -> None:
@@ -119,14 +80,6 @@ def find_device(name: str) -> str:
     return name
 
 
-def parse_layers(value: str | None) -> tuple[int, ...] | None:
-    """Return the layers of ``--aux-layers``."""
-    try:
-        return tuple(int(layer) for layer in value.split(",")) if value else None
-    except ValueError:
-        raise typer.BadParameter(f"--aux-layers {value!r} is not like 1,14,26") from None
-
-
 @contextlib.contextmanager
 def errors(
     *, memory: str = "", codes: Mapping[type[Exception], int] = MappingProxyType({})
@@ -148,8 +101,43 @@ def errors(
         late = [getattr(sys.modules.get(module), name, ()) for module, name in _LATE]
         if not isinstance(error, (*codes, *_EXPECTED, *late)):
             raise
-        message = f"out of memory: {memory}" if isinstance(error, late[0]) else str(error)
+        message = f"out of memory: {memory}" if isinstance(error, late[0]) else one_line(error)
         fail(message, error, code)
+
+
+def one_line(error: Exception) -> str:
+    """Return an expected error as one line: file or field, what is wrong, and what to do."""
+    if isinstance(error, OSError) and error.filename and not isinstance(error, DiskFull):
+        path = Path(os.fsdecode(error.filename2 or error.filename))
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):  # perhaps a folder above it is none
+            path = next((p for p in (*reversed(path.parents), path) if p.is_file()), path)
+        return f"{path} {_PATHS.get(error.errno or 0, f'cannot be used: {error.strerror}')}"
+    lines = (line.strip() for line in str(error).splitlines())
+    return " ".join(filter(None, lines)) or type(error).__name__
+
+
+def check_out(path: Path, *, folder: bool = False) -> None:
+    """Refuse a path that could not be written, before the hours that make what goes there.
+
+    Args:
+        path: what a command will write.
+        folder: whether that is a folder, not a file.
+
+    Raises:
+        OSError: a file or a folder is in the way, or may not be written to.
+    """
+
+    def refuse(code: int, place: Path) -> OSError:
+        return OSError(code, os.strerror(code), str(place))
+
+    if not folder and path.is_dir():
+        raise refuse(errno.EISDIR, path)
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not place.is_dir() and (folder or place != path):
+        raise refuse(errno.ENOTDIR, place)
+    home = place if place.is_dir() else place.absolute().parent
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise refuse(errno.EACCES, home)
 
 
 def fail(message: str, error: BaseException | None = None, code: int = FAILED) -> NoReturn:
@@ -201,19 +189,13 @@ def _extras() -> dict[str, str]:
 
 
 __all__ = [
-    "MOST_LEFT_OUT",
-    "Dtype",
-    "chat_template_args_option",
-    "device_option",
+    "check_out",
     "errors",
     "example",
     "fail",
     "find_device",
-    "max_left_out_option",
     "missing",
     "name_left_out",
-    "parse_chat_template_args",
-    "parse_layers",
+    "one_line",
     "say",
-    "skip_malformed_option",
 ]

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from specforge_lk.data.conversations import Chat, Tokens
 from specforge_lk.data.jsonl import numbered_rows
-from specforge_lk.data.messages import LeftOut, usable_rows
 from specforge_lk.data.responses import recorded, sampling_of
+from specforge_lk.data.rows import LeftOut, usable_rows
 from specforge_lk.data.vocabulary import require_known
 from specforge_lk.files import atomic_write, read_json, save_tensors, write_text
 from specforge_lk.serving import Sampling
@@ -79,19 +79,20 @@ class Samples:
     Attributes:
         kept: Rows to capture, in file order.
         truncated: How many were cut to the longest length.
-        skipped: How many had no supervised position, or too few tokens for the algorithm.
+        skipped: Why each row was that had no supervised position, or too few tokens for the
+            algorithm.
         malformed: What was wrong with each row that was left out for it.
     """
 
     kept: list[Sample]
     truncated: int
-    skipped: int
+    skipped: list[str]
     malformed: list[str] = field(default_factory=list)
 
     @property
     def left_out(self) -> dict[str, int]:
         """How many rows are missing, by what they lack."""
-        return {"malformed": len(self.malformed), "nothing supervised": self.skipped}
+        return {"malformed": len(self.malformed), "nothing supervised": len(self.skipped)}
 
     def token_counts(self) -> Counter[int]:
         """Count how often each token occurs at a supervised position."""
@@ -135,11 +136,12 @@ def read_samples(
             first is an error.
 
     Raises:
-        ValueError: a row cannot be used, or too many of them.
+        ValueError: a row cannot be used, or too many of them, or there is none.
     """
     from specforge.data.loss_mask import has_supervised_position
 
-    kept, truncated, skipped = [], 0, 0
+    kept: list[Sample] = []
+    truncated, skipped = 0, []
     malformed = malformed or LeftOut()
     # One object for all rows that say the same.
     samplings: dict[Sampling | None, Sampling | None] = {}
@@ -154,22 +156,32 @@ def read_samples(
         sampling = sampling_of(row)
         return index, samples, samplings.setdefault(sampling, sampling)
 
-    for _, _, (index, samples, sampling) in usable_rows(rows, read, malformed):
+    def trains(mask: list[int]) -> bool:
+        # Nothing is drafted before a response's first token, or after its last one.
+        return has_supervised_position(mask) and (
+            loss_mask_filter is None or bool(loss_mask_filter(mask))
+        )
+
+    for place, _, (index, samples, sampling) in usable_rows(rows, read, malformed):
         usable = 0
         for number, tokens in enumerate(samples):
             if len(tokens.input_ids) > max_length:
                 truncated += 1
                 tokens = Tokens(tokens.input_ids[:max_length], tokens.loss_mask[:max_length])
-            # Nothing is drafted before a response's first token, or after its last one.
-            if not has_supervised_position(tokens.loss_mask) or (
-                loss_mask_filter is not None and not loss_mask_filter(tokens.loss_mask)
-            ):
+            if not trains(tokens.loss_mask):
                 continue
             usable += 1
             name = f"sample_{index:08d}" + (f"_{number}" if number else "")
             kept.append(Sample.of(directory / f"{name}.ckpt", tokens, sampling))
-        skipped += not usable
-    malformed.check_share(responses, skipped)
+        if usable:
+            continue
+        if any(trains(tokens.loss_mask) for tokens in samples):
+            why = f"nothing of it is supervised within data.max_length={max_length}; raise that"
+        else:
+            longest = max(sum(tokens.loss_mask) for tokens in samples)
+            why = f"an answer of {longest} tokens, end included, is too short to train on"
+        skipped.append(f"{place}: {why}")
+    malformed.check(responses, skipped)
     return Samples(kept, truncated, skipped, malformed.left_out)
 
 

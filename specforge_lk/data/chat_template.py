@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from specforge_lk.data.messages import MalformedRow, Message
+from specforge_lk.data.messages import Message
+from specforge_lk.data.rows import MalformedRow
 
 #: What chat templates and the calls of them raise at messages that they do not take.
 _REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)

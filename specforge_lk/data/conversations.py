@@ -4,17 +4,18 @@
 
 | of a row | is read, or what becomes of it |
 |---|---|
-| messages | from `conversations` or `messages`, with `role` and `content`, or with `from` and `value`; roles in any order that the chat template takes |
+| messages | from `conversations` or `messages`, with `role` and `content`, or with `from` and `value`, after the system turn of a field `system`; roles in any order that the chat template takes; fields that mean the same and differ are refused |
 | content | text; parts of type `text` are joined, others refused; null only beside `tool_calls` |
-| `tools`, `tool_calls` | given to the chat template as engines do, arguments as objects; calls or thoughts of an answer that the template does not show are refused |
+| `tools`, `tool_calls` | given to the chat template as engines do, arguments as objects, and so are `functions` and `function_call`; calls of an answer that the template does not show are refused |
 | prompt of an answer | the chat template's tokens of all messages before it, with the generation prompt and `--chat-template-args`: those that a server is sent |
 | answer, supervised | `response_ids`, the sampled tokens of the last message; otherwise what the target said: the content as it stands, after what the template writes before it (gpt-oss: a channel), its tokens apart from the prompt's where the two would merge |
-| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer |
+| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer; where the template shows them nowhere they are refused, since how the target said them is not known: they belong into the content, or are another model's and go |
 | end of an answer | the first of the generation config's `eos_token_id`, the tokenizer's, or the template's end of a turn; it is supervised, and nothing after it |
-| `finished: false` | no end is supervised |
+| `finished: false`, `finish_reason` "length" | no end is supervised |
 | several answers | one sample as long as every prompt continues it; a new sample where the template changes earlier turns |
+| `weight: 0`, `train: false` (also `training`, `trainable`, `loss`) | the answer is read, and not supervised; other weights and `train_detail` are refused |
 | not supervised | all other roles, and what an assistant says before anyone asked |
-| `chat_template_args` | what a response was sampled with: another `--chat-template-args` is refused |
+| `chat_template_args`, `chat_template_kwargs` | what a response was sampled with: another `--chat-template-args` is refused |
 | left out, counted | with `--skip-malformed` rows that break a rule or that the template refuses; more than `--max-left-out` of the rows end the command |
 
 Rows written by ``specforge-lk generate`` have ``response_ids`` because text does not give tokens
@@ -32,7 +33,8 @@ from functools import cached_property
 from typing import Any
 
 from specforge_lk.data.chat_template import ChatTemplate, as_option
-from specforge_lk.data.messages import THOUGHTS, MalformedRow, Message, messages_in, tools_in
+from specforge_lk.data.messages import THOUGHTS, Message, agreed, messages_in, tools_in
+from specforge_lk.data.rows import MalformedRow
 
 #: Stands for an answer, to see what the chat template writes around one.
 _MARK = "xqzAnswerzqx"
@@ -43,6 +45,8 @@ _EMPTY_THOUGHT = re.compile(rf"\s*{_TAG}\s*{_CLOSE}\s*", re.IGNORECASE)
 #: The end of a prompt after which the target thinks, as in DeepSeek-R1.
 _OPEN_THOUGHT = re.compile(rf"{_TAG}\s*\Z", re.IGNORECASE)
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>]+\|>")
+#: Fields of a row with the arguments that the chat template had; engines call them kwargs.
+_RECORDED = ("chat_template_args", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -144,15 +148,22 @@ class Chat:
             raise MalformedRow("it has response_ids, but its last message is not the assistant's")
         if answers[0] != next(i for i, m in enumerate(messages) if m["role"] == "assistant"):
             self.notes["greetings before anyone asked, not supervised"] += 1
+        last = answers[-1]
         if sampled is not None and sampled_only:
-            answers = answers[-1:]
+            answers = [last]
+        answers = [i for i in answers if messages[i].get("weight") != 0]
+        if not answers:
+            raise MalformedRow(
+                "nothing of it is trained on: its answers have weight 0, or train false; remove "
+                "the row, or that field of an answer"
+            )
         samples: list[Tokens] = []
         ids: list[int] = []
         mask: list[int] = []
         for index in answers:
             prompt = self.prompt_ids(messages[:index], tools)
             if index < len(messages) - 1 or sampled is None:
-                finished = _finished(row) or index < answers[-1]
+                finished = _finished(row if index == last else {}, messages[index])
                 response = self._said(messages[: index + 1], tools, prompt, finished)
             else:
                 response = self._until_end(sampled)
@@ -164,7 +175,14 @@ class Chat:
         return [*samples, Tokens(ids, mask)]
 
     def _check_recorded(self, row: Mapping[str, Any]) -> None:
-        recorded = row.get("chat_template_args")
+        found = {name: row.get(name) for name in _RECORDED}
+        for name, value in found.items():
+            if not isinstance(value, dict | None):
+                raise MalformedRow(
+                    f'its field {name!r} must be an object such as {{"enable_thinking": false}}, '
+                    f"got {str(value)[:40]!r}"
+                )
+        recorded = agreed(found)
         if recorded is not None and recorded != dict(self.arguments):
             raise ValueError(
                 f"row {row.get('id')!r} was sampled with the chat template's arguments "
@@ -276,10 +294,13 @@ class Chat:
         # Templates differ in which of these fields they read.
         named = {**message, **(dict.fromkeys(THOUGHTS, thought) if thought else {})}
         shown = self._template.text([*earlier, named], tools)
+        remedy = "put what the target said into its content, or give response_ids"
+        if thought:
+            remedy += ", or remove the thoughts if they are another model's"
         if not shown.startswith(prompt):
             raise MalformedRow(
-                "the chat template does not show the answer after the prompt that asks for it; put "
-                "what the target said into its content, or give response_ids"
+                "the chat template does not show the answer after the prompt that asks for it; "
+                + remedy
             )
         said = shown[len(prompt) :]
         if not thought:
@@ -292,8 +313,8 @@ class Chat:
         ]:
             if text.strip() not in said:
                 raise MalformedRow(
-                    f"the chat template shows no {what} of an answer ({text.strip()[:40]!r}); put "
-                    "what the target said into its content, or give response_ids"
+                    f"the chat template shows no {what} of an answer ({text.strip()[:40]!r}); "
+                    + remedy
                 )
         ended = bool(frame.after) and said.endswith(frame.after)
         return said[: -len(frame.after)] if ended else said.rstrip(), ended
@@ -316,11 +337,13 @@ def _answers(messages: Sequence[Message], sampled: bool) -> list[int]:
     return [i for i in found if i > asked or (sampled and 0 < i == len(messages) - 1)]
 
 
-def _finished(row: Mapping[str, Any]) -> bool:
+def _finished(row: Mapping[str, Any], answer: Message) -> bool:
+    """Return whether an answer ends, as its row or the engine's reason says."""
     said = row.get("finished")
     if said is not None and not isinstance(said, bool):
         raise MalformedRow(f"its field finished must be true or false, got {said!r}")
-    return said is not False
+    reason = answer.get("finish_reason") or row.get("finish_reason")
+    return said if said is not None else reason != "length"
 
 
 def _sampled_ids(row: Mapping[str, Any]) -> list[int] | None:

@@ -110,13 +110,13 @@ def numbered_rows(
             takes and no server is sent.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or it is a folder.
         RowError: a line is not a JSON object, or not UTF-8.
         ValueError: the file is cut, compressed otherwise, or in another encoding.
     """
     malformed = malformed or Malformed()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(_no_file(path))
     with path.open("rb") as raw:
         packed = raw.peek(2).startswith(_GZIP)
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
@@ -129,6 +129,14 @@ def numbered_rows(
                 malformed.refuse(error)
             else:
                 yield found
+
+
+def _no_file(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; give one of its JSONL files"
+    if path.exists():
+        return f"{path} can be read once only; write it to a file first: cat {path} > NEW"
+    return f"{path} does not exist; give a JSONL file, perhaps compressed by gzip"
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:

@@ -9,11 +9,11 @@ objects. What has no such form is refused, with its field. The rules are in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from specforge_lk.data.jsonl import MOST_LEFT_OUT, Malformed, Place, RowError
+from specforge_lk.data.rows import MalformedRow
 
 #: One chat message, ``{"role": ..., "content": ...}`` and whatever else chat templates read.
 Message = dict[str, Any]
@@ -22,89 +22,40 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 #: Fields that hold a row's messages.
 _FIELDS = ("conversations", "messages")
+#: Fields that hold a system turn beside the messages.
+_SYSTEM = ("system", "system_prompt")
+#: Role of LLaMA-Factory's turns that are a call, as JSON in their content.
+_CALL = "function_call"
 #: Names that other layouts have for the roles.
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_ROLES = {
+    **{"human": "user", "gpt": "assistant", "observation": "tool"},
+    **{"function": "tool", _CALL: "assistant"},
+}
 #: Roles that a message may name in the field ``from``.
 _SPEAKERS = {*_ROLES, *_ROLES.values(), "system", "developer"}
+#: Fields of OpenAI, Mistral, axolotl, Tinker and ms-swift that say whether an answer is trained on.
+_TRAINED = ("weight", "train", "training", "trainable", "loss")
+#: Fields of axolotl that say which part of an answer is.
+_TRAINED_PARTS = ("train_detail", "training_detail")
+#: Names of fields that hold thoughts, by whatever program.
+_THINKS = re.compile(r"think|thought|reasoning", re.IGNORECASE)
 #: Types of parts of a content that hold text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
-_Made = TypeVar("_Made")
+_Held = TypeVar("_Held")
 
 
-class MalformedRow(ValueError):
-    """A row that is no conversation or prompt; the message names the field and the value."""
-
-
-class LeftOut(Malformed):
-    """What becomes of rows that cannot be used, with a share of them that may be left out.
-
-    Attributes:
-        most: the largest share of the rows.
-        rows: how many there were, those that were left out with them.
-    """
-
-    def __init__(self, skip: bool = False, most: float = MOST_LEFT_OUT) -> None:
-        super().__init__(skip)
-        self.most = most
-        self.rows = 0
-
-    def refuse(self, error: ValueError) -> None:
-        """Count a row that cannot be used.
-
-        Raises:
-            ValueError: ``error``, unless such rows are left out.
-        """
-        if not self.skip:
-            raise type(error)(f"{error}; --skip-malformed leaves such rows out") from error
-        super().refuse(error)
-        self.rows += 1
-
-    def check_share(self, source: Path | str, further: int = 0) -> None:
-        """Refuse a source of which too much was left out.
-
-        Args:
-            source: its name.
-            further: rows left out for other reasons than that they are malformed.
-
-        Raises:
-            ValueError: more than ``most`` of the rows were left out.
-        """
-        count = len(self.left_out) + further
-        if count > self.most * self.rows:
-            first = f". The first: {self.left_out[0]}" if self.left_out else ""
-            raise ValueError(
-                f"{source}: {count} of {self.rows} rows would be left out, more than a share of "
-                f"{self.most:g}; mend the file, or allow more with --max-left-out{first}"
-            )
-
-
-def usable_rows(
-    rows: Iterator[tuple[Place, dict[str, Any]]],
-    read: Callable[[dict[str, Any]], _Made],
-    malformed: LeftOut,
-) -> Iterator[tuple[Place, dict[str, Any], _Made]]:
-    """Yield rows with what is made of each, without those of which nothing can be made.
-
-    Args:
-        rows: rows with their places, see `specforge_lk.data.jsonl.numbered_rows`.
-        read: what is made of a row.
-        malformed: what becomes of rows that ``read`` refuses with a `MalformedRow`.
+def agreed(found: Mapping[str, _Held | None]) -> _Held | None:
+    """Return what fields that mean the same hold; None where none holds anything.
 
     Raises:
-        RowError: a row is malformed and is not left out.
-        ValueError: ``read`` found something that is wrong with more than the row.
+        MalformedRow: they differ.
     """
-    for place, row in rows:
-        try:
-            made = read(row)
-        except MalformedRow as error:
-            malformed.refuse(RowError(f"{place}: {error}"))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        else:
-            malformed.rows += 1
-            yield place, row, made
+    given = [(name, value) for name, value in found.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise MalformedRow(f"its fields {given[0][0]!r} and {name!r} differ; remove one")
+    return given[0][1] if given else None
 
 
 def messages_in(row: Mapping[str, Any]) -> list[Message]:
@@ -122,39 +73,72 @@ def messages_in(row: Mapping[str, Any]) -> list[Message]:
             f"it has no messages in a field 'conversations'; its fields are {sorted(row)}; "
             "rename the one that holds a list of role and content"
         )
-    read = [read_messages(value, name) for name, value in found.items()]
-    if len(read) > 1 and read[0] != read[1]:
-        raise MalformedRow("its fields 'conversations' and 'messages' differ; remove one")
-    return read[0]
+    read = agreed({name: read_messages(value, name) for name, value in found.items()})
+    return with_system(row, read or [])
+
+
+def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Return messages after the system turn that a row has in a field of its own, if any.
+
+    Raises:
+        MalformedRow: the messages have another one, or the field is no text.
+    """
+    found = {name: row.get(name) or None for name in _SYSTEM}
+    for name, value in found.items():
+        if not isinstance(value, str | None):
+            raise MalformedRow(f"its field {name!r} must be text, got {str(value)[:40]!r}")
+    text = agreed(found)
+    if text is None:
+        return messages
+    first = {"role": "system", "content": text}
+    if messages[:1] == [first]:
+        return messages
+    if any(message["role"] == "system" for message in messages):
+        raise MalformedRow(f"it has the system turn {text[:40]!r}, and another in its messages")
+    return [first, *messages]
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and {"role", "from"} & set(message) for message in value[:1]
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in value[:1])
     )
 
 
 def tools_in(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the tools that a row's prompt offers, a list or its JSON; None without any.
 
+    OpenAI's older ``functions`` are read as well.
+
     Raises:
         MalformedRow: the field ``tools`` is no list of objects.
     """
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools:
+    functions = _objects(row, "functions")
+    wrapped = functions and [{"type": "function", "function": one} for one in functions]
+    return agreed({"tools": _objects(row, "tools"), "functions": wrapped})
+
+
+def _objects(row: Mapping[str, Any], field: str) -> list[dict[str, Any]] | None:
+    found = row.get(field)
+    if isinstance(found, str) and found:
         try:
-            tools = json.loads(tools)
+            found = json.loads(found)
         except ValueError:
-            raise MalformedRow(f"its field 'tools' is no JSON: {tools[:40]!r}") from None
-    if not tools:
+            raise MalformedRow(f"its field {field!r} is no JSON: {found[:40]!r}") from None
+    if not found:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise MalformedRow(f"its field 'tools' must be a list of objects, got {str(tools)[:40]!r}")
-    return tools
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise MalformedRow(
+            f"its field {field!r} must be a list of objects, got {str(found)[:40]!r}"
+        )
+    return found
 
 
 def read_messages(found: Any, field: str) -> list[Message]:
     """Return messages in the form that chat templates take.
+
+    An answer that is not trained on has ``"weight": 0``, whatever says so.
 
     Args:
         found: what a row holds: messages with role and content, or with from and value.
@@ -165,35 +149,86 @@ def read_messages(found: Any, field: str) -> list[Message]:
     """
     if not isinstance(found, list) or not found:
         raise MalformedRow(f"no messages in its field {field}: a list of role and content")
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(found)]
+    return [read_message(message, f"{field}[{index}]") for index, message in enumerate(found)]
 
 
-def _message(found: Any, name: str) -> Message:
+def read_message(found: Any, name: str) -> Message:
+    """Return one message; see `read_messages`."""
     if not isinstance(found, dict):
         raise MalformedRow(f"{name} must have role and content, got {str(found)[:40]!r}")
     # Parquet writes null where another message has a field.
     rest = {key: value for key, value in found.items() if value is not None}
-    role = rest.pop("role", None)
-    speaker = rest.pop("from", None)
+    speaker = _speaker(rest, name)
+    role = _ROLES.get(speaker, speaker)
+    content = agreed({f"{name}.{key}": rest.pop(key, None) for key in ("content", "value")})
+    if speaker == _CALL:
+        rest[_CALL], content = content, None
+    calls = _calls(rest, name)
+    if calls and role != "assistant":
+        raise MalformedRow(f"{name} is the {role}'s and has tool calls; only an assistant's may")
+    marks = {key: rest.pop(key) for key in (*_TRAINED, *_TRAINED_PARTS) if key in rest}
+    message = {"role": role, "content": _text(content, name, bool(calls)), **rest}
+    if role == "assistant":
+        _check_thoughts(message, name)
+    if calls:
+        message["tool_calls"] = calls
+    if role == "assistant" and not _trained(marks, name):
+        message["weight"] = 0
+    return message
+
+
+def _speaker(rest: Message, name: str) -> str:
+    """Take out who says a message."""
+    role, speaker = rest.pop("role", None), rest.pop("from", None)
+    for key, said in (("role", role), ("from", speaker)):
+        if not isinstance(said, str | None) or said == "":
+            raise MalformedRow(f"{name}.{key} must be text, got {str(said)[:40]!r}")
     if role is None and speaker is not None and speaker not in _SPEAKERS:
         raise MalformedRow(
             f"{name}.from is {speaker!r}, which is none of {', '.join(sorted(_SPEAKERS))}; "
             "rename it to the role that the chat template has"
         )
-    role = speaker if role is None else role
-    if not isinstance(role, str) or not role:
+    mapped = {"role": _ROLES.get(role, role), "from": _ROLES.get(speaker, speaker)}
+    agreed({f"{name}.{key}": said for key, said in mapped.items()})
+    if role is None and speaker is None:
         raise MalformedRow(f"it does not say whose {name} is: no role")
-    calls = rest.pop("tool_calls", None)
-    content = rest.pop("content", None)
-    value = rest.pop("value", None)
-    message = {
-        "role": _ROLES.get(role, role),
-        "content": _text(value if content is None else content, name, bool(calls)),
-        **rest,
-    }
-    if calls:
-        message["tool_calls"] = _calls(calls, f"{name}.tool_calls")
-    return message
+    return role or speaker
+
+
+def _trained(marks: Mapping[str, Any], name: str) -> bool:
+    """Return whether an answer is trained on, as fields of it say."""
+    for key in _TRAINED_PARTS:
+        if marks.get(key):
+            raise MalformedRow(
+                f"{name}.{key} has parts of an answer trained on, which cannot be done; give it "
+                "weight 0 or 1, and remove that field"
+            )
+    found = {key: marks[key] for key in _TRAINED if key in marks}
+    for key, value in found.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise MalformedRow(
+                f"{name}.{key} must be 0 or 1, false or true, got {str(value)[:40]!r}; an answer "
+                "is trained on or not"
+            )
+    return agreed({f"{name}.{key}": bool(value) for key, value in found.items()}) is not False
+
+
+def _check_thoughts(message: Message, name: str) -> None:
+    """Refuse thoughts in fields that are not read, so that no answer is taken without them."""
+    for key, value in message.items():
+        if key in THOUGHTS and not isinstance(value, str):
+            raise MalformedRow(f"{name}.{key} must be text, got {str(value)[:40]!r}")
+        if (
+            key not in THOUGHTS
+            and _THINKS.search(key)
+            and value
+            and not isinstance(value, int | float)
+        ):
+            raise MalformedRow(
+                f"{name}.{key} is not read; rename it to {THOUGHTS[0]} if the target said it, or "
+                "remove it"
+            )
+    agreed({f"{name}.{key}": message.get(key) or None for key in THOUGHTS})
 
 
 def _text(content: Any, name: str, with_calls: bool) -> str:
@@ -220,38 +255,53 @@ def _part(part: Any, name: str) -> str:
     return part["text"]
 
 
-def _calls(found: Any, name: str) -> list[dict[str, Any]]:
-    """Return tool calls with their arguments as objects, as engines give them to templates."""
-    if not isinstance(found, list):
-        raise MalformedRow(f"{name} must be a list, got {str(found)[:40]!r}")
-    calls = []
-    for index, call in enumerate(found):
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise MalformedRow(f"{name}[{index}] has no function.name")
-        arguments = inner.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                arguments = None
-            if not isinstance(arguments, dict):
-                raise MalformedRow(
-                    f"{name}[{index}].function.arguments is no JSON object: "
-                    f"{inner['arguments'][:40]!r}"
-                )
-        inner = {**inner, "arguments": {} if arguments is None else arguments}
-        calls.append({**call, "function": inner} if "function" in call else inner)
-    return calls
+def _calls(rest: Message, name: str) -> list[dict[str, Any]]:
+    """Take out tool calls, with their arguments as objects, as engines give them to templates."""
+    found: dict[str, Any] = {}
+    for key in ("tool_calls", _CALL):
+        value, where = rest.pop(key, None), f"{name}.{key}"
+        if isinstance(value, str) and value:
+            value = _json(value, where)
+        if not value:
+            continue
+        if key == _CALL:  # without what says its type; OpenAI's is one, LLaMA-Factory's may be more
+            bare = value if isinstance(value, list) else [value]
+            value = [{"type": "function", "function": call} for call in bare]
+        if not isinstance(value, list):
+            raise MalformedRow(f"{where} must be a list, got {str(value)[:40]!r}")
+        found[where] = [_call(call, f"{where}[{index}]") for index, call in enumerate(value)]
+    return agreed(found) or []
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise MalformedRow(f"{name} has no function.name")
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _json(arguments or "{}", f"{name}.function.arguments")
+    if not isinstance(arguments, dict | None):
+        raise MalformedRow(
+            f"{name}.function.arguments is no JSON object: {str(inner['arguments'])[:40]!r}"
+        )
+    inner = {**inner, "arguments": {} if arguments is None else arguments}
+    return {**call, "function": inner} if "function" in call else inner
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise MalformedRow(f"{name} is no JSON object: {text[:40]!r}") from None
 
 
 __all__ = [
     "THOUGHTS",
-    "LeftOut",
-    "MalformedRow",
     "Message",
+    "agreed",
     "messages_in",
+    "read_message",
     "read_messages",
     "tools_in",
-    "usable_rows",
+    "with_system",
 ]

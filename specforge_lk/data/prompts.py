@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lk.data.jsonl import Place, numbered_rows
-from specforge_lk.data.messages import (
-    LeftOut,
-    MalformedRow,
-    messages_in,
-    tools_in,
-    usable_rows,
-)
+from specforge_lk.data.messages import agreed, messages_in, tools_in, with_system
+from specforge_lk.data.rows import LeftOut, MalformedRow, usable_rows
 
+#: Fields that hold a chat.
+_CHATS = {"messages", "conversations"}
+#: Fields of a benchmark that hold what the user says.
+_TURNS = ("turns", "prompt", "question")
 #: How a benchmark names a data set of the Hugging Face hub instead of a file.
 HUB_PREFIX = "hub:"
 
@@ -29,7 +28,7 @@ def read_prompts(
     """Read prompts, each with its place in the file; without an id a row's number is its id.
 
     A row has ``prompt``, a user's only turn, or ``messages`` that wait for an answer, and perhaps
-    ``tools``.
+    ``system`` and ``tools``.
 
     Args:
         path: JSONL of prompts.
@@ -44,9 +43,10 @@ def read_prompts(
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
         number = next(numbers)
-        prompt = _prompt(row, str(row.get("id", number)))
+        known = row.get("id")
+        prompt = _prompt(row, str(number if known is None else known))
         if prompt["id"] in seen:
-            raise ValueError(
+            raise MalformedRow(
                 f"id {prompt['id']!r} occurs twice; give every row an id of its own, or leave ids "
                 "out: then a row's number in the file is its id"
             )
@@ -64,16 +64,21 @@ def read_prompts(
 def _prompt(row: dict[str, Any], key: str) -> dict[str, Any]:
     tools = tools_in(row)
     more = {} if tools is None else {"tools": tools}
-    if isinstance(row.get("prompt"), str):
-        return {"id": key, "prompt": row["prompt"], **more}
-    if row.get("prompt") is not None or not {"messages", "conversations"} & set(row):
+    text = row.get("prompt")
+    if isinstance(text, list):
+        raise MalformedRow("its field 'prompt' is a list; rename it to 'messages' if it is a chat")
+    if not isinstance(text, str | None) or (text is None and not _CHATS & set(row)):
         raise MalformedRow(
             f"no text in its field 'prompt', and no 'messages'; its fields are {sorted(row)}; "
             "specforge-lk data --prompts-only writes such rows"
         )
-    messages = messages_in(row)
+    alone = None if text is None else with_system(row, [{"role": "user", "content": text}])
+    chat = messages_in(row) if text is None or any(row.get(name) for name in _CHATS) else None
+    messages = agreed({"prompt": alone, "messages": chat}) or []
     if messages[-1]["role"] == "assistant":
         raise MalformedRow("its last message is the assistant's; leave that out of a prompt")
+    if alone is not None and len(alone) == 1:
+        return {"id": key, "prompt": text, **more}
     return {"id": key, "messages": messages, **more}
 
 
@@ -105,9 +110,9 @@ def placed_rows(
     try:
         rows = list(numbered_rows(Path(source), malformed))
     except FileNotFoundError as error:
-        raise DataError(f"{error}; give a JSONL file or hub:REPO[:CONFIG][@SPLIT]") from error
+        raise DataError(f"{error}; a data set of the hub is hub:REPO[:CONFIG][@SPLIT]") from error
     if not rows:
-        raise DataError(f"{source}: the file has no rows")
+        raise DataError(f"{source} has no rows; give a file with one JSON object a line")
     return rows
 
 
@@ -117,19 +122,29 @@ def user_turns(row: dict, source: str) -> list[str]:
     Raises:
         DataError: the row has none of these fields, or a turn is no text.
     """
-    for key in ("turns", "prompt", "question"):
-        found = row.get(key)
-        if isinstance(found, list) and found:
-            for index, turn in enumerate(found):
-                if not isinstance(turn, str):
-                    raise DataError(
-                        f"{source}: {key}[{index}] must be text, got {str(turn)[:40]!r}; write "
-                        "what the user says, and nothing else"
-                    )
-            return found
-        if isinstance(found, str):
-            return [found]
+    found = {key: _turns(row.get(key), f"{source}: {key}") for key in _TURNS}
+    try:
+        turns = agreed(found)
+    except MalformedRow as error:
+        raise DataError(f"{source}: {error}") from error
+    if turns:
+        return turns
     raise DataError(
         f"{source}: a row with the fields {sorted(row)} has none of turns, prompt, question; "
         "rename the field that holds the prompt"
     )
+
+
+def _turns(found: Any, name: str) -> list[str] | None:
+    """Return a field as turns; None where it has none."""
+    if isinstance(found, str):
+        return [found]
+    if not isinstance(found, list) or not found:
+        return None
+    for index, turn in enumerate(found):
+        if not isinstance(turn, str):
+            raise DataError(
+                f"{name}[{index}] must be text, got {str(turn)[:40]!r}; write what the user says, "
+                "and nothing else"
+            )
+    return found

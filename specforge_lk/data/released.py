@@ -9,32 +9,51 @@ row that lacks one that is needed is named.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from specforge_lk.data.jsonl import LineFile
+from specforge_lk.data.jsonl import LineFile, Malformed, Place, numbered_rows
 from specforge_lk.data.messages import (
     THOUGHTS,
-    MalformedRow,
     Message,
+    read_message,
     read_messages,
     tools_in,
+    with_system,
 )
+from specforge_lk.data.rows import LeftOut, MalformedRow, usable_rows
 
 #: Rows between two writes to disk: the most that a crash can cost.
 WRITE_EVERY = 500
 
-#: Suffix of a single file -> loader of the package `datasets`.
-_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-#: Fields of an assistant's message that chat templates read.
-_SAID = ("content", "tool_calls", *THOUGHTS)
+#: Suffix of a single file that the package `datasets` reads -> its loader.
+_LOADERS = {".parquet": "parquet", ".json": "json"}
+#: Fields of a completion of which one has to be there.
+_NEEDED = ("content", "tool_calls", "function_call", "value")
+#: What of a completion is kept: what chat templates read, and whether it is trained on.
+_SAID = ("role", "content", "tool_calls", *THOUGHTS, "weight")
 
 
-def open_rows(source: str, subset: str | None = None, split: str = "train") -> Any:
+@dataclass(frozen=True)
+class Source:
+    """Rows of a data set as they stream in.
+
+    Attributes:
+        name: hub id, folder or file.
+        size: how many rows it says it has; None if it does not say.
+        read: the rows with their places, without as many as its first argument says; the second
+            says what becomes of lines that are no rows.
+    """
+
+    name: str
+    size: int | None
+    read: Callable[[int, Malformed], Iterator[tuple[Place, dict[str, Any]]]]
+
+
+def open_rows(source: str, subset: str | None = None, split: str = "train") -> Source:
     """Open a data set as a stream of rows.
 
     Args:
@@ -43,32 +62,53 @@ def open_rows(source: str, subset: str | None = None, split: str = "train") -> A
         subset: configuration of a data set that has several.
         split: which split; a single file has ``train`` only.
 
-    Returns:
-        A `datasets.IterableDataset`.
-
     Raises:
         OSError: there is no such data set.
-        ValueError: it has no such subset or split, or the file is of no known kind.
+        ValueError: it has no such subset or split, or the file is empty or of no known kind.
     """
+    path = Path(source)
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if not path.is_file():
+        if kind in (".jsonl", *_LOADERS) and not path.is_dir():
+            raise FileNotFoundError(f"{path} does not exist; give a file, a folder or a hub id")
+        return _streamed(source, source, name=subset, split=split)
+    if kind not in (".jsonl", *_LOADERS):
+        raise ValueError(f"{path} is none of .jsonl, {', '.join(_LOADERS)}; rename or convert it")
+    for option, given, held in (("--subset", subset, None), ("--split", split, "train")):
+        if given != held:
+            raise ValueError(
+                f"{path} is a single file, which has no {option} {given}; leave it out"
+            )
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty; download or write it again")
+    if kind == ".jsonl":
+        return Source(
+            source,
+            None,
+            lambda start, broken: itertools.islice(numbered_rows(path, broken), start, None),
+        )
+    return _streamed(source, _LOADERS[kind], data_files=str(path), split=split)
+
+
+def _streamed(source: str, *load: Any, **more: Any) -> Source:
     from datasets import load_dataset
 
-    path = Path(source)
-    if not path.is_file():
-        return load_dataset(source, subset, split=split, streaming=True)
-    loader = _LOADERS.get(Path(path.name.removesuffix(".gz")).suffix)
-    if loader is None:
-        raise ValueError(f"{path} is none of {', '.join(_LOADERS)}")
-    if subset is not None:
+    try:
+        rows = load_dataset(*load, **more, streaming=True)
+    except (OSError, ValueError, StopIteration) as error:
+        reason = next(iter(str(error).strip().splitlines()), "it has no rows")
         raise ValueError(
-            f"--subset {subset}: {path} is a single file, which has none; leave it out"
-        )
-    return load_dataset(loader, data_files=str(path), split=split, streaming=True)
-
-
-def known_size(rows: Any) -> int | None:
-    """Return how many rows a data set says it has; None if it does not say."""
+            f"{source} cannot be opened ({reason}); check --source, --subset and --split, or give "
+            "a .jsonl or .parquet file"
+        ) from error
     splits = rows.info.splits or {}
-    return splits[rows.split].num_examples if rows.split in splits else None
+    size = splits[rows.split].num_examples if rows.split in splits else None
+
+    def read(start: int, broken: Malformed) -> Iterator[tuple[Place, dict[str, Any]]]:
+        for number, row in enumerate(rows.skip(start), start=start + 1):
+            yield Place(Path(source), number, row.get("id")), row
+
+    return Source(source, size, read)
 
 
 @dataclass(frozen=True)
@@ -91,104 +131,130 @@ class Layout:
             number: its place in the data set, from 0; kept as ``source_row``.
 
         Raises:
-            MalformedRow: it lacks a field.
+            MalformedRow: it lacks a field, or has something else in one.
         """
-        name = f"row {number} (id {row.get('id')!r})"
         if row.get("id") is None:
-            raise MalformedRow(f"{name} has no id; its fields are {sorted(row)}")
-        messages = _messages(row, name)
-        with _named(name):
-            tools = tools_in(row)
+            raise MalformedRow(f"it has no id; its fields are {sorted(row)}")
+        messages = _messages(row)
+        tools = tools_in(row)
         more = {} if tools is None else {"tools": tools}
         if self.prompts_only:
             alone = len(messages) == 1 and set(messages[0]) == {"role", "content"}
             prompt = {"prompt": messages[0]["content"]} if alone else {"messages": messages}
             return {"id": str(row["id"]), **prompt, **more, "source_row": number}
         completion = row.get(self.completion)
-        completion = completion if isinstance(completion, dict) else {}
-        said = {key: completion[key] for key in _SAID if completion.get(key)}
-        if not said.get("content") and not said.get("tool_calls"):
+        if not isinstance(completion, dict) or not any(map(completion.get, _NEEDED)):
             raise MalformedRow(
-                f"{name} has no text in {self.completion}.content; its fields are {sorted(row)}"
+                f"no text in {self.completion}.content; its fields are {sorted(row)}; name the "
+                "field of the completion with --completion"
             )
-        with _named(name):
-            messages += read_messages([{"role": "assistant", **said}], self.completion)
-        converted = {"id": str(row["id"]), "conversations": messages, **more}
+        if not completion.get("role") and not completion.get("from"):
+            completion = {**completion, "role": "assistant"}
+        said = read_message(completion, self.completion)
+        if said["role"] != "assistant":
+            raise MalformedRow(
+                f"{self.completion} is the {said['role']}'s, and must be the assistant's; name "
+                "the field of the completion with --completion"
+            )
+        kept = {key: said[key] for key in _SAID if key in said and said[key] is not None}
+        converted = {"id": str(row["id"]), "conversations": [*messages, kept], **more}
         reason = completion.get("finish_reason") or row.get("finish_reason")
         if reason is not None:  # a response cut at its longest has no end-of-turn token
             converted["finished"] = reason != "length"
         return {**converted, "source_row": number}
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except MalformedRow as error:
-        raise MalformedRow(f"{name}: {error}") from error
-
-
-def _messages(row: dict[str, Any], name: str) -> list[Message]:
+def _messages(row: dict[str, Any]) -> list[Message]:
     """Return the messages of a prompt, the last of which is not the assistant's."""
     conversation = row.get("conversation")
     if not isinstance(conversation, list) or not conversation:
         raise MalformedRow(
-            f"{name} has no messages in its field conversation; its fields are {sorted(row)}"
+            f"it has no messages in its field conversation; its fields are {sorted(row)}; rename "
+            "the one that holds them"
         )
     only = conversation[0]
     if len(conversation) == 1 and isinstance(only, dict) and not ({"role", "from"} & set(only)):
         conversation = [{"role": "user", **only}]
-    with _named(name):
-        messages = read_messages(conversation, "conversation")
+    messages = with_system(row, read_messages(conversation, "conversation"))
     for index, message in enumerate(messages):
         if not message["content"] and not message.get("tool_calls"):
-            raise MalformedRow(f"{name} has no text in conversation[{index}].content")
+            raise MalformedRow(f"no text in conversation[{index}].content")
     if messages[-1]["role"] in ("assistant", "system"):
         raise MalformedRow(
-            f"{name}: the last message of its field conversation is the "
-            f"{messages[-1]['role']}'s, not the user's"
+            f"the last message of its field conversation is the {messages[-1]['role']}'s, not the "
+            "user's"
         )
     return messages
 
 
 @dataclass
 class Counts:
-    """How many rows of one run were in the file before, were added, and were malformed."""
+    """Rows of a run.
+
+    Attributes:
+        before: how many earlier runs have read.
+        missing: how many of these they have left out.
+        added: how many this run has written.
+    """
 
     before: int = 0
+    missing: int = 0
     added: int = 0
-    left_out: int = 0
 
 
 def convert(
-    rows: Any,
+    source: Source,
     out: LineFile,
     layout: Layout,
     *,
     limit: int | None = None,
-    skip_malformed: bool = False,
+    malformed: LeftOut | None = None,
     advance: Callable[[int, int], None] = lambda items, work: None,
 ) -> Counts:
     """Append every row of a data set that is not in ``out`` yet, in order.
 
     Args:
-        rows: a `datasets.IterableDataset`.
+        source: the data set.
         out: the file, begun by the same call or empty.
         layout: which fields are read.
         limit: only the first rows of the data set.
-        skip_malformed: leave malformed rows out instead of raising.
+        malformed: what becomes of rows that cannot be converted, or whose id an earlier one has;
+            by default the first is an error.
         advance: called with the rows read, for the rate and towards the total.
 
     Raises:
-        MalformedRow: a row lacks a field; all rows before it are in ``out``.
+        RowError: a row is malformed; all rows before it are in ``out``.
         ValueError: the data set is not the one that ``out`` was begun from.
     """
-    counts = Counts()
-    numbered = _remaining_rows(rows, out, counts)
-    waiting: list[dict[str, Any]] = []
+    malformed = malformed or LeftOut()
+    last = out.last()
+    counts = Counts(before=0 if last is None else last["source_row"] + 1)
+    malformed.rows += counts.before
+    rows = source.read(max(0, counts.before - 1), malformed)
+    if last is not None:
+        _, again = next(rows, (None, {}))
+        if str(again.get("id")) != last["id"]:
+            raise ValueError(
+                f"{out.path} was begun from other data: its last row is row {counts.before}, id "
+                f"{last['id']!r}, but there the data set has id {again.get('id')!r}; write to a "
+                "new file"
+            )
     if limit is not None:
-        numbered = islice(numbered, max(0, limit - counts.before))
+        rows = itertools.islice(rows, max(0, limit - counts.before))
+    seen = {row["id"] for _, row in numbered_rows(out.path, whole_characters=False)}
+    counts.missing = counts.before - len(seen)
+    numbers = itertools.count(counts.before)
     advance(0, counts.before)
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        advance(1, 1)
+        made = layout.convert(row, next(numbers))
+        if made["id"] in seen:
+            raise MalformedRow("an earlier row has its id, too; give every row an id of its own")
+        seen.add(made["id"])
+        return made
+
+    waiting: list[dict[str, Any]] = []
 
     def write() -> None:
         ready = waiting[:]
@@ -197,14 +263,8 @@ def convert(
         counts.added += len(ready)
 
     try:
-        for number, row in numbered:
-            try:
-                waiting.append(layout.convert(row, number))
-            except MalformedRow:
-                if not skip_malformed:
-                    raise
-                counts.left_out += 1
-            advance(1, 1)
+        for _, _, made in usable_rows(rows, read, malformed):
+            waiting.append(made)
             if len(waiting) == WRITE_EVERY:
                 write()
     finally:
@@ -212,24 +272,4 @@ def convert(
     return counts
 
 
-def _remaining_rows(
-    rows: Any, out: LineFile, counts: Counts
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Return the rows after the last one in ``out``, with their numbers."""
-    last = out.last()
-    if last is None:
-        return enumerate(rows)
-    number = last["source_row"]
-    counts.before = number + 1
-    numbered = enumerate(rows.skip(number), start=number)
-    again: dict[str, Any] = next(numbered, (number, {}))[1]
-    if str(again.get("id")) != last["id"]:
-        raise ValueError(
-            f"{out.path} was begun from other data: its last row is row {number}, id "
-            f"{last['id']!r}, but there the data set has id {again.get('id')!r}; write to a new "
-            "file"
-        )
-    return numbered
-
-
-__all__ = ["Counts", "Layout", "MalformedRow", "convert", "known_size", "open_rows"]
+__all__ = ["Counts", "Layout", "MalformedRow", "Source", "convert", "open_rows"]

@@ -321,12 +321,13 @@ def _in_protocol(messages: Sequence[Message]) -> list[Message]:
         text = json.dumps(inner["arguments"], ensure_ascii=False)
         return {"type": "function", **found, "function": {**inner, "arguments": text}}
 
-    return [
-        {**message, "tool_calls": [call(found) for found in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
-    ]
+    sent = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if key != "weight"}
+        if "tool_calls" in message:
+            message["tool_calls"] = [call(found) for found in message["tool_calls"]]
+        sent.append(message)
+    return sent
 
 
 def _token_ids(choice: dict[str, Any]) -> list[int] | None:

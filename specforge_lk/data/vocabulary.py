@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specforge_lk.data.messages import MalformedRow
+from specforge_lk.data.rows import MalformedRow
 from specforge_lk.files import save_tensors
 
 if TYPE_CHECKING:

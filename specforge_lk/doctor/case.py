@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,8 @@ from specforge_lk.doctor.measure import (
     token_counts,
 )
 from specforge_lk.drafts.table import DraftType
+from specforge_lk.files import read_json
+from specforge_lk.run_config import read_sections
 from specforge_lk.serving import Serving
 
 #: Files of features that are read.
@@ -52,18 +54,33 @@ def read_features(folder: Path) -> Features:
     Raises:
         ValueError: there are none.
     """
+    if not folder.is_dir():
+        raise ValueError(f"--features {folder} is no folder; give data.hidden_states_path")
     files = sorted(folder.rglob("*.ckpt"))[:_SAMPLES]
     if not files:
         raise ValueError(f"--features {folder}: no *.ckpt file; give data.hidden_states_path")
-    samples = []
-    for file in files:
-        record = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-        samples.append(
-            (record["input_ids"].flatten().tolist(), record["loss_mask"].flatten().tolist())
-        )
+    samples = [_sample(file) for file in files]
     manifest = folder / MANIFEST
-    found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    found = read_json(manifest, "capture again, or remove it") if manifest.is_file() else {}
     return Features(found, samples)
+
+
+def _sample(file: Path) -> tuple[list[int], list[int]]:
+    """Return the token ids and the loss mask of a feature file.
+
+    Raises:
+        ValueError: it is damaged, or no feature file.
+    """
+    damage = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
+    try:
+        record = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        ids, mask = (record[name].flatten().tolist() for name in ("input_ids", "loss_mask"))
+    except (*damage, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"--features: {file} is cut or damaged, or no feature file; run the capture again, "
+            "which makes it anew"
+        ) from error
+    return ids, mask
 
 
 @dataclass(frozen=True)
@@ -102,22 +119,18 @@ class Run:
     def draft_config(self) -> Mapping[str, Any]:
         """The draft config of the training; empty where the run names none."""
         file = self.file("model", "draft_model_config")
-        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+        return read_json(file, "mend it, or name another draft config") if file else {}
 
 
 def read_run(path: Path) -> Run:
     """Read a run config.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: it is no YAML or JSON of sections.
     """
-    import yaml
-
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: no YAML ({error})") from error
-    if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
+    read = read_sections(path)
+    if not read.get("model"):
         raise ValueError(f"--config {path}: it has no section model; give the run config")
     return Run(path, read)
 

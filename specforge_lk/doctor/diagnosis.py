@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.data.messages import LeftOut
+from specforge_lk.data.rows import LeftOut
 from specforge_lk.decode.checkpoint import DraftError, read_config
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.target import Target
@@ -49,6 +49,7 @@ class Given:
         limit: how many of them to measure, from the file's start.
         sampled_by: what those were sampled by that do not say it.
         off_policy: measure along responses that are no samples of the rule.
+        left_out: what becomes of rows that cannot be used.
         max_length: longest of them, in tokens; longer ones are left out.
         heads: drafted tokens per verification step, K.
         run, features, counts: see `Case` and `Counts`.
@@ -61,6 +62,7 @@ class Given:
     limit: int = 32
     sampled_by: Sampling | None = None
     off_policy: bool = False
+    left_out: LeftOut = field(default_factory=LeftOut)
     max_length: int = 2048
     heads: int | None = None
     run: Run | None = None
@@ -119,6 +121,7 @@ def diagnose(
     caveat = ""
     if given.held_out:
         case.rows, tokens, caveat = _responses(target, target_name, given)
+        report = replace(report, malformed_rows_left_out=len(given.left_out.left_out))
         case.bench = Bench(target, path, {SERVED: tokens}, given.rule, heads, progress)
     outcomes = [Outcome(_LOADS, State.OK)]
     for check in CHECKS:
@@ -183,14 +186,14 @@ def _responses(
     """
     assert given.held_out is not None
     recorded = Recorded.of(
-        held_out_rows([given.held_out], target.chat, target.vocab_size, LeftOut()),
+        held_out_rows([given.held_out], target.chat, target.vocab_size, given.left_out),
         sampled_by=given.sampled_by,
         off_policy=given.off_policy,
         remedy=f"specforge-lk generate --target {target_name} {{options}} --prompts PROMPTS.jsonl "
         "--out FILE.jsonl",
     )
     chosen = recorded.along(given.rule, given.limit)
-    rows, found = [], []
+    rows, found, longest = [], [], 0
     for row in chosen.rows:
         samples = conversations_of(Chosen([row]), target)
         fitting = [
@@ -198,16 +201,20 @@ def _responses(
             for tokens in samples
             if len(tokens.input_ids) <= given.max_length and sum(tokens.loss_mask) > 1
         ]
+        longest = max(longest, *(sum(tokens.loss_mask) for tokens in samples))
         if fitting:
             rows.append(row)
             found += fitting
     if not found:
         raise ValueError(
             f"{given.held_out}: no response of two tokens or more within --max-length "
-            f"{given.max_length}"
+            f"{given.max_length}, prompt included, and the longest has {longest} without it; "
+            "raise --max-length, or give longer responses"
         )
-    sampled = chosen.off_policy
-    return rows, found, f"the responses are samples of another rule: {sampled}" if sampled else ""
+    caveats = list(recorded.notes)
+    if chosen.off_policy:
+        caveats.append(f"the responses are samples of another rule: {chosen.off_policy}")
+    return rows, found, "; ".join(caveats)
 
 
 def _expected(case: Case, caveat: str) -> Expected | None:

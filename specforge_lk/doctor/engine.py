@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import urllib.request
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from specforge_lk.doctor.findings import Expected, Observed
+from specforge_lk.files import read_json
 
 #: A line of Prometheus text: name, labels, value.
 _LINE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
@@ -92,25 +92,31 @@ def read_counts(path: Path) -> Counts:
     Raises:
         ValueError: a count is missing or no number.
     """
-    read = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(read, dict):
-        raise ValueError(f"--accepted {path}: give one JSON object with the engine's counts")
+    read = read_json(path, "give one JSON object with the engine's counts")
     plain = {name.removeprefix(_VLLM).removesuffix("_total"): v for name, v in read.items()}
-    found = {
+    found: dict[str, Any] = {
         field: next((plain[name] for name in names if name in plain), None)
         for field, names in _NAMES.items()
     }
-    positions = tuple(map(float, found["per_position"] or ()))
-    accepted = found["accepted"]
+    positions = found["per_position"] or ()
+    if not isinstance(positions, list | tuple) or not all(map(_is_count, positions)):
+        raise ValueError(
+            f"--accepted {path}: accepted_per_position must be a list of counts, got {positions!r}"
+        )
+    drafts, accepted, drafted = (found[name] for name in ("drafts", "accepted", "draft_tokens"))
     if accepted is None and positions:
         accepted = sum(positions)
-    drafts = found["drafts"]
-    if not isinstance(drafts, (int, float)) or not isinstance(accepted, (int, float)):
+    if not (_is_count(drafts) and _is_count(accepted) and (drafted is None or _is_count(drafted))):
         raise ValueError(
-            f"--accepted {path}: drafts is {drafts!r} and accepted_tokens {accepted!r}; it needs "
-            "both and, if known, draft_tokens and accepted_per_position"
+            f"--accepted {path}: drafts is {drafts!r}, accepted_tokens {accepted!r} and "
+            f"draft_tokens {drafted!r}; it needs counts as the first two and, if known, "
+            "draft_tokens and accepted_per_position"
         )
-    return Counts(float(drafts), float(accepted), found["draft_tokens"], positions, str(path))
+    return Counts(float(drafts), float(accepted), drafted, tuple(map(float, positions)), str(path))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def fetch_counts(url: str, timeout: float = 10) -> Counts:
@@ -131,7 +137,9 @@ def fetch_counts(url: str, timeout: float = 10) -> Counts:
         with urllib.request.urlopen(address, timeout=timeout) as answer:
             text = answer.read().decode("utf-8", "replace")
     except OSError as error:
-        raise OSError(f"--metrics {address} does not answer ({error})") from error
+        raise OSError(
+            f"--metrics {address} does not answer ({error}); check the address"
+        ) from error
     return read_metrics(text, address)
 
 

@@ -148,6 +148,7 @@ class Report:
         expected: None without held-out responses.
         observed: None without an engine's counts.
         versions: of the packages that took part.
+        malformed_rows_left_out: how many held-out rows could not be used.
     """
 
     target: str
@@ -161,6 +162,7 @@ class Report:
     expected: Expected | None
     observed: Observed | None
     versions: dict[str, str] = field(default_factory=dict)
+    malformed_rows_left_out: int = 0
 
     @property
     def findings(self) -> list[tuple[str, Finding]]:

@@ -37,6 +37,8 @@ def conclusion(report: Report) -> list[str]:
             f"τ to expect under {report.serving}, K = {report.heads}: {found.tau:.3f} "
             f"{_interval(found.interval)} on {found.responses} responses{caveat}"
         )
+    if report.malformed_rows_left_out:
+        lines.append(f"{report.malformed_rows_left_out} malformed rows were left out")
     if report.observed:
         lines.append(_observed(report.observed))
     costly = [f for _, f in report.findings if f.weight is Weight.COSTS]

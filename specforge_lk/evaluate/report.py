@@ -264,7 +264,7 @@ def read_report(path: Path) -> Report:
         ValueError: the file is not a report; the message names it, and the field that is wrong.
     """
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(
             f"{path} is not a report of this version; move it away or choose another --out "

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from specforge_lk.data.conversations import Chat, Tokens
-from specforge_lk.data.messages import LeftOut, usable_rows
 from specforge_lk.data.prompts import DataError, placed_rows
 from specforge_lk.data.responses import sampling_of
+from specforge_lk.data.rows import LeftOut, usable_rows
 from specforge_lk.data.vocabulary import require_known
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.settings import fingerprint
@@ -44,11 +44,13 @@ class Recorded:
         by_sampling: the rows; those that do not say are at None.
         off_policy: measure any rule along all of them.
         remedy: the command that makes others, with ``{options}`` for how they are sampled.
+        notes: what a user should hear.
     """
 
     by_sampling: Mapping[Sampling | None, list[Row]]
     off_policy: bool
     remedy: str
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -71,9 +73,13 @@ class Recorded:
             ValueError: what a row says cannot be read.
         """
         found: dict[Sampling | None, list[Row]] = {}
-        for row in rows:
-            found.setdefault(sampling_of(row) or sampled_by, []).append(row)
-        return cls(found, off_policy, remedy)
+        said = [sampling_of(row) for row in rows]
+        for row, sampling in zip(rows, said, strict=True):
+            found.setdefault(sampling or sampled_by, []).append(row)
+        notes: tuple[str, ...] = ()
+        if sampled_by is not None and rows and None not in said:
+            notes = ("--sampled-by has no effect: every held-out response says what it is of",)
+        return cls(found, off_policy, remedy, notes)
 
     @property
     def samplings(self) -> list[Sampling]:
@@ -137,7 +143,7 @@ def held_out_rows(
     for path in paths:
         rows = iter(placed_rows(path, malformed))
         found += [row for _, row, _ in usable_rows(rows, read, malformed)]
-    malformed.check_share(", ".join(paths))
+    malformed.check(", ".join(paths))
     return found
 
 

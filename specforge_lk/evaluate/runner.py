@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,22 +15,21 @@ import torch
 
 from specforge_lk.data.chat_template import as_option
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.data.jsonl import MOST_LEFT_OUT, RowError
-from specforge_lk.data.messages import LeftOut
-from specforge_lk.data.prompts import HUB_PREFIX, DataError, placed_rows, user_turns
+from specforge_lk.data.prompts import DataError
 from specforge_lk.decode.checkpoint import DraftError
 from specforge_lk.decode.draft import Draft
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.arrays import Arrays
+from specforge_lk.evaluate.asked import Asked, Benchmark, read
 from specforge_lk.evaluate.benchmarks import respond
 from specforge_lk.evaluate.compare import compare
 from specforge_lk.evaluate.report import HELD_OUT, Report, Result, read_report, versions
-from specforge_lk.evaluate.responses import Chosen, Recorded, conversations_of, held_out_rows
+from specforge_lk.evaluate.responses import Chosen, Recorded, conversations_of
 from specforge_lk.evaluate.sampled import decode_benchmark
 from specforge_lk.evaluate.settings import MEASUREMENT, Settings, Track, digest, fingerprint
 from specforge_lk.evaluate.teacher_forced import measure_responses
-from specforge_lk.serving import Sampling, Serving
+from specforge_lk.serving import Serving
 
 
 @dataclass(frozen=True)
@@ -41,66 +40,6 @@ class LoadedDraft:
     seed: int
     path: str
     model: Draft
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Prompts to answer.
-
-    Attributes:
-        name: the benchmark's name.
-        prompts: user turns of every prompt.
-        identity: what tells its content from another.
-    """
-
-    name: str
-    prompts: list[list[str]]
-    identity: str
-
-    @classmethod
-    def read(
-        cls, name: str, path: str, limit: int | None, malformed: LeftOut | None = None
-    ) -> Benchmark:
-        """Read the first rows of a JSONL file or of a dataset of the hub."""
-        malformed = malformed or LeftOut()
-        prompts = []
-        for place, row in placed_rows(path, malformed)[:limit]:
-            try:
-                prompts.append(user_turns(row, str(place)))
-            except DataError as error:
-                malformed.refuse(RowError(str(error)))
-            else:
-                malformed.rows += 1
-        malformed.check_share(path)
-        return cls(name, prompts, path if path.startswith(HUB_PREFIX) else digest(path))
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an evaluation is asked to measure.
-
-    Attributes:
-        benchmarks: name -> JSONL file or ``hub:…``.
-        held_out: JSONL files of conversations.
-        rules: serving rules; None for those that the held-out responses are samples of, or
-            without such responses for temperature 0 and 1.
-        sampled: decode the benchmarks with every draft, too.
-        sampled_by: what held-out responses were sampled by that do not say it.
-        off_policy: measure along held-out responses that are no samples of a rule.
-        skip_malformed: leave out rows that cannot be used.
-        max_left_out: largest share of a source's rows that may be left out.
-        left_out: gets what was wrong with the rows of every source that were left out.
-    """
-
-    benchmarks: Mapping[str, str]
-    held_out: Sequence[str] = ()
-    rules: Sequence[Serving] | None = None
-    sampled: bool = False
-    sampled_by: Sampling | None = None
-    off_policy: bool = False
-    skip_malformed: bool = False
-    max_left_out: float = MOST_LEFT_OUT
-    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 def run(
@@ -137,22 +76,8 @@ def run(
     report = read_report(out) if out.exists() else Report()
     dtype = str(target.head.weight.dtype).removeprefix("torch.")
     # Read all data first: a bad row should not surface after an hour of measuring.
-    left_out = {
-        name: LeftOut(asked.skip_malformed, asked.max_left_out)
-        for name in (*asked.benchmarks, HELD_OUT)
-    }
-    benchmarks = [
-        Benchmark.read(name, path, settings.limit, left_out[name])
-        for name, path in asked.benchmarks.items()
-    ]
-    recorded = Recorded.of(
-        held_out_rows(asked.held_out, target.chat, target.vocab_size, left_out[HELD_OUT]),
-        sampled_by=asked.sampled_by,
-        off_policy=asked.off_policy,
-        remedy=f"specforge-lk generate --target {target_path} {{options}} --prompts PROMPTS.jsonl "
-        "--out FILE.jsonl",
-    )
-    rules = list(dict.fromkeys(asked.rules or _default_rules(asked, recorded)))
+    material = read(asked, target, target_path, settings)
+    rules = material.rules
     report.settings = {
         "target": target_path,
         "dtype": dtype,
@@ -163,7 +88,6 @@ def run(
     }
     if target.chat_template_args:
         report.settings["chat_template_args"] = as_option(target.chat_template_args)
-    asked.left_out.update({name: of.left_out for name, of in left_out.items() if of.left_out})
     if asked.left_out:
         report.settings["malformed_rows_left_out"] = {
             name: len(lines) for name, lines in asked.left_out.items()
@@ -177,8 +101,8 @@ def run(
         target, target_path, drafts, rules, settings, out, track, report, common
     )
     if asked.held_out:
-        evaluation.measure_held_out(recorded)
-    for benchmark in benchmarks:
+        evaluation.measure_held_out(material.recorded)
+    for benchmark in material.benchmarks:
         evaluation.measure_benchmark(benchmark)
         if asked.sampled:
             evaluation.decode_benchmark(benchmark)
@@ -192,19 +116,6 @@ def run(
     )
     report.write(out)
     return report
-
-
-def _default_rules(asked: Asked, recorded: Recorded) -> list[Serving]:
-    """Return the rules to measure where none is given."""
-    if not asked.held_out:
-        return [Serving(0.0), Serving(1.0)]
-    if None in recorded.by_sampling:
-        raise DataError(
-            f"{len(recorded.by_sampling[None])} held-out responses do not say how they were "
-            "sampled, as those of older files; say it with --sampled-by temperature=1, or name the "
-            "rules with --serving and give --off-policy"
-        )
-    return [Serving(s.temperature, s.top_k, s.top_p) for s in recorded.samplings]
 
 
 def _require(
@@ -325,9 +236,12 @@ class _Evaluation:
         fitting = [c for c, fit in zip(encoded, fits, strict=True) if fit]
         began = time.monotonic()
         with self.track(what, sum(len(c.input_ids) for c in fitting)) as progress:
-            measured = measure_responses(
-                self.target, wanted, fitting, self.settings, progress.advance
-            )
+            try:
+                measured = measure_responses(
+                    self.target, wanted, fitting, self.settings, progress.advance
+                )
+            except DataError as error:
+                raise DataError(f"{what}: {error}") from error
         seconds = round(time.monotonic() - began, 1)
         for results, found in zip(filter(None, pending), measured, strict=True):
             for rule, result in results.items():
@@ -419,4 +333,4 @@ def _together(
     return list(found.items())
 
 
-__all__ = ["Asked", "Benchmark", "LoadedDraft", "run"]
+__all__ = ["LoadedDraft", "run"]

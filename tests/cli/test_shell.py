@@ -100,7 +100,7 @@ def test_devices():
     [
         (f"capture {RUN} --responses r.jsonl", "specforge", "specforge"),
         (f"cost {RUN}", "specforge", "specforge"),
-        ("data --source none.jsonl --out {out}", "datasets", "data"),
+        ("data --source nobody/nothing --out {out}", "datasets", "data"),
         (f"{GENERATE} --target x", "transformers", "data"),
         (f"{GENERATE} --server http://localhost:9", "httpx", "data"),
         ("eval --target x --draft kl=y --held-out z --out {out}", "transformers", "data"),

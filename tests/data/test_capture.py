@@ -184,7 +184,7 @@ def test_rows_that_train_nothing_are_skipped_and_counted(target: Path, tmp_path:
 
     path.write_text(json.dumps(rows[0]) + "\n")
     refused = invoke(config, path, "--out", str(tmp_path / "none"), "--max-left-out", "1")
-    assert refused.exit_code == 1 and "no response of two tokens or more" in refused.output
+    assert refused.exit_code == 1 and "has nothing to train on" in refused.output
 
 
 def test_specforge_reads_the_features(target: Path, responses: Path, tmp_path: Path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from specforge_lk.data.jsonl import LineFile, open_lines
-from specforge_lk.data.released import Layout, convert
+from specforge_lk.data.jsonl import LineFile, Place, open_lines
+from specforge_lk.data.released import Layout, Source, convert
 
 ROWS = [{"id": str(i), "text": "é\ud800" * i} for i in range(40)]
 
@@ -49,23 +49,20 @@ def test_a_write_that_fails_half_way_leaves_no_half(tmp_path: Path):
     assert read(path) == ROWS[:10] + ROWS[20:30]
 
 
-class Rows(list):
-    """As much of a `datasets.IterableDataset` as `convert` uses."""
-
-    def skip(self, count: int) -> list:
-        return self[count:]
-
-
 @pytest.mark.parametrize("fatal", [0, 1])
 def test_interrupted_while_writing_to_disk(
     fatal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Ctrl-C comes most likely in fsync: the rows of that moment are not doubled afterwards."""
     path = tmp_path / "out.jsonl"
-    rows = Rows(
-        {"id": i, "conversation": [{"content": "q"}], "generated_message": {"content": "a"}}
+    rows = [
+        (
+            Place(tmp_path, i),
+            {"id": i, "conversation": [{"content": "q"}], "generated_message": {"content": "a"}},
+        )
         for i in range(1200)
-    )
+    ]
+    source = Source("rows", 1200, lambda start, broken: iter(rows[start:]))
     calls, fsync = iter(range(100)), os.fsync
 
     def interrupted(descriptor: int) -> None:
@@ -76,10 +73,10 @@ def test_interrupted_while_writing_to_disk(
     with open_lines(path, {}) as lines, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            convert(rows, lines, Layout())
+            convert(source, lines, Layout())
     assert len(read(path)) == 500 * fatal
     with open_lines(path, {}) as lines:
-        convert(rows, lines, Layout())
+        convert(source, lines, Layout())
     assert [row["source_row"] for row in read(path)] == list(range(1200))
 
 

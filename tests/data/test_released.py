@@ -164,7 +164,7 @@ def test_a_larger_limit_continues(tmp_path: Path):
     rows[11]["id"] = 999
     result = invoke(save(rows, source), out)
     assert (
-        result.exit_code == 1 and "begun from other data: its last row is row 11" in result.output
+        result.exit_code == 1 and "begun from other data: its last row is row 12" in result.output
     )
     result = invoke(source, out, "--prompts-only")
     assert result.exit_code == 1 and "completion='generated_message', not None" in result.output
@@ -174,8 +174,11 @@ def test_a_larger_limit_continues(tmp_path: Path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"id": None}, "row 3 (id None) has no id; its fields are"),
-        ({"conversation": None}, "row 3 (id 21) has no messages in its field conversation"),
+        ({"id": None}, "set.jsonl:4: it has no id; its fields are"),
+        (
+            {"conversation": None},
+            "4 (id 21): it has no messages in its field conversation",
+        ),
         ({"conversation": [{"role": "user", "content": ""}]}, "no text in conversation[0].content"),
         ({"conversation": [{"role": "assistant", "content": "x"}]}, "is the assistant's, not the"),
         ({"conversation": [{"content": "x"}] * 2}, "it does not say whose conversation[0] is"),
@@ -191,7 +194,7 @@ def test_a_malformed_row_is_named_and_loses_nothing(damage: dict, message: str, 
     assert result.exit_code == 1 and message in result.output, result.output
     assert read(out) == wanted(released(6))[:3]
     refused = invoke(source, out, "--skip-malformed")
-    assert refused.exit_code == 1 and "1 of 6 rows were left out" in refused.output
+    assert refused.exit_code == 1 and "1 of 6 rows would be left out" in refused.output
     out = tmp_path / "other.jsonl"
     some = ("--skip-malformed", "--max-left-out", "0.2")
     assert "6 rows read, 5 new conversations, 1 left out" in run(source, out, *some)
@@ -204,7 +207,7 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "set.csv").write_text("id\n1\n")
     (tmp_path / "torn.jsonl").write_text('{"id": 1, "conver')
     for arguments, message in [
-        ((tmp_path / "set.csv", out), "none of .parquet, .jsonl, .json"),
+        ((tmp_path / "set.csv", out), "none of .jsonl, .parquet, .json"),
         ((tmp_path / "torn.jsonl", out), "torn.jsonl"),
         (("nobody/nothing", out), "nobody/nothing"),
         ((source, out, "--split", "held"), "held"),

@@ -20,9 +20,10 @@ from specforge_lk.data.prompts import (
 from specforge_lk.decode.draft import load_draft
 from specforge_lk.decode.target import Target
 from specforge_lk.evaluate.acceptance import RULES
+from specforge_lk.evaluate.asked import Asked
 from specforge_lk.evaluate.intervals import bootstrap_ratio
 from specforge_lk.evaluate.report import read_report
-from specforge_lk.evaluate.runner import Asked, LoadedDraft, run
+from specforge_lk.evaluate.runner import LoadedDraft, run
 from specforge_lk.evaluate.sampled import Decoded, decode_benchmark, paired_decoded_difference
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.evaluate.teacher_forced import measure_responses

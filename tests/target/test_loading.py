@@ -296,6 +296,22 @@ def test_commands_refuse_random_weights(name: str, tmp_path: Path):
     assert not [path for path in tmp_path.glob("out/*") if path.suffix != ".lock"]
 
 
+@pytest.mark.parametrize("name", ["capture", "generate", "eval"])
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.layers.5.mlp.down_proj.weight"])
+def test_commands_refuse_weights_that_are_not_finite(name: str, tensor: str, tmp_path: Path):
+    """Also where no captured layer, or no prompt, would show it."""
+
+    def broken(tensors: dict) -> dict:
+        tensors[tensor][-1, -1] = torch.nan if name == "eval" else -torch.inf
+        return tensors
+
+    result = command(name, edited(tmp_path / "target", broken), tmp_path)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    said = result.stderr.replace("\n", " ")
+    assert f"are not finite: NaN or infinity in {tensor}; download them again" in said
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out").stat().st_size
+
+
 _REMOTE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 

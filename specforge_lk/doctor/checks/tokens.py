@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.data.messages import MalformedRow, messages_in
+from specforge_lk.data.messages import messages_in
+from specforge_lk.data.rows import MalformedRow
 from specforge_lk.doctor import edits
 from specforge_lk.doctor.case import Case
 from specforge_lk.doctor.findings import Finding, Weight
