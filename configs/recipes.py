@@ -18,6 +18,7 @@ from typing import Any, Final
 import yaml
 
 from specforge_lk.drafts.table import DRAFTS, DraftType
+from specforge_lk.engines import VLLM_METHOD, VLLM_PROPOSED, VLLM_PROPOSER
 from specforge_lk.evaluate.published import HEADS as DRAFTED
 from specforge_lk.markdown import markdown_table
 
@@ -211,25 +212,26 @@ _PROPER: Final = {"draft_sample_method": "probabilistic", "rejection_sample_meth
 
 def vllm_command(target: Target, draft: Draft) -> str | None:
     """Return the command that serves an export with vLLM 0.32; None where there is none."""
-    if not draft.type.vllm:
+    proposed = draft.algorithm in VLLM_PROPOSED
+    if not (proposed or draft.type.vllm):
         return None
+    export = f"runs/{target.name}/{draft.algorithm}/export"
     speculative = {
-        "method": draft.algorithm,
-        "model": f"runs/{target.name}/{draft.algorithm}/export",
+        "method": VLLM_METHOD if proposed else draft.algorithm,
+        "model": VLLM_PROPOSER if proposed else export,
         "num_speculative_tokens": DRAFTED[draft.algorithm],
-        # Its MEDUSA takes the likeliest token of every head whatever is asked for.
-        **({} if draft.algorithm == "medusa" else _PROPER),
+        # It takes no draft distribution from a proposer of ours.
+        **({} if proposed else _PROPER),
     }
     lines = [
         f"vllm serve {target.facts['hub_id']} --tensor-parallel-size {target.serving_gpus}",
         f"  --speculative-config '{json.dumps(speculative)}'",
     ]
-    if draft.algorithm != "medusa":
-        return " \\\n".join(lines)
-    # It reads token_map, but does not count it as loaded.
-    lines.append("  --model-loader-extra-config '{\"enable_weights_track\": false}'")
-    needed = "# Only for an export trained with original_lm_head; see the note above.\n"
-    return needed + " \\\n".join(lines)
+    if proposed:
+        options = {"specforge_lk": {"draft": export}}, {"cudagraph_mode": "PIECEWISE"}
+        ours, graphs = map(json.dumps, options)
+        lines.append(f"  --additional-config '{ours}' --compilation-config '{graphs}'")
+    return " \\\n".join(lines)
 
 
 def sglang_command(target: Target, draft: Draft) -> str | None:

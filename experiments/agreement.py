@@ -42,6 +42,7 @@ from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.speculate import speculate
 from specforge_lk.decode.target import Target
+from specforge_lk.engines import VLLM_METHOD
 from specforge_lk.evaluate.report import versions
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.evaluate.teacher_forced import measure_responses
@@ -55,7 +56,7 @@ HEADS = 4
 BATCH = 32
 #: The drafts that are trained, by name: those of `make serve-check`, and one that drafts a block.
 DRAFTS: Final[dict[str, Training]] = {
-    **{draft.name: draft for draft in SERVED if draft.method},
+    **{draft.name: draft for draft in SERVED if draft.method not in (None, VLLM_METHOD)},
     "dflash": Training("dflash", "lk_lambda", 0, RUNS / "agreement", batch=2, max_steps=64),
 }
 

@@ -309,6 +309,7 @@ def capture(
     threads: int,
     samples: int = SAMPLES,
     device: str = "auto",
+    responses: Path = RESPONSES,
 ) -> None:
     """Store the features of the first responses that a config's training reads.
 
@@ -320,10 +321,11 @@ def capture(
         threads: of the process.
         samples: how many responses.
         device: torch device.
+        responses: conversation rows.
     """
     vocabulary = ("--vocab-mapping", mapping) if mapping else ()
     execute(
-        *("specforge-lk", "capture", "--config", config, "--responses", RESPONSES),
+        *("specforge-lk", "capture", "--config", config, "--responses", responses),
         *("--limit", samples, "--device", device, "--out", features, *vocabulary, *settings),
         threads=threads,
     )

@@ -25,7 +25,7 @@ from specforge_lk.losses import LOSSES
 from specforge_lk.markdown import markdown_table
 from specforge_lk.patching import SUPPORTED
 from specforge_lk.serving import PRESETS
-from tools import cover_letter, gains
+from tools import cover_letter, engines, gains
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "experiments" / "results"
@@ -115,6 +115,12 @@ def vllm() -> str:
     header = ["draft", "T, drafting", "output is the target's", "vLLM accepts, by position"]
     header += ["our decoding", "prompts that differ", "rounds computed", "vLLM's rounds"]
     return markdown_table(header, rows)
+
+
+def support() -> str:
+    """Which drafts the engines have methods and architectures for."""
+    report = ServingReport.model_validate_json((RESULTS / "serving.json").read_text())
+    return engines.table(engines.read_record(), report)
 
 
 def _rounds(found: Prediction) -> list[str]:
@@ -285,7 +291,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "docs/finetune.md": {"gain": gains.fine_tuning},
     "docs/cost.md": {"operation": operation, "bounds": bounds},
     "docs/evaluate.md": {"presets": presets},
-    "docs/serving.md": {"vllm": vllm},
+    "docs/serving.md": {"engines": support, "vllm": vllm},
     "docs/install.md": {"versions": versions},
     "docs/losses.md": {"options": options},
     "docs/extending.md": {

@@ -20,6 +20,7 @@ from experiments.runner import CONFIGS, ROOT, RUNS, capture, console, fail, trai
 from experiments.serving.cases import DRAFTS, FEATURES, HEADS, SERVING, ServedDraft
 from experiments.serving.check import Check
 from experiments.serving.report import ServingReport, continued, show, write
+from experiments.serving.server import check as served_responses
 from specforge_lk.evaluate.report import versions
 
 NAMES = [draft.name for draft in DRAFTS]
@@ -36,6 +37,9 @@ def main(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each benchmark.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=2, help="Longest response.")] = 48,
+    server: Annotated[
+        bool, typer.Option(help="Sample responses from vLLM's OpenAI server, too.")
+    ] = True,
     publish: Annotated[
         Path | None, typer.Option(help="Also write the report here: a .json, .md beside it.")
     ] = None,
@@ -96,13 +100,16 @@ def main(
         if draft.algorithm == "mlp_speculator":
             console.print(f"\n[bold]{draft.name}[/], loaded into vLLM's class")
             report.speculator = check.speculator(draft)
+    if server:
+        console.print("\n[bold]responses[/] from vLLM's OpenAI server")
+        report.server = served_responses(assets, check.engine, prompts, new_tokens)
     report = continued(report, path)
     show(report, console)
     written = write(report, path) + (write(report, publish) if publish else [])
     for file in written:
         console.print(f"  {file}")
     if not report.passed:
-        fail("vLLM does not serve every draft as it decodes here")
+        fail("vLLM does not serve every draft as it decodes here, or its server failed")
     console.print(f"[bold green]passed[/] in {(time.monotonic() - began) / 60:.0f} minutes")
 
 

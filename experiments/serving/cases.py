@@ -11,6 +11,7 @@ import yaml
 
 from experiments.runner import CONFIGS, RUNS, Training
 from experiments.serving.layouts import write_mimo
+from specforge_lk.engines import VLLM_METHOD, VLLM_PROPOSER
 from specforge_lk.files import write_text
 
 SERVING = RUNS / "serving"
@@ -32,7 +33,7 @@ class ServedDraft(Training):
         changes: keys of the draft's config that differ from the committed one.
         method: vLLM's name of the algorithm; None where it has a loader but cannot serve.
         hf_overrides: keys that the target's config needs for vLLM to build the draft.
-        options: further arguments of vLLM's ``LLM``.
+        options: arguments of vLLM's ``LLM``; `engine_options` has all of them.
         runs: temperature and drafting of every comparison.
         given: a draft that was exported before, to check instead of training one.
     """
@@ -77,11 +78,18 @@ class ServedDraft(Training):
         write_text(self.parent / "draft.json", json.dumps(draft, indent=2) + "\n")
         write_text(self.config_path, yaml.safe_dump(config, sort_keys=False))
 
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """Further arguments of vLLM's ``LLM``."""
+        if self.method != VLLM_METHOD:
+            return self.options
+        return self.options | {"additional_config": {"specforge_lk": {"draft": str(self.served)}}}
+
     def speculative_config(self, sampling: Sampling) -> dict[str, Any]:
         """Return vLLM's ``speculative_config`` of this draft."""
         config: dict[str, Any] = {
             "method": self.method,
-            "model": str(self.served),
+            "model": VLLM_PROPOSER if self.method == VLLM_METHOD else str(self.served),
             "num_speculative_tokens": HEADS,
         }
         if sampling == "probabilistic":
@@ -128,6 +136,18 @@ DRAFTS = (
         hf_overrides={"num_nextn_predict_layers": 1},
         runs=((0.0, "greedy"), (1.0, "probabilistic")),
         max_steps=24,
+    ),
+    # The recipes as they are: a truncated vocabulary, and for MEDUSA an LM head per head. Neither
+    # has a method of vLLM's own.
+    *(
+        _draft(
+            f"{algorithm}_recipe",
+            algorithm,
+            method=VLLM_METHOD,
+            runs=((0.0, "greedy"), (1.0, "greedy")),
+            max_steps=64,
+        )
+        for algorithm in ("medusa", "mlp_speculator")
     ),
     _draft(
         "mlp_speculator",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from experiments.assets import Assets
 from experiments.runner import console, fail
 from experiments.serving import compare
 from experiments.serving.cases import HEADS, SERVING, Sampling, ServedDraft
-from experiments.serving.engine import ENVIRONMENT
+from experiments.serving.engine import environment
 from experiments.serving.report import Comparison, FirstDifference, Prediction, Side, Speculator
 from specforge_lk.data.conversations import Tokens
 from specforge_lk.data.prompts import read_rows, user_turns
@@ -28,6 +27,7 @@ from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.prefill import Prefills
 from specforge_lk.decode.speculate import speculate
 from specforge_lk.decode.target import Target
+from specforge_lk.engines import VLLM_METHOD
 from specforge_lk.evaluate.settings import Settings
 from specforge_lk.evaluate.teacher_forced import measure_responses
 from specforge_lk.files import write_text
@@ -101,11 +101,13 @@ class Check:
             command = [str(self.engine), "-m", module, str(path)]
             console.print(f"[dim]$ {shlex.join(command)}[/]")
             log = path.with_suffix(".log")
-            preload = self.engine.parent.parent / "lib" / "libiomp5.so"
-            environment = {**os.environ, **ENVIRONMENT, "LD_PRELOAD": str(preload)}
             with log.open("w") as output:
                 done = subprocess.run(
-                    command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(self.engine),
+                    check=False,
                 )
             if done.returncode:
                 fail(f"vLLM failed at {name}", log)
@@ -159,7 +161,7 @@ class Check:
             temperature,
             speculative_config=speculative,
             hf_overrides=draft.hf_overrides,
-            options=draft.options,
+            options=draft.engine_options,
         )
         name = f"{draft.name}-T{temperature:g}-{sampling}"
         served = self._run("experiments.serving.engine", name, job, _files(draft))
@@ -192,6 +194,7 @@ class Check:
         )
         return Comparison(
             draft=draft.name,
+            algorithm=draft.algorithm,
             temperature=temperature,
             drafting=sampling,
             prompts=len(self.prompts),
@@ -206,7 +209,7 @@ class Check:
             counters=served["counters"],
             counters_agree=agree,
             speculative_config=speculative,
-            options={"hf_overrides": draft.hf_overrides} | draft.options,
+            options={"hf_overrides": draft.hf_overrides} | draft.engine_options,
             prediction=prediction,
             passed=found.passed
             and agree
@@ -263,7 +266,9 @@ def _rule(temperature: float, sampling: Sampling) -> Serving:
 
 
 def _files(draft: ServedDraft) -> list[Path]:
-    return sorted(draft.served.iterdir())
+    """Return what the engine reads of a draft: its files, and our code that proposes with it."""
+    own = [Path("specforge_lk/engines/vllm_proposer.py"), Path("specforge_lk/decode/heads.py")]
+    return [*sorted(draft.served.iterdir()), *(own if draft.method == VLLM_METHOD else [])]
 
 
 def _side(record: compare.Record) -> Side:

@@ -7,6 +7,7 @@ from elsewhere in this project, whose dependencies that environment does not hav
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,12 @@ ENVIRONMENT = {
     # A thread that spins for work takes the core of one that has some.
     "KMP_BLOCKTIME": "0",
 }
+
+
+def environment(python: Path) -> dict[str, str]:
+    """Return the environment variables of a process with this Python of vLLM's environment."""
+    preload = python.parent.parent / "lib" / "libiomp5.so"
+    return {**os.environ, **ENVIRONMENT, "LD_PRELOAD": str(preload)}
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,11 @@ class Comparison(_Strict):
     ``intervals`` are of the difference of acceptance per step, engine minus ours (Newcombe's score
     intervals, together 95 %). ``differing`` counts prompts whose records differ; ``same_output``
     counts responses equal to the target's own without a draft. Both are null where tokens were
-    sampled.
+    sampled. ``algorithm`` is null where it is the draft's name.
     """
 
     draft: str
+    algorithm: str | None = None
     temperature: float
     drafting: str
     prompts: int
@@ -107,6 +108,35 @@ class Speculator(_Strict):
     passed: bool
 
 
+class ServedResponses(_Strict):
+    """Responses of `specforge-lk generate --server` from vLLM's OpenAI server.
+
+    Attributes:
+        prompts: prompts asked.
+        client_killed_at: responses in the file when the client was killed.
+        server_killed_at: responses in the file when the server was killed.
+        responses: responses in the file at the end.
+        tokens: tokens of these.
+        with_ids: responses whose sampled token ids the server returned.
+        sampled_again: responses with the tokens that the server samples for prompt and seed when
+            it is asked again.
+        captured: samples of `specforge-lk capture` with the server's tokens of prompt and response,
+            the latter supervised.
+        passed: whether each prompt has one response, and all of this holds for all of them, but
+            for near-ties.
+    """
+
+    prompts: int
+    client_killed_at: int
+    server_killed_at: int
+    responses: int
+    tokens: int
+    with_ids: int
+    sampled_again: int
+    captured: int
+    passed: bool
+
+
 class ServingReport(_Strict):
     """Everything the check found."""
 
@@ -116,12 +146,13 @@ class ServingReport(_Strict):
     notes: list[str] = []
     comparisons: list[Comparison] = []
     speculator: Speculator | None = None
+    server: ServedResponses | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every part of the check passed."""
-        parts = [c.passed for c in self.comparisons]
-        return all(parts) and (self.speculator is None or self.speculator.passed)
+        parts = [*self.comparisons, self.speculator, self.server]
+        return all(part.passed for part in parts if part is not None)
 
 
 def continued(report: ServingReport, path: Path) -> ServingReport:
@@ -140,6 +171,7 @@ def continued(report: ServingReport, path: Path) -> ServingReport:
             "training": old.training | report.training,
             "comparisons": kept + report.comparisons,
             "speculator": report.speculator or old.speculator,
+            "server": report.server or old.server,
         }
     )
 
@@ -205,6 +237,19 @@ def speculator_lines(found: Speculator) -> list[str]:
     ]
 
 
+def server_lines(found: ServedResponses) -> list[str]:
+    """Return the responses of vLLM's server as sentences."""
+    verdict = "ok" if found.passed else "FAILED"
+    return [
+        f"`specforge-lk generate --server` with vLLM's OpenAI server, {found.prompts} prompts: the "
+        f"client was killed at {found.client_killed_at} responses, the server at "
+        f"{found.server_killed_at}; the file has {found.responses}, {found.with_ids} with token "
+        f"ids ({found.tokens} tokens). Asked again with the same seeds, the server samples the "
+        f"tokens of {found.sampled_again} of them. `specforge-lk capture` has the server's tokens "
+        f"of prompt and response in {found.captured} samples: {verdict}."
+    ]
+
+
 def show(report: ServingReport, console: Console) -> None:
     """Print the tables."""
     if not console.is_terminal:
@@ -216,9 +261,13 @@ def show(report: ServingReport, console: Console) -> None:
     for c in report.comparisons:
         for d in c.first_differences:
             console.print(_difference(c, d))
-    if report.speculator is not None:
-        for line in speculator_lines(report.speculator):
-            console.print(line)
+    for line in _sentences(report):
+        console.print(line)
+
+
+def _sentences(report: ServingReport) -> list[str]:
+    lines = speculator_lines(report.speculator) if report.speculator else []
+    return [*lines, *(["", *server_lines(report.server)] if report.server else [])]
 
 
 def _difference(c: Comparison, d: FirstDifference) -> str:
@@ -245,8 +294,7 @@ def markdown(report: ServingReport) -> str:
     ]
     lines += [markdown_table(HEADER, rows(report), tight=True), ""]
     lines += [f"- {_difference(c, d)}" for c in report.comparisons for d in c.first_differences]
-    if report.speculator is not None:
-        lines += ["", *speculator_lines(report.speculator)]
+    lines += ["", *_sentences(report)]
     made = [
         (name, f"`{t.get('command', t.get('draft'))}`", str(t.get("steps", "given")))
         for name, t in report.training.items()

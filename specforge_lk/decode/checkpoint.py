@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from specforge_lk.decode.target import Target
 from specforge_lk.drafts.table import ARCHITECTURES, DraftType, draft_type
 from specforge_lk.files import compare_checksums, read_json
 
@@ -45,6 +44,14 @@ class TargetFacts(Protocol):
 
     def lm_head_weight(self) -> torch.Tensor:
         """Return the LM head's weight [V, H]."""
+        ...
+
+
+class DraftTarget(TargetFacts, Protocol):
+    """What a draft is loaded for: a target of ours, or that of an engine."""
+
+    def place(self, draft: _Module) -> _Module:
+        """Put a draft on the target's device, its parameters in the target's dtype."""
         ...
 
 
@@ -266,7 +273,7 @@ def draft_vocabulary(
 
 
 def fill(
-    draft: _Module, weights: Mapping[str, torch.Tensor], path: Path, target: Target
+    draft: _Module, weights: Mapping[str, torch.Tensor], path: Path, target: DraftTarget
 ) -> _Module:
     """Give a draft its weights and put it beside the target.
 

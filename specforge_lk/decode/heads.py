@@ -20,6 +20,7 @@ from torch import nn
 from specforge_lk.decode.base import BaseDraft
 from specforge_lk.decode.checkpoint import (
     DraftError,
+    DraftTarget,
     TargetFacts,
     draft_vocabulary,
     fill,
@@ -30,7 +31,6 @@ from specforge_lk.decode.checkpoint import (
 from specforge_lk.decode.draft import Proposal
 from specforge_lk.decode.draft_config import require_positive
 from specforge_lk.decode.sampling import choose
-from specforge_lk.decode.target import Target
 from specforge_lk.serving import Sampling
 
 Weights = dict[str, torch.Tensor]
@@ -73,7 +73,7 @@ class LastStateDraft(BaseDraft):
 
     @classmethod
     def load(
-        cls, path: Path, config: Config, target: Target, layers: tuple[int, ...] | None
+        cls, path: Path, config: Config, target: DraftTarget, layers: tuple[int, ...] | None
     ) -> Self:
         """Load a draft from an engine's layout; see `load_draft`."""
         refuse_layers(path, cls.algorithm, layers)

@@ -30,6 +30,8 @@ from tiny_target import HIDDEN_SIZE, VOCAB_SIZE, build_family, build_model, buil
 from training_run import conversations, run, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from specforge_lk.engines import VLLM_PROPOSER
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "configs"))
 import recipes  # noqa: E402
@@ -210,23 +212,22 @@ def option(command: str, name: str) -> str:
 
 @each_recipe
 def test_serving_samples_as_training_assumes(target, draft) -> None:
-    """Tokens drawn from q, K of the paper's evaluation; what an engine cannot do has no command."""
+    """Tokens drawn from q where engines do that; K of the paper's evaluation."""
     vllm, sglang = recipes.vllm_command(target, draft), recipes.sglang_command(target, draft)
-    assert (vllm is None) == (draft.algorithm == "mlp_speculator")
-    assert (sglang is None) == (draft.algorithm in ("medusa", "mlp_speculator"))
+    proposed = draft.algorithm in ("medusa", "mlp_speculator")
+    assert (sglang is None) == proposed
     exported = f"runs/{target.name}/{draft.algorithm}/export"
-    if vllm:
-        speculative = json.loads(option(vllm, "--speculative-config"))
-        assert speculative.pop("model") == exported
+    speculative = json.loads(option(vllm, "--speculative-config"))
+    assert speculative.pop("num_speculative_tokens") == (6 if proposed else 7)
+    if proposed:
+        assert speculative == {"method": "custom_class", "model": VLLM_PROPOSER}
+        given = {"specforge_lk": {"draft": exported}}
+        assert json.loads(option(vllm, "--additional-config")) == given
+        graphs = json.loads(option(vllm, "--compilation-config"))
+        assert graphs == {"cudagraph_mode": "PIECEWISE"}
+    else:
         sampled = {"draft_sample_method": "probabilistic", "rejection_sample_method": "standard"}
-        assert speculative == {
-            "method": draft.algorithm,
-            "num_speculative_tokens": 6 if draft.algorithm == "medusa" else 7,
-            **({} if draft.algorithm == "medusa" else sampled),
-        }
-        # Its loader knows truncated MEDUSA heads as one LM head only, with its check off.
-        needs = draft.algorithm == "medusa"
-        assert ("--model-loader-extra-config" in vllm and "original_lm_head" in vllm) == needs
+        assert speculative == {"method": draft.algorithm, "model": exported, **sampled}
     if sglang:
         assert option(sglang, "--speculative-draft-model-path") == exported
         assert option(sglang, "--speculative-num-steps") == "7"

@@ -1,6 +1,7 @@
 """The comparison of a serving engine with our decoding finds what differs, and nothing else."""
 
 import json
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from scipy import stats
 
 from experiments.serving import __main__ as serve_check
 from experiments.serving import compare
+from experiments.serving.cases import DRAFTS
 from experiments.serving.compare import Record
 from experiments.serving.layouts import write_mimo
+from experiments.serving.report import ServedResponses, ServingReport, continued, write
 from specforge_lk.evaluate.rounds import Rounds
 
 HEADS = 4
@@ -150,6 +153,29 @@ def test_an_mtp_module_becomes_vllms_mimo(tmp_path):
     (draft / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
     with pytest.raises(ValueError, match="head_dim 16"):
         write_mimo(draft, served)
+
+
+def test_every_part_of_the_check_must_pass(tmp_path):
+    counts = dict(client_killed_at=1, server_killed_at=2, responses=4, tokens=40, with_ids=4)
+    responses = ServedResponses(prompts=4, **counts, sampled_again=3, captured=4, passed=False)
+    empty = ServingReport(settings={}, versions={}, training={})
+    report = empty.model_copy(update={"server": responses})
+    assert empty.passed and not report.passed
+    (path, drawn) = write(report, tmp_path / "report.json")
+    assert "tokens of 3 of them" in drawn.read_text() and "FAILED" in drawn.read_text()
+    # Another run without the server keeps what was found.
+    assert continued(empty, path).server == responses
+
+
+def test_a_proposer_of_ours_is_named_with_its_draft():
+    served = {draft.name: draft for draft in DRAFTS}
+    draft = served["mlp_speculator_recipe"]
+    module, _, name = draft.speculative_config("greedy")["model"].rpartition(".")
+    assert name in import_module(module).__all__
+    assert draft.engine_options["additional_config"] == {
+        "specforge_lk": {"draft": str(draft.served)}
+    }
+    assert "additional_config" not in served["medusa"].engine_options
 
 
 @pytest.mark.parametrize("value", ["eagle3", "eagle3=absent"])
