@@ -96,7 +96,7 @@ test: $(READY) ## run the test suite
 test-fast: $(READY) ## run the tests that neither train nor need a network
 	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not network and not online"
 
-test-online: $(READY) ## test server-streamed training, with a real Mooncake on loopback
+test-online: $(READY) ## test streamed training with a real Mooncake, and what engines' wheels have
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(MOONCAKE)"
 	$(PYTEST) -m online
 

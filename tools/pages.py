@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Final
 
 from configs import recipes
-from experiments.serving.report import Prediction, ServingReport
+from experiments.serving.report import Prediction, ServingReport, server_lines
 from specforge_lk.cli.losses import Option, find_losses
 from specforge_lk.evaluate.report import HELD_OUT, Result, read_report
 from specforge_lk.evaluate.tables import gain_rows, held_out_name
@@ -114,7 +114,8 @@ def vllm() -> str:
         rows.append([*row, *(_rounds(c.prediction) if c.prediction else ["–", "–"])])
     header = ["draft", "T, drafting", "output is the target's", "vLLM accepts, by position"]
     header += ["our decoding", "prompts that differ", "rounds computed", "vLLM's rounds"]
-    return markdown_table(header, rows)
+    sentences = ["", *server_lines(report.server)] if report.server else []
+    return "\n".join([markdown_table(header, rows), *sentences])
 
 
 def support() -> str:

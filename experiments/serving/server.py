@@ -202,7 +202,7 @@ def _reached(process: subprocess.Popen[bytes], value: Callable[[], int], least: 
     while (now := value()) < least:
         if process.poll() is not None:
             fail("specforge-lk generate ended too early", FOLDER / "client.log")
-        time.sleep(0.01)
+        time.sleep(0.05)
     return now
 
 
