@@ -1,4 +1,4 @@
-"""What the overlap operation does on a GPU: its agreement with float64, and `linear_overlap`.
+"""The overlap operation on a GPU: agreement with float64, the target's side, `linear_overlap`.
 
 Run as ``python -m benchmarks.gpu``, which needs torch and Triton alone. Every result is a line of
 JSON, printed and appended to ``--out`` at once, so that a cut leaves what was measured.
@@ -10,16 +10,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from specforge_lk.overlap import OverlapTerms, linear_overlap, overlap_terms
+from specforge_lk.overlap import OverlapTerms, linear_overlap, overlap_terms, target_terms
 
 #: [N, V] of the agreement: vocabularies in use, one of odd size, one below a tile.
-PARITY = ((64, 32_000), (64, 128_256), (64, 50_257), (128, 37), (16, 151_936))
+PARITY = ((64, 4096), (64, 32_000), (64, 128_256), (64, 50_257), (128, 37), (16, 151_936))
 #: [N, H, V] of `linear_overlap`.
 LINEAR = ((8192, 4096, 128_256), (8192, 4096, 32_000), (16_384, 2048, 151_936))
 REPEATS = 3
@@ -73,6 +74,7 @@ def parity(record: Recorder, device: str, shapes: Sequence[tuple[int, int]]) -> 
                     terms=dict(zip(TERMS, errors, strict=True)),
                     gradient=float(difference),
                     masked_rows_are_zero=not bool(found[1][~mask].any()),
+                    draft_argmax_equal=torch.equal(found[2], expected[2]),
                 )
 
 
@@ -82,13 +84,43 @@ def _terms_and_gradient(
     normalizer: torch.Tensor,
     mask: torch.Tensor,
     impl: str,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     draft = draft.detach().clone().requires_grad_()
     terms = overlap_terms(draft, target, normalizer, mask=mask, impl=impl, reverse_kl=True)
     values = [getattr(terms, name) for name in TERMS]
     sum(c * value.sum() for c, value in zip((0.3, 0.7, -0.5, 0.2), values, strict=True)).backward()
     assert draft.grad is not None
-    return [value.detach().double() for value in values], draft.grad.double()
+    exact = [value.detach().double() for value in values]
+    return exact, draft.grad.double(), terms.draft_argmax
+
+
+def target(record: Recorder, device: str, shapes: Sequence[tuple[int, int]]) -> None:
+    """Compare ``impl="auto"`` of `target_terms` with float64, and time it beside "reference".
+
+    The draft vocabulary has a quarter of the tokens.
+    """
+    for rows, vocabulary in shapes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            generator = torch.Generator(device).manual_seed(vocabulary)
+            logits = 3 * torch.randn(rows, vocabulary, device=device, generator=generator)
+            logits = logits.to(dtype)
+            order = torch.randperm(vocabulary, device=device, generator=generator)
+            kept = order[: max(1, vocabulary // 4)].sort().values.int()
+            found = target_terms(logits, kept)
+            exact = target_terms(logits.double(), kept, impl="reference")
+            record(
+                section="target",
+                shape=[rows, vocabulary],
+                dtype=str(dtype).removeprefix("torch."),
+                log_normalizer=float((found.log_normalizer - exact.log_normalizer).abs().max()),
+                log_coverage=float((found.log_coverage - exact.log_coverage).abs().max()),
+                logits_equal=torch.equal(found.logits.double(), exact.logits),
+                token_ids_equal=torch.equal(found.token_ids, exact.token_ids),
+                ms={
+                    impl: _milliseconds(partial(target_terms, logits, kept, impl=impl))
+                    for impl in ("auto", "reference")
+                },
+            )
 
 
 def linear(record: Recorder, device: str, shapes: Sequence[tuple[int, int, int]]) -> None:
@@ -137,7 +169,7 @@ def _side_by_side(
     return {name: statistics.median(found) for name, found in times.items()}, peaks
 
 
-def _milliseconds(step: Callable[[], None]) -> float:
+def _milliseconds(step: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         from triton.testing import do_bench
 
@@ -160,7 +192,7 @@ def _peak(step: Callable[[], None]) -> float | None:
 
 
 def main() -> None:
-    """Measure both sections."""
+    """Measure all sections."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="append the lines of JSON to this file")
     parser.add_argument("--rehearse", action="store_true", help="small, on a CPU")
@@ -172,6 +204,7 @@ def main() -> None:
     name = "CPU, rehearsal" if options.rehearse else torch.cuda.get_device_name()
     record(section="device", name=name, torch=torch.__version__)
     parity(record, device, ((6, 300),) if options.rehearse else PARITY)
+    target(record, device, ((6, 300),) if options.rehearse else PARITY)
     linear(record, device, ((8, 16, 64),) if options.rehearse else LINEAR)
 
 

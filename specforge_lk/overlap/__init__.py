@@ -1,7 +1,8 @@
 """The overlap operation: acceptance rate and divergences of a draft from its target, per position.
 
 ``overlap_terms`` takes logits, ``linear_overlap`` hidden states and LM heads; both have one
-contract, and implementations side by side (``impl=``):
+contract, and implementations side by side (``impl=``). What they take of a target is computed by
+``target_terms`` from its logits on the full vocabulary.
 
 - ``reference``: the definition in plain torch, differentiated by autograd. Every other
   implementation is tested against it in float64.
@@ -17,5 +18,15 @@ there is a C++ compiler, and ``closed_form`` elsewhere.
 from specforge_lk.overlap.contract import OverlapTerms
 from specforge_lk.overlap.linear import Projection
 from specforge_lk.overlap.operation import IMPLEMENTATIONS, linear_overlap, overlap_terms
+from specforge_lk.overlap.target_terms import TargetTerms, projected_target_terms, target_terms
 
-__all__ = ["IMPLEMENTATIONS", "OverlapTerms", "Projection", "linear_overlap", "overlap_terms"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OverlapTerms",
+    "Projection",
+    "TargetTerms",
+    "linear_overlap",
+    "overlap_terms",
+    "projected_target_terms",
+    "target_terms",
+]

@@ -7,27 +7,26 @@ and the gradient once backward.
 import torch
 
 from specforge_lk.overlap.contract import LOGIT_FLOOR, RowGradients, RowInputs, RowStatistics
-from specforge_lk.overlap.rows import Index, log_coverage_of, row_chunks
+from specforge_lk.overlap.rows import Index, normalized, row_chunks
 
 
 def forward(
     draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> RowStatistics:
     """See `contract.Kernels`."""
-    log_normalizer, log_coverage, mask = rows.log_normalizer, rows.log_coverage, rows.mask
-    if log_coverage is None:
-        log_coverage = log_coverage_of(target_logits, log_normalizer, mask)
+    log_normalizer, log_coverage = normalized(target_logits, rows)
     s = RowStatistics.zeros(rows)
-    s.target_log_sum.copy_(log_coverage).masked_fill_(~mask, 0)
-    mask = mask & (log_coverage != -torch.inf)
-    for at, (z, y) in row_chunks(mask, log_normalizer.dtype, draft_logits, target_logits):
-        z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
+    s.log_normalizer.copy_(log_normalizer).masked_fill_(~rows.mask, 0)
+    s.target_log_sum.copy_(log_coverage).masked_fill_(~rows.mask, 0)
+    mask = rows.mask & (log_coverage != -torch.inf)
+    for at, (z, y) in row_chunks(mask, rows.dtype, draft_logits, target_logits):
+        z, y = _floored(z, rows.dtype), _floored(y, rows.dtype)
         top, argmax = z.max(-1, keepdim=True)
         s.draft_shift[at], s.draft_argmax[at] = top.squeeze(-1), argmax.squeeze(-1)
         s.draft_log_sum[at] = (z - top).exp_().sum(-1).log()
-        log_q, log_ratio, w = _compare(z, y, log_normalizer, s, at)
+        log_q, log_ratio, w = _compare(z, y, s, at)
         # A coverage that the caller rounded, or took of other roundings of y, is refined here.
-        p_renormalized = _renormalized(y, log_normalizer, s, at)
+        p_renormalized = _renormalized(y, s, at)
         total = p_renormalized.sum(-1)
         s.target_log_sum[at] += total.log()
         s.kl[at] = p_renormalized.mul_(log_ratio).sum(-1) / total - s.target_log_sum[at]
@@ -55,19 +54,19 @@ def backward(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`."""
-    s, log_normalizer, mask = statistics, rows.log_normalizer, rows.mask
+    s, mask = statistics, rows.mask
     if out is None:
         out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype, device=mask.device)
     flat = out.view(-1, out.shape[-1])
     flat.index_fill_(0, (~mask).nonzero().squeeze(1), 0)
-    for at, (z, y) in row_chunks(mask, log_normalizer.dtype, draft_logits, target_logits):
-        z, y = _floored(z, log_normalizer.dtype), _floored(y, log_normalizer.dtype)
-        log_q, log_ratio, w = _compare(z, y, log_normalizer, s, at)
+    for at, (z, y) in row_chunks(mask, rows.dtype, draft_logits, target_logits):
+        z, y = _floored(z, rows.dtype), _floored(y, rows.dtype)
+        log_q, log_ratio, w = _compare(z, y, s, at)
         q = log_q.exp()
         chunk = torch.zeros_like(q)
         if gradients.kl is not None:
             g = gradients.kl[at, None]
-            p_renormalized = _renormalized(y, log_normalizer, s, at)
+            p_renormalized = _renormalized(y, s, at)
             chunk.addcmul_(q, g).addcmul_(p_renormalized, g, value=-1)
         if gradients.log_alpha is not None:
             g = gradients.log_alpha[at, None]
@@ -90,21 +89,15 @@ def _floored(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _compare(
-    z: torch.Tensor,
-    y: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    s: RowStatistics,
-    at: Index,
+    z: torch.Tensor, y: torch.Tensor, s: RowStatistics, at: Index
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p], [n, V]; see `contract.Kernels`."""
     top, log_sum = s.draft_shift[at, None], s.draft_log_sum[at, None]
-    log_ratio = (y - z).sub_((log_normalizer[at, None] - top) - log_sum)
+    log_ratio = (y - z).sub_((s.log_normalizer[at, None] - top) - log_sum)
     w = log_ratio.sign().add_(1).mul_(0.5)
     return (z - top).sub_(log_sum), log_ratio, w
 
 
-def _renormalized(
-    y: torch.Tensor, log_normalizer: torch.Tensor, s: RowStatistics, at: Index
-) -> torch.Tensor:
+def _renormalized(y: torch.Tensor, s: RowStatistics, at: Index) -> torch.Tensor:
     """Return p~, [n, V], as exact as ``target_log_sum`` is."""
-    return (y - log_normalizer[at, None]).sub_(s.target_log_sum[at, None]).exp_()
+    return (y - s.log_normalizer[at, None]).sub_(s.target_log_sum[at, None]).exp_()

@@ -51,25 +51,33 @@ class RowInputs(NamedTuple):
     `overlap_terms` makes it, with vectors [...]; kernels get contiguous vectors [N].
 
     Attributes:
-        log_normalizer: log Z in nats, in the dtype to compute in.
+        log_normalizer: log Z in nats, in the dtype to compute in. None where the target's logits
+            cover its full vocabulary: then log Z is that of these logits, and coverage is 1.
         log_coverage: what the caller knows of the log coverage, in the same dtype: 0 where the
             mask is False. None has it computed.
         mask: bool. Rows where it is False are not read; their terms and gradients are 0.
         tokens: int64 index into the draft vocabulary of the token that ``log_q`` and ``log_p`` are
             of, negative where that is outside it. None where they are not asked for.
+        dtype: what to compute in.
         reverse_kl: whether ``reverse_kl`` is asked for.
     """
 
-    log_normalizer: torch.Tensor
+    log_normalizer: torch.Tensor | None
     log_coverage: torch.Tensor | None
     mask: torch.Tensor
     tokens: torch.Tensor | None
+    dtype: torch.dtype
     reverse_kl: bool
 
     @property
     def vectors(self) -> tuple[torch.Tensor | None, ...]:
         """All that is one value per row, which autograd keeps for the backward pass."""
-        return self[:-1]
+        return self[:4]
+
+    @property
+    def settings(self) -> tuple[torch.dtype, bool]:
+        """The rest, which is the same for all rows."""
+        return self[4:]
 
     def flat(self) -> "RowInputs":
         """Return the same with every vector contiguous and [N]."""
@@ -84,6 +92,7 @@ class RowStatistics(NamedTuple):
         draft_shift, draft_log_sum: log sum_D exp(z), the first near max z and the second what is
             left, so that log q = (z - draft_shift) - draft_log_sum loses no digits where logits
             are large.
+        log_normalizer: log Z, given or computed.
         target_log_sum: log sum_D exp(y - log Z), the log coverage of these very logits: p~ =
             exp(y - log Z - target_log_sum) sums to 1 as exactly as the arithmetic allows.
         below: B / alpha, the share of the acceptance rate where q < p (ties count half).
@@ -97,6 +106,7 @@ class RowStatistics(NamedTuple):
     reverse_kl: torch.Tensor
     draft_shift: torch.Tensor
     draft_log_sum: torch.Tensor
+    log_normalizer: torch.Tensor
     target_log_sum: torch.Tensor
     below: torch.Tensor
     draft_argmax: torch.Tensor
@@ -104,8 +114,10 @@ class RowStatistics(NamedTuple):
     @classmethod
     def zeros(cls, rows: RowInputs) -> Self:
         """Return statistics of 0 for as many rows, in the dtype to compute in."""
-        like, count = rows.log_normalizer, len(rows.log_normalizer)
-        values = like.new_zeros(len(cls._fields) - 1, count)
+        like, count = rows.mask, len(rows.mask)
+        # Every vector begins at a multiple of 16 bytes, which a GPU's compiler may rely on.
+        size = len(cls._fields) - 1, -(-count // 4) * 4
+        values = like.new_zeros(size, dtype=rows.dtype)[:, :count]
         return cls._make((*values, like.new_zeros(count, dtype=torch.int64)))
 
 
@@ -154,6 +166,7 @@ class Kernels(Protocol):
     ) -> RowStatistics:
         """Return terms and statistics.
 
+        A row's log Z is ``rows.log_normalizer``, or that of its target logits where there is none.
         ``rows.log_coverage`` is what the caller knows of ``target_log_sum``: a shift against
         underflow, no more. A row in the mask without coverage has terms of 0 and a
         ``target_log_sum`` of -inf. ``reverse_kl`` need not be computed unless asked for.

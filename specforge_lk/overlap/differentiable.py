@@ -44,7 +44,7 @@ class _Overlap(torch.autograd.Function):
         flat = rows.flat()
         statistics = kernels.forward(draft_logits, target_logits, flat)
         ctx.save_for_backward(draft_logits, target_logits, *flat.vectors)
-        ctx.reverse_kl, ctx.statistics, ctx.kernels = rows.reverse_kl, statistics, kernels
+        ctx.settings, ctx.statistics, ctx.kernels = rows.settings, statistics, kernels
         of_tokens = None
         if flat.tokens is not None:
             of_tokens = log_probabilities(draft_logits, target_logits, flat, statistics)
@@ -57,7 +57,7 @@ class _Overlap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         draft_logits, target_logits, *vectors = ctx.saved_tensors
-        rows = RowInputs._make((*vectors, ctx.reverse_kl))
+        rows = RowInputs._make((*vectors, *ctx.settings))
         of_terms = row_gradients(ctx.statistics, rows, gradients)
         grad = ctx.kernels.backward(
             draft_logits,
@@ -91,7 +91,7 @@ def log_probabilities(
         for logits in (draft_logits, target_logits)
     )
     log_q = torch.where(tokens < 0, LOGIT_FLOOR, (z - s.draft_shift) - s.draft_log_sum)
-    log_p = torch.where(tokens < 0, 0.0, y - rows.log_normalizer)
+    log_p = torch.where(tokens < 0, 0.0, y - s.log_normalizer)
     return torch.where(covered(rows, s).mask, torch.stack([log_q, log_p]), 0.0)
 
 
@@ -107,10 +107,13 @@ def terms_of(
         rows: vectors [...].
         of_tokens: what `log_probabilities` returns; None where there are no tokens.
     """
-    shape = rows.log_normalizer.shape
+    shape = rows.mask.shape
     log_coverage = rows.log_coverage
     if log_coverage is None:
         log_coverage = statistics.target_log_sum.view(shape)
+        if rows.log_normalizer is None:
+            # Of a full vocabulary it is what rounding left: 0, if there is a target at all.
+            log_coverage = torch.where(log_coverage == -torch.inf, log_coverage, log_coverage * 0)
     return (
         statistics.kl.view(shape).clone(),
         statistics.alpha.view(shape).clone(),

@@ -162,7 +162,9 @@ void write_row(char* to, int dtype, int64_t V, const float* row) {
 // ----------------------------------------------------------------------------- one row
 
 struct Statistics {  // contract.RowStatistics, in its order, without draft_argmax
-    float kl, alpha, log_alpha, reverse_kl, draft_shift, draft_log_sum, target_log_sum, below;
+    float kl, alpha, log_alpha, reverse_kl, draft_shift, draft_log_sum;
+    float log_z;  // log_normalizer
+    float target_log_sum, below;
 };
 constexpr int TERMS = sizeof(Statistics) / sizeof(float);
 
@@ -171,8 +173,8 @@ struct Gradients {  // contract.RowGradients
 };
 
 // q < p where y - z is above this.
-inline float threshold(float log_z, const Statistics& s) {
-    return double(log_z) - (double(s.draft_shift) + double(s.draft_log_sum));
+inline float threshold(const Statistics& s) {
+    return double(s.log_z) - (double(s.draft_shift) + double(s.draft_log_sum));
 }
 
 // Rows that floats are not enough for, or without a draft logit above the floor. False for nan,
@@ -183,8 +185,9 @@ inline bool needs_care(const Statistics& s) {
 }
 
 // The forward pass in double and in the log domain.
-void forward_careful(const float* z, const float* y, int64_t V, float log_z, Statistics& s) {
-    const double t = threshold(log_z, s), log_sum = double(s.draft_shift) + s.draft_log_sum;
+void forward_careful(const float* z, const float* y, int64_t V, Statistics& s) {
+    const double t = threshold(s), log_sum = double(s.draft_shift) + s.draft_log_sum;
+    const float log_z = s.log_z;
     double y_max = FLOOR, top = 2.0 * FLOOR;
     for (int64_t i = 0; i < V; ++i) {
         const double zi = z[i] < FLOOR ? FLOOR : z[i], yi = y[i] < FLOOR ? FLOOR : y[i];
@@ -215,13 +218,13 @@ void forward_careful(const float* z, const float* y, int64_t V, float log_z, Sta
     s.below = below / overlap;
 }
 
-void backward_careful(const float* z, const float* y, int64_t V, float log_z,
-                      const Statistics& s, const Gradients& g, float* grad) {
-    const double t = threshold(log_z, s);
+void backward_careful(const float* z, const float* y, int64_t V, const Statistics& s,
+                      const Gradients& g, float* grad) {
+    const double t = threshold(s);
     for (int64_t i = 0; i < V; ++i) {
         const double zi = z[i] < FLOOR ? FLOOR : z[i], yi = y[i] < FLOOR ? FLOOR : y[i];
         const double r = (yi - zi) - t, log_q = (zi - s.draft_shift) - double(s.draft_log_sum);
-        const double q = std::exp(log_q), p = std::exp(yi - log_z - double(s.target_log_sum));
+        const double q = std::exp(log_q), p = std::exp(yi - s.log_z - double(s.target_log_sum));
         const double w = r > 0 ? 1 : r == 0 ? 0.5 : 0;
         const double share = w == 0 ? 0 : w * std::exp(std::fmin(log_q - s.log_alpha, 0));
         grad[i] = g.kl * (q - p) + g.log_alpha * (share - q * s.below) - g.log_q * q;
@@ -271,10 +274,10 @@ double exponentials(const float* z, int64_t V, const Shift& shift, float* exps, 
 // The terms, from q = scale * exps. FULL: with reverse KL, and right for logits of -inf, of which
 // the sum of p log(p / q) would make nan.
 template <bool FULL>
-void overlap(const float* z, const float* y, int64_t V, float log_z, const float* exps,
-             double scale, Statistics& s) {
-    const float t = threshold(log_z, s);
-    const Shift normalizer(log_z);
+void overlap(const float* z, const float* y, int64_t V, const float* exps, double scale,
+             Statistics& s) {
+    const float t = threshold(s);
+    const Shift normalizer(s.log_z);
     double p_sum = 0, p_below = 0, q_below = 0, q_tied = 0, kl = 0, reverse = 0;
     for (int64_t block = 0; block < V; block += BLOCK) {
         Floats all = {}, ps = {}, qs = {}, ties = {}, kls = {}, reverses = {};
@@ -304,44 +307,61 @@ void overlap(const float* z, const float* y, int64_t V, float log_z, const float
     s.reverse_kl = reverse;
 }
 
-// z and y hold V logits and then the floor up to a whole vector; `exps` has room for as many.
-// Returns the first index of the highest draft logit.
-int64_t forward_row(const float* z, const float* y, int64_t V, float log_z, bool reverse_kl,
-                 float* exps, Statistics& s) {
-    // Any shift near the maximum does. That of the first block saves a pass over z, unless a later
-    // logit is so much higher that the sum overflows.
-    Floats tops = splat(FLOOR);
-    for (int64_t i = 0; i < std::min(V, BLOCK); i += LANES) tops = max(load(z + i), tops);
-    float top = highest(tops);
+// The sum of exp(x - top): any shift near the maximum does. That of the first block saves a pass,
+// unless a later logit is so much higher that the sum overflows. The sum is 0 if nothing is above
+// the floor.
+struct Normalizer {
+    float top;
+    double total;
     Highest found;
-    double total = exponentials(z, V, Shift(top), exps, found);
-    if (!(total < 1e30)) {
-        top = found.logit;
-        total = exponentials(z, V, Shift(top), exps, found);
+
+    Normalizer(const float* x, int64_t V, float* exps) {
+        Floats tops = splat(FLOOR);
+        for (int64_t i = 0; i < std::min(V, BLOCK); i += LANES) tops = max(load(x + i), tops);
+        top = highest(tops);
+        total = exponentials(x, V, Shift(top), exps, found);
+        if (!(total < 1e30)) {
+            top = found.logit;
+            total = exponentials(x, V, Shift(top), exps, found);
+        }
     }
-    const int64_t argmax = found.index(z, V);
-    if (total == 0 || log_z == INFINITY) {
+    double log_sum() const { return top + std::log(total); }
+};
+
+// z and y hold V logits and then the floor up to a whole vector; `exps` has room for as many.
+// log_z may be none. Returns the first index of the highest draft logit.
+int64_t forward_row(const float* z, const float* y, int64_t V, const float* log_z, bool reverse_kl,
+                    float* exps, Statistics& s) {
+    if (log_z) {
+        s.log_z = *log_z;
+    } else {
+        const Normalizer target(y, V, exps);
+        s.log_z = target.total == 0 ? INFINITY : target.log_sum();
+    }
+    const Normalizer draft(z, V, exps);
+    const int64_t argmax = draft.found.index(z, V);
+    if (draft.total == 0 || s.log_z == INFINITY) {
         s.draft_shift = FLOOR;
         s.draft_log_sum = std::log(double(V));
-        forward_careful(z, y, V, log_z, s);
+        forward_careful(z, y, V, s);
         return argmax;
     }
     // The log-sum-exp as a float and the rest of it: q loses no digits where logits are large.
-    const double log_sum = top + std::log(total);
+    const double log_sum = draft.log_sum();
     s.draft_shift = log_sum;
     s.draft_log_sum = log_sum - s.draft_shift;
-    const double scale = Shift(top).factor / total;
-    if (!reverse_kl) overlap<false>(z, y, V, log_z, exps, scale, s);
-    if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, log_z, exps, scale, s);
-    if (needs_care(s)) forward_careful(z, y, V, log_z, s);
+    const double scale = Shift(draft.top).factor / draft.total;
+    if (!reverse_kl) overlap<false>(z, y, V, exps, scale, s);
+    if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, exps, scale, s);
+    if (needs_care(s)) forward_careful(z, y, V, s);
     return argmax;
 }
 
 template <bool REVERSE>
-void backward_row(const float* z, const float* y, int64_t V, float log_z, const Statistics& s,
+void backward_row(const float* z, const float* y, int64_t V, const Statistics& s,
                   const Gradients& g, float* grad) {
-    const float t = threshold(log_z, s);
-    const Shift draft(s.draft_shift), normalizer(log_z);
+    const float t = threshold(s);
+    const Shift draft(s.draft_shift), normalizer(s.log_z);
     const double scale = std::exp(-double(s.draft_log_sum)) * draft.factor;
     const float of_p = g.kl * std::exp(-double(s.target_log_sum)) * normalizer.factor;
     const double of_kl_and_overlap = g.kl - double(g.log_alpha) * s.below;
@@ -364,12 +384,14 @@ void backward_row(const float* z, const float* y, int64_t V, float log_z, const 
 // ---------------------------------------------------------------------------- all rows
 
 // Row i of N has its logits at z + z_offsets[i] and y + y_offsets[i], counted in elements. Rows
-// outside the mask are not read. There may be no tokens.
+// outside the mask are not read. There may be no log_z, where y is the target's full vocabulary,
+// and no tokens.
 struct Inputs {
     const char *z, *y;
-    const float* log_z;
     const bool* mask;
-    const int64_t *z_offsets, *y_offsets, *tokens;
+    const int64_t *z_offsets, *y_offsets;
+    const float* log_z;
+    const int64_t* tokens;
     int64_t N, V;
     int32_t z_dtype, y_dtype, threads;
 };
@@ -423,7 +445,7 @@ void prefer_huge_pages(char* start, int64_t bytes) {
 
 // Both return false, having done nothing, if memory is short.
 
-// statistics: [8, N] of contract.RowStatistics, zeros; argmax: [N], zeros, its draft_argmax.
+// statistics: [9, N] of contract.RowStatistics, zeros; argmax: [N], zeros, its draft_argmax.
 extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics,
                                 int64_t* argmax) {
     return for_each_row(*in, [=](int64_t i, float* const* buffers) {
@@ -432,7 +454,7 @@ extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* sta
         const int64_t at =
             forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
                         read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
-                        in->log_z[i], reverse_kl, buffers[2], s);
+                        in->log_z ? in->log_z + i : nullptr, reverse_kl, buffers[2], s);
         if (s.target_log_sum != -INFINITY) argmax[i] = at;
         float values[TERMS];
         std::memcpy(values, &s, sizeof s);
@@ -463,8 +485,7 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
         const bool direct = in->z_dtype == FLOAT32 && V % LANES == 0;
         float* const out = direct ? reinterpret_cast<float*>(row) : buffers[2];
         backward(read_row(in->z, in->z_dtype, in->z_offsets[i], V, buffers[0]),
-                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, in->log_z[i], s,
-                 g, out);
+                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, s, g, out);
         if (in->tokens && in->tokens[i] >= 0) out[in->tokens[i]] += g.log_q;
         if (!direct) write_row(row, in->z_dtype, V, out);
     });

@@ -46,7 +46,7 @@ class _Inputs(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("z", "y", "log_z", "mask", "z_offsets", "y_offsets", "tokens")
+            for name in ("z", "y", "mask", "z_offsets", "y_offsets", "log_z", "tokens")
         ),
         *((name, ctypes.c_int64) for name in ("n", "v")),
         *((name, ctypes.c_int32) for name in ("z_dtype", "y_dtype", "threads")),
@@ -59,8 +59,8 @@ def forward(
     """See `contract.Kernels`. Dtypes that the source does not know are left to `closed_form`."""
     if not _knows(draft_logits, target_logits):
         return closed_form.forward(draft_logits, target_logits, rows)
-    values = torch.zeros(len(RowStatistics._fields) - 1, len(rows.log_normalizer))
-    draft_argmax = torch.zeros(len(rows.log_normalizer), dtype=torch.int64)
+    values = torch.zeros(len(RowStatistics._fields) - 1, len(rows.mask))
+    draft_argmax = torch.zeros(len(rows.mask), dtype=torch.int64)
     inputs, _tensors = _inputs(draft_logits, target_logits, rows)
     done = library().overlap_forward(
         ctypes.byref(inputs), rows.reverse_kl, values.data_ptr(), draft_argmax.data_ptr()
@@ -82,7 +82,7 @@ def backward(
         return closed_form.backward(draft_logits, target_logits, rows, statistics, gradients, out)
     if out is None:
         out = torch.empty(draft_logits.shape, dtype=draft_logits.dtype)
-    of_terms = torch.zeros(len(gradients), len(rows.log_normalizer))
+    of_terms = torch.zeros(len(gradients), len(rows.mask))
     for row, values in zip(of_terms, gradients, strict=True):
         if values is not None:
             row.copy_(values)
@@ -100,10 +100,10 @@ def _inputs(
 ) -> tuple[_Inputs, tuple[torch.Tensor, ...]]:
     """Return addresses, and the tensors that they point into, for the caller to keep alive."""
     z, y = (_readable(t) for t in (draft_logits, target_logits))
-    tensors = z, y, rows.log_normalizer, rows.mask, row_offsets(z), row_offsets(y)
+    tensors = z, y, rows.mask, row_offsets(z), row_offsets(y)
     return _Inputs(
         *(t.data_ptr() for t in tensors),
-        None if rows.tokens is None else rows.tokens.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in (rows.log_normalizer, rows.tokens)),
         *(len(rows.mask), z.shape[-1]),
         *(_DTYPES[z.dtype], _DTYPES[y.dtype], torch.get_num_threads()),
     ), tensors

@@ -82,7 +82,7 @@ class _LinearOverlap(torch.autograd.Function):
         statistics = RowStatistics.zeros(flat)
         of_tokens = None
         if flat.tokens is not None:
-            of_tokens = torch.zeros_like(flat.log_normalizer).repeat(2, 1)
+            of_tokens = flat.mask.new_zeros(2, len(flat.mask), dtype=flat.dtype)
         for index, h, y in _chunks(flat.mask, hidden, head, target, target_head):
             z, chunk = F.linear(h, head), take(flat, index)
             of_chunk = kernels.forward(z, y, chunk)
@@ -92,7 +92,7 @@ class _LinearOverlap(torch.autograd.Function):
             for whole, part in zip(statistics, of_chunk, strict=True):
                 whole[index] = part
         ctx.save_for_backward(hidden, head, target, target_head, *flat.vectors)
-        ctx.reverse_kl, ctx.statistics, ctx.kernels = rows.reverse_kl, statistics, kernels
+        ctx.settings, ctx.statistics, ctx.kernels = rows.settings, statistics, kernels
         terms = terms_of(statistics, rows, of_tokens)
         ctx.mark_non_differentiable(*without_gradient(terms))
         ctx.set_materialize_grads(False)
@@ -102,15 +102,14 @@ class _LinearOverlap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         hidden, head, target, target_head, *vectors = ctx.saved_tensors
-        rows = covered(RowInputs._make((*vectors, ctx.reverse_kl)), ctx.statistics)
+        rows = covered(RowInputs._make((*vectors, *ctx.settings)), ctx.statistics)
         of_terms = row_gradients(ctx.statistics, rows, gradients)
-        dtype = rows.log_normalizer.dtype
         grad_hidden = grad_head = None
         if ctx.needs_input_grad[0]:
             grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         if ctx.needs_input_grad[1]:
             # Many chunks are added up: in the precision of the terms, whatever the LM head has.
-            grad_head = torch.zeros_like(head, dtype=dtype)
+            grad_head = torch.zeros_like(head, dtype=rows.dtype)
         # Operands were cast in forward; without autocast the recomputed logits are identical.
         with torch.autocast(hidden.device.type, enabled=False):
             for index, h, y in _chunks(rows.mask, hidden, head, target, target_head):

@@ -32,7 +32,7 @@ IMPLEMENTATIONS: Final = ("reference", *_KERNELS)
 def overlap_terms(
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    log_normalizer: torch.Tensor,
+    log_normalizer: torch.Tensor | None,
     *,
     mask: torch.Tensor | None = None,
     log_coverage: torch.Tensor | None = None,
@@ -79,7 +79,8 @@ def overlap_terms(
         draft_logits: z, [..., V_d], any floating dtype. Computation is in float32, or in float64
             where a logits tensor is float64; the gradient has the dtype of z.
         target_logits: y, [..., V_d].
-        log_normalizer: log Z in nats, [...].
+        log_normalizer: log Z in nats, [...]. None where the draft vocabulary is the target's full
+            one: then log Z is that of y, computed in the same pass, and the coverage is 1.
         mask: which positions count, [...], bool or 0 and 1; all of them where not given.
         log_coverage: log c, [...]; computed from y and log Z where not given. "reference" and
             "closed_form" save that computation, the others have it in their pass over y.
@@ -93,8 +94,8 @@ def overlap_terms(
             differentiated twice.
 
     Raises:
-        ValueError: unknown ``impl``, shapes that do not fit together, or tokens that are not
-            integers.
+        ValueError: unknown ``impl``, shapes that do not fit together, tokens that are not
+            integers, or a log coverage without a log normalizer.
     """
     impl = _chosen(impl, draft_logits.device)
     _check_shapes(
@@ -107,7 +108,7 @@ def overlap_terms(
         tokens=tokens,
     )
     dtype = _computed_in(draft_logits.dtype, target_logits.dtype)
-    rows = _rows(dtype, log_normalizer, log_coverage, mask, tokens, reverse_kl)
+    rows = _rows(dtype, draft_logits, log_normalizer, log_coverage, mask, tokens, reverse_kl)
     target_logits = target_logits.detach()
     if impl == "reference":
         return reference(draft_logits, target_logits, rows)
@@ -118,7 +119,7 @@ def linear_overlap(
     draft_hidden: torch.Tensor,
     draft_head: torch.Tensor,
     target: torch.Tensor | Projection,
-    log_normalizer: torch.Tensor,
+    log_normalizer: torch.Tensor | None,
     *,
     mask: torch.Tensor | None = None,
     log_coverage: torch.Tensor | None = None,
@@ -149,8 +150,7 @@ def linear_overlap(
             ``draft_head``.
 
     Raises:
-        ValueError: unknown ``impl``, shapes that do not fit together, or tokens that are not
-            integers.
+        ValueError: as for `overlap_terms`.
     """
     impl = _chosen(impl, draft_hidden.device)
     draft = _autocast(Projection(draft_hidden, draft_head))
@@ -175,7 +175,7 @@ def linear_overlap(
         tokens=tokens,
     )
     dtype = _computed_in(draft.hidden.dtype, target_dtype)
-    rows = _rows(dtype, log_normalizer, log_coverage, mask, tokens, reverse_kl)
+    rows = _rows(dtype, draft_hidden, log_normalizer, log_coverage, mask, tokens, reverse_kl)
     if impl == "reference":
         target_logits = F.linear(*target) if isinstance(target, Projection) else target
         return reference(F.linear(*draft), target_logits.detach(), rows)
@@ -224,15 +224,23 @@ def _computed_in(*logits: torch.dtype) -> torch.dtype:
 
 def _rows(
     dtype: torch.dtype,
-    log_normalizer: torch.Tensor,
+    logits: torch.Tensor,
+    log_normalizer: torch.Tensor | None,
     log_coverage: torch.Tensor | None,
     mask: torch.Tensor | None,
     tokens: torch.Tensor | None,
     reverse_kl: bool,
 ) -> RowInputs:
     """Return what travels beside the logits, in ``dtype``; rows without coverage are masked."""
-    log_normalizer = log_normalizer.detach().to(dtype)
-    mask = torch.ones_like(log_normalizer, dtype=torch.bool) if mask is None else mask != 0
+    if log_normalizer is not None:
+        log_normalizer = log_normalizer.detach().to(dtype)
+    elif log_coverage is not None:
+        raise ValueError(
+            "log_coverage without log_normalizer: a full vocabulary has coverage 1, leave it out"
+        )
+    if mask is None:
+        mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    mask = mask != 0
     if log_coverage is not None:
         log_coverage = torch.where(mask, log_coverage.detach().to(dtype), 0.0)
         mask = mask & (log_coverage != -torch.inf)
@@ -242,7 +250,7 @@ def _rows(
                 f"tokens must be integers, indices into the draft vocabulary, not {tokens.dtype}"
             )
         tokens = tokens.long()
-    return RowInputs(log_normalizer, log_coverage, mask, tokens, reverse_kl)
+    return RowInputs(log_normalizer, log_coverage, mask, tokens, dtype, reverse_kl)
 
 
 def _autocast(projection: Projection) -> Projection:

@@ -3,29 +3,27 @@
 import torch
 
 from specforge_lk.overlap.contract import LOGIT_FLOOR, OverlapTerms, RowInputs
-from specforge_lk.overlap.rows import log_coverage_of
+from specforge_lk.overlap.rows import normalized
 
 
 def reference(
     draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> OverlapTerms:
     """Compute the terms of `overlap_terms`; gradients are autograd's."""
-    mask, log_coverage = rows.mask, rows.log_coverage
-    if log_coverage is None:
-        log_coverage = log_coverage_of(target_logits, rows.log_normalizer, mask)
-        mask = mask & (log_coverage != -torch.inf)
+    log_normalizer, log_coverage = normalized(target_logits, rows)
+    mask = rows.mask & (log_coverage != -torch.inf)
 
     # Inputs of skipped rows are replaced before, and their terms after, the computation:
     # multiplying by 0 would leave their nan in values and gradients.
     def cleaned(logits: torch.Tensor) -> torch.Tensor:
-        logits = torch.where(mask[..., None], logits, 0.0).to(rows.log_normalizer.dtype)
+        logits = torch.where(mask[..., None], logits, 0.0).to(rows.dtype)
         return logits.clamp_min(LOGIT_FLOOR)
 
     def zero_where_skipped(term: torch.Tensor) -> torch.Tensor:
         return torch.where(mask, term, 0)
 
     y = cleaned(target_logits)
-    log_p = y - torch.where(mask, rows.log_normalizer, 0.0)[..., None]
+    log_p = y - torch.where(mask, log_normalizer, 0.0)[..., None]
     log_p_renormalized = torch.log_softmax(y, dim=-1)
     z = cleaned(draft_logits)
     log_q = torch.log_softmax(z, dim=-1)

@@ -5,6 +5,8 @@ from typing import Final
 
 import torch
 
+from specforge_lk.overlap.contract import RowInputs
+
 # One chunk's [rows, V_d] temporary in bytes. On a CPU it should fit L2 (and its siblings L3);
 # a GPU has launches to amortize instead, and wants few chunks.
 _CPU_CHUNK_BYTES: Final = 1 << 20
@@ -27,46 +29,54 @@ def row_chunks(
         rows: slice or int64 indices into the flattened [N] positions.
         parts: one [n, V] tensor per logits tensor, a view or a copy: not to be written to.
     """
-    vocabulary = logits[0].shape[-1]
-    budget = _CPU_CHUNK_BYTES if mask.device.type == "cpu" else _DEVICE_CHUNK_BYTES
-    size = max(1, budget // max(1, vocabulary * dtype.itemsize))
+    size = rows_at_a_time(mask.device, logits[0].shape[-1], dtype)
     mask = mask.flatten()
     everything = bool(mask.all())
-    for start, matrices in _matrices(0, *logits):
-        stop = start + len(matrices[0])
+    for start, parts in matrices(0, *logits):
+        stop = start + len(parts[0])
         if everything:
             for first in range(start, stop, size):
                 rows = slice(first, min(first + size, stop))
-                yield rows, tuple(m[first - start : rows.stop - start] for m in matrices)
+                yield rows, tuple(m[first - start : rows.stop - start] for m in parts)
         else:
             for index in mask[start:stop].nonzero().squeeze(1).split(size):
-                yield index + start, tuple(m.index_select(0, index) for m in matrices)
+                yield index + start, tuple(m.index_select(0, index) for m in parts)
 
 
-def _matrices(start: int, *logits: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+def rows_at_a_time(device: torch.device, vocabulary: int, dtype: torch.dtype) -> int:
+    """Return how many rows of logits make a chunk, at least one."""
+    budget = _CPU_CHUNK_BYTES if device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    return max(1, budget // max(1, vocabulary * dtype.itemsize))
+
+
+def matrices(start: int, *logits: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """View the tensors as [n, V] matrices: one each, or more where strides forbid (a slice of a
     padded [B, T, V], as the steps of EAGLE-3's training-time test have it)."""
     try:
         yield start, tuple(t.view(-1, t.shape[-1]) for t in logits)
     except RuntimeError:
         for parts in zip(*logits, strict=True):
-            yield from _matrices(start, *parts)
+            yield from matrices(start, *parts)
             start += parts[0].shape[:-1].numel()
 
 
-def log_coverage_of(
-    target_logits: torch.Tensor, log_normalizer: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Return the log of the target's mass on the draft vocabulary, logsumexp(y) - log Z, [...].
+def normalized(target_logits: torch.Tensor, rows: RowInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log Z and the log coverage of the rows, [...], given or computed; 0 where skipped.
 
-    It is 0 where the mask is False. Arguments are those of `overlap_terms`, with a mask of bool;
-    the dtype is ``log_normalizer``'s.
+    Args:
+        target_logits: [..., V_d].
+        rows: vectors [...], or flat.
     """
-    result = torch.zeros_like(log_normalizer, memory_format=torch.contiguous_format)
-    flat, log_z = result.view(-1), log_normalizer.flatten()
-    for rows, (y,) in row_chunks(mask, result.dtype, target_logits):
-        flat[rows] = y.to(result.dtype).logsumexp(-1) - log_z[rows]
-    return result
+    if rows.log_normalizer is not None and rows.log_coverage is not None:
+        return rows.log_normalizer, rows.log_coverage
+    log_mass = torch.zeros(rows.mask.shape, dtype=rows.dtype, device=rows.mask.device)
+    for at, (y,) in row_chunks(rows.mask, rows.dtype, target_logits):
+        log_mass.view(-1)[at] = y.to(rows.dtype).logsumexp(-1)
+    if rows.log_normalizer is not None:
+        difference = log_mass - torch.where(rows.mask, rows.log_normalizer, 0.0)
+        return rows.log_normalizer, difference
+    # A full vocabulary has coverage 1, if there is a target at all; nan must show.
+    return log_mass, torch.where(log_mass == -torch.inf, log_mass, log_mass * 0)
 
 
 def row_offsets(logits: torch.Tensor) -> torch.Tensor:

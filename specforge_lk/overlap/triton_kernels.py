@@ -1,44 +1,54 @@
 """The overlap operation for GPUs in Triton: one program to a row, the vocabulary in tiles.
 
-Both passes are bound by memory, so what counts is how often a logit is read. Forward reads z to
-normalize q, then z and y once together; the normalizer of p~ and the log-domain shifts of the
-overlap grow along with that second loop. So ``log_coverage``, whether given or not, saves no read
-and is not used: a pass over y to compute it beforehand would cost as much as the one over z.
-Backward reads z and y and writes the gradient. Nothing waits for the host.
+Forward reads z to normalize q (and y, if it is to be normalized, too), then z and y once together;
+the normalizer of p~ and the log-domain shifts of the overlap grow along with that second loop. So
+``log_coverage``, whether given or not, saves no read and is not used: a pass over y to compute it
+beforehand would cost as much as the one over z. Backward reads z and y and writes the gradient.
+Nothing waits for the host.
 
-Sums are kept per lane and folded together once, after the loop; the running maxima are scalars,
-since one per lane would double the number of exponentials.
+What is to be bound by memory must not be held up by anything else:
+
+- no thread waits for another inside a loop (`triton_tiles`);
+- every tile but a row's last is read without a mask;
+- exponentials are powers of 2, and what is not asked for is not compiled: two powers per token for
+  KL, two for KL and the acceptance rate together;
+- tiles are fixed. An autotuner's choice, and with it the last bits, would depend on a race.
+
+tests/overlap/test_triton_compile.py counts what the compiler makes of that.
 """
 
-import math
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from specforge_lk.overlap.contract import LOGIT_FLOOR, RowGradients, RowInputs, RowStatistics
-from specforge_lk.overlap.rows import row_offsets
-
-_FLOOR: Final = tl.constexpr(LOGIT_FLOOR)
-_NEGATIVE_INFINITY: Final = tl.constexpr(float("-inf"))
-
-_INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
-# What the autotuner chooses from: 4 or 8 logits of each tensor to a thread. Forward keeps five
-# sums for every one of them; with 16 it spills registers on some GPUs
-# (tests/overlap/test_triton_compile.py; float64, which is for tests, may spill).
-# The interpreter has no clock to tune by.
-_TILES: Final = (
-    (triton.Config({"BLOCK": 4096}),)
-    if _INTERPRETED
-    else (
-        triton.Config({"BLOCK": 1024}, num_warps=4),
-        triton.Config({"BLOCK": 1024}, num_warps=8),
-        triton.Config({"BLOCK": 2048}, num_warps=8),
-        triton.Config({"BLOCK": 2048}, num_warps=16),
-        triton.Config({"BLOCK": 4096}, num_warps=16),
-    )
+from specforge_lk.overlap.contract import RowGradients, RowInputs, RowStatistics
+from specforge_lk.overlap.triton_tiles import (
+    FLOOR,
+    NEGATIVE_INFINITY,
+    alignment,
+    columns_of,
+    exp,
+    exp_online,
+    grid_of,
+    index_of,
+    read,
+    require_gpu,
+    row_of,
+    start_of,
+    sum_row,
+    tile,
+    with_dense_rows,
 )
+
+# What differs from call to call but not from model to model is not compiled for: the number of
+# positions, how they are strided, and where a vector of them begins.
+_ANY: Final = [f"{name}_{of}" for name in "zy" for of in ("outer_stride", "inner_stride")]
+_ANYWHERE: Final = [
+    *("z_lookup_ptr", "y_lookup_ptr", "log_normalizer_ptr", "mask_ptr", "tokens_ptr"),
+    *("kl_ptr", "log_alpha_ptr", "reverse_kl_ptr", "log_q_ptr"),
+]
 
 
 def forward(
@@ -49,25 +59,25 @@ def forward(
     Raises:
         ValueError: tensors on the CPU, where Triton has nothing to compile for.
     """
-    _require_gpu(draft_logits)
-    z, y = _with_dense_rows(draft_logits), _with_dense_rows(target_logits)
+    require_gpu(draft_logits, "overlap_terms", "closed_form")
+    z, y = with_dense_rows(draft_logits), with_dense_rows(target_logits)
+    grid, (z_rows, y_rows) = grid_of(z, y)
     statistics = RowStatistics.zeros(rows)
     with torch.cuda.device_of(z):
-        _forward_kernel[(len(rows.mask),)](
+        _forward_kernel[grid](
             z,
+            *z_rows,
             y,
-            row_offsets(z),
-            row_offsets(y),
+            *y_rows,
             rows.log_normalizer,
             rows.mask,
             statistics,
             z.shape[-1],
-            ALIGNMENT=_alignment(z, y),
+            ALIGNMENT=alignment(z.shape[-1], z_rows, y_rows),
             REVERSE_KL=rows.reverse_kl,
+            **tile(z, *((2048, 8) if z.element_size() == 2 else (4096, 16))),
         )
-    counted = rows.mask & (statistics.target_log_sum != -torch.inf)
-    argmax = torch.where(counted, draft_logits.argmax(-1).flatten(), 0)
-    return statistics._replace(draft_argmax=argmax)
+    return statistics
 
 
 def backward(
@@ -79,218 +89,301 @@ def backward(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `contract.Kernels`."""
-    _require_gpu(draft_logits)
-    z, y = _with_dense_rows(draft_logits), _with_dense_rows(target_logits)
+    require_gpu(draft_logits, "overlap_terms", "closed_form")
+    z, y = with_dense_rows(draft_logits), with_dense_rows(target_logits)
+    grid, (z_rows, y_rows) = grid_of(z, y)
     if out is None:
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     with torch.cuda.device_of(z):
-        _backward_kernel[(len(rows.mask),)](
+        _backward_kernel[grid](
             z,
+            *z_rows,
             y,
+            *y_rows,
             out,
-            row_offsets(z),
-            row_offsets(y),
-            rows.log_normalizer,
             rows.mask,
             rows.tokens,
             statistics,
-            gradients,
+            *gradients,
             z.shape[-1],
-            ALIGNMENT=_alignment(z, y),
+            ALIGNMENT=alignment(z.shape[-1], z_rows, y_rows),
+            **tile(z, 4096, 16),
         )
     return out
 
 
-def _require_gpu(logits: torch.Tensor) -> None:
-    if logits.device.type == "cpu" and not _INTERPRETED:
-        raise ValueError(
-            "impl='triton' needs tensors on a GPU; on a CPU use overlap_terms(..., "
-            "impl='closed_form'), or impl='auto' for the fastest that can run"
-        )
-
-
-def _with_dense_rows(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
-
-
-def _alignment(*logits: torch.Tensor) -> int:
-    """Return the power of two up to 16 that divides every row's offset.
-
-    Offsets are loaded from memory, so the compiler cannot know it by itself, and without it reads
-    logits one by one.
-    """
-    return math.gcd(16, *(stride for t in logits for stride in t.stride()[:-1]))
-
-
-@triton.autotune(_TILES, key=["vocabulary"])
-@triton.jit
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=_ANYWHERE)
 def _forward_kernel(
     z_ptr: tl.tensor,
+    z_lookup_ptr: tl.tensor | None,
+    z_outer_stride: int,
+    z_inner_stride: int,
     y_ptr: tl.tensor,
-    z_offsets_ptr: tl.tensor,
-    y_offsets_ptr: tl.tensor,
-    log_normalizer_ptr: tl.tensor,
+    y_lookup_ptr: tl.tensor | None,
+    y_outer_stride: int,
+    y_inner_stride: int,
+    log_normalizer_ptr: tl.tensor | None,
     mask_ptr: tl.tensor,
     s: RowStatistics,
     vocabulary: int,
     ALIGNMENT: tl.constexpr,
     REVERSE_KL: tl.constexpr,
     BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
+    row = row_of()
     if not tl.load(mask_ptr + row):
         return
-    z_ptr += tl.multiple_of(tl.load(z_offsets_ptr + row), ALIGNMENT)
-    y_ptr += tl.multiple_of(tl.load(y_offsets_ptr + row), ALIGNMENT)
-    log_z = tl.load(log_normalizer_ptr + row)
-    floor = tl.full((), _FLOOR, log_z.dtype)
-    nothing = tl.full((BLOCK,), 0, log_z.dtype)
+    z_ptr = start_of(z_ptr, z_lookup_ptr, z_outer_stride, z_inner_stride, ALIGNMENT)
+    y_ptr = start_of(y_ptr, y_lookup_ptr, y_outer_stride, y_inner_stride, ALIGNMENT)
+    dtype: tl.constexpr = s.kl.dtype.element_ty  # type: ignore[attr-defined]  # a pointer here
+    floor = tl.full((), FLOOR, dtype)
+    columns = columns_of(BLOCK, EACH, ALIGNMENT)
+    whole = vocabulary // BLOCK * BLOCK
+    lowest = tl.full((BLOCK // EACH,), NEGATIVE_INFINITY, dtype)
+    nothing = tl.full((BLOCK // EACH,), 0, dtype)
 
-    draft_shift = tl.full((), _NEGATIVE_INFINITY, log_z.dtype)
-    total = nothing
-    for start in range(0, vocabulary, BLOCK):
-        z = _read(z_ptr, start + tl.arange(0, BLOCK), vocabulary, floor)
-        z_exp, draft_shift, shrink = _exp_online(z, draft_shift)
-        total = total * shrink + z_exp
-    draft_log_sum = tl.log(tl.sum(total, 0))
+    # The caches should keep what is read here: the next loop reads it again.
+    draft_shift, total, first = sum_row(z_ptr, columns, vocabulary, floor, BLOCK, "evict_last")
+    draft_log_sum = tl.log(total)
+    if log_normalizer_ptr is None:
+        y_max, total, _ = sum_row(y_ptr, columns, vocabulary, floor, BLOCK, "evict_last")
+        log_z = y_max + tl.log(total)
+    else:
+        log_z = tl.load(log_normalizer_ptr + row)
 
-    target_max = tl.full((), _NEGATIVE_INFINITY, log_z.dtype)
-    overlap_max = target_max
-    total = nothing
-    kl = nothing
-    overlap = nothing
-    below = nothing
-    reverse_kl = nothing
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _read(z_ptr, columns, vocabulary, floor)
-        y = _read(y_ptr, columns, vocabulary, floor)
-        log_q, log_ratio, w = _compare(z, y, log_z, draft_shift, draft_log_sum)
-
-        y_exp, target_max, shrink = _exp_online(y, target_max)
-        total = total * shrink + y_exp
-        kl = kl * shrink + y_exp * log_ratio
-
-        log_overlap = log_q + _at_most_0(log_ratio)
-        overlap_exp, overlap_max, shrink = _exp_online(log_overlap, overlap_max)
-        overlap = overlap * shrink + overlap_exp
-        below = below * shrink + overlap_exp * w  # wherever w > 0 the overlap is q
-
+    target_max, overlap_max = lowest, lowest
+    coverage, kl, overlap, below, reverse_kl = nothing, nothing, nothing, nothing, nothing
+    for start in range(0, whole, BLOCK):
+        z = read(z_ptr, start + columns, vocabulary, floor, False, "evict_first")
+        y = read(y_ptr, start + columns, vocabulary, floor, False, "evict_first")
+        log_q, log_ratio = _compare(z, y, log_z, draft_shift, draft_log_sum)
+        target_max, coverage, kl = _add_target(y, log_ratio, target_max, coverage, kl)
+        overlap_max, overlap, below = _add_overlap(log_q, log_ratio, overlap_max, overlap, below)
         if REVERSE_KL:
-            reverse_kl -= tl.exp(log_q) * log_ratio
-
+            reverse_kl -= tl.sum(exp(log_q) * log_ratio, 1)
+    if whole < vocabulary:
+        z = read(z_ptr, whole + columns, vocabulary, floor, True, "evict_first")
+        y = read(y_ptr, whole + columns, vocabulary, floor, True, "evict_first")
+        log_q, log_ratio = _compare(z, y, log_z, draft_shift, draft_log_sum)
+        target_max, coverage, kl = _add_target(y, log_ratio, target_max, coverage, kl)
+        overlap_max, overlap, below = _add_overlap(log_q, log_ratio, overlap_max, overlap, below)
+        if REVERSE_KL:
+            reverse_kl -= tl.sum(exp(log_q) * log_ratio, 1)
+    target_max, coverage, kl = tl.reduce((target_max, coverage, kl), 0, _merge)
+    overlap_max, overlap, below = tl.reduce((overlap_max, overlap, below), 0, _merge)
     # Without a single target logit above the floor, the maximum is as good as -inf.
-    target_max = tl.where(target_max > floor, target_max, _NEGATIVE_INFINITY)
-    coverage = tl.sum(total, 0)
+    target_max = tl.where(target_max > floor, target_max, NEGATIVE_INFINITY)
     target_log_sum = (target_max - log_z) + tl.log(coverage)
-    covered = target_log_sum != _NEGATIVE_INFINITY  # true for nan, which must show
-    overlap_sum = tl.sum(overlap, 0)
-    log_alpha = overlap_max + tl.log(overlap_sum)
+    covered = target_log_sum != NEGATIVE_INFINITY  # true for nan, which must show
+    log_alpha = overlap_max + tl.log(overlap)
 
-    tl.store(s.kl + row, tl.where(covered, tl.sum(kl, 0) / coverage - target_log_sum, 0.0))
-    tl.store(s.alpha + row, tl.where(covered, tl.exp(log_alpha), 0.0))
+    argmax = index_of(draft_shift, z_ptr, first + columns, vocabulary, floor)
+
+    tl.store(s.kl + row, tl.where(covered, kl / coverage - target_log_sum, 0.0))
+    tl.store(s.alpha + row, tl.where(covered, exp(log_alpha), 0.0))
     tl.store(s.log_alpha + row, tl.where(covered, log_alpha, 0.0))
     if REVERSE_KL:
         tl.store(s.reverse_kl + row, tl.where(covered, tl.sum(reverse_kl, 0), 0.0))
     tl.store(s.draft_shift + row, draft_shift)
     tl.store(s.draft_log_sum + row, draft_log_sum)
+    tl.store(s.log_normalizer + row, log_z)
     tl.store(s.target_log_sum + row, target_log_sum)
-    tl.store(s.below + row, tl.where(covered, tl.sum(below, 0) / overlap_sum, 0.0))
-
-
-# The gradient may replace the draft logits: while it tunes, the autotuner must put them back.
-@triton.autotune(_TILES, key=["vocabulary"], restore_value=["grad_ptr"])
-@triton.jit
-def _backward_kernel(
-    z_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    grad_ptr: tl.tensor,
-    z_offsets_ptr: tl.tensor,
-    y_offsets_ptr: tl.tensor,
-    log_normalizer_ptr: tl.tensor,
-    mask_ptr: tl.tensor,
-    tokens_ptr: tl.tensor | None,
-    s: RowStatistics,
-    gradients: RowGradients,
-    vocabulary: int,
-    ALIGNMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    grad_ptr += row * vocabulary
-    if not tl.load(mask_ptr + row):
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            tl.store(grad_ptr + columns, tl.full((BLOCK,), 0.0, tl.float32), columns < vocabulary)
-        return
-    z_ptr += tl.multiple_of(tl.load(z_offsets_ptr + row), ALIGNMENT)
-    y_ptr += tl.multiple_of(tl.load(y_offsets_ptr + row), ALIGNMENT)
-    log_z = tl.load(log_normalizer_ptr + row)
-    floor = tl.full((), _FLOOR, log_z.dtype)
-    draft_shift = tl.load(s.draft_shift + row)
-    draft_log_sum = tl.load(s.draft_log_sum + row)
-    target_log_normalizer = log_z + tl.load(s.target_log_sum + row)
-    log_alpha = tl.load(s.log_alpha + row)
-    below = tl.load(s.below + row)
-    reverse_kl = tl.load(s.reverse_kl + row)
-    g_kl = 0.0 if gradients.kl is None else tl.load(gradients.kl + row)
-    g_log_alpha = 0.0 if gradients.log_alpha is None else tl.load(gradients.log_alpha + row)
-    g_reverse = 0.0 if gradients.reverse_kl is None else tl.load(gradients.reverse_kl + row)
-    g_log_q = 0.0 if gradients.log_q is None else tl.load(gradients.log_q + row)
-    token = 0 if tokens_ptr is None else tl.load(tokens_ptr + row)
-
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _read(z_ptr, columns, vocabulary, floor)
-        y = _read(y_ptr, columns, vocabulary, floor)
-        log_q, log_ratio, w = _compare(z, y, log_z, draft_shift, draft_log_sum)
-        q = tl.exp(log_q)
-        p_renormalized = tl.exp(y - target_log_normalizer)
-        # q / alpha in the log domain: both may underflow. It is at most 1 wherever w > 0.
-        share = tl.exp(_at_most_0(log_q - log_alpha)) * w
-        grad = (
-            g_kl * (q - p_renormalized)
-            + g_log_alpha * (share - q * below)
-            - g_reverse * (q * (log_ratio + reverse_kl))
-        )
-        if gradients.log_q is not None:
-            grad += g_log_q * (tl.where(columns == token, 1.0, 0.0) - q)
-        tl.store(grad_ptr + columns, grad, columns < vocabulary)
-
-
-@triton.jit
-def _read(row_ptr: tl.tensor, columns: tl.tensor, vocabulary: int, floor: tl.tensor) -> tl.tensor:
-    """Return a tile of logits in the dtype of ``floor``, none below it.
-
-    Beyond the vocabulary they are so low that even a row of nothing but floors gives them no
-    probability.
-    """
-    x = tl.load(row_ptr + columns, columns < vocabulary, 0.0).to(floor.dtype)
-    x = tl.where(x < floor, floor, x)  # tl.maximum would drop nan
-    return tl.where(columns < vocabulary, x, 2 * floor)
-
-
-@triton.jit
-def _exp_online(x: tl.tensor, largest: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return exp(x - m) with m the maximum so far, m, and the factor that older sums need."""
-    m = tl.maximum(largest, tl.max(x, 0))
-    return tl.exp(x - m), m, tl.exp(largest - m)
+    tl.store(s.below + row, tl.where(covered, below / overlap, 0.0))
+    tl.store(s.draft_argmax + row, tl.where(covered, argmax, 0))
 
 
 @triton.jit
 def _compare(
     z: tl.tensor, y: tl.tensor, log_z: tl.tensor, draft_shift: tl.tensor, draft_log_sum: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return log q, log(p / q) and w = 1[q < p] + 1/2 1[q = p]; see `contract.Kernels`.
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return log q and log(p / q), of whose sign w = 1[q < p] + 1/2 1[q = p] is made.
 
-    There is no product here that the compiler could contract in one kernel and not in the other.
+    See `contract.Kernels`. There is no product here that the compiler could contract in one kernel
+    and not in the other.
     """
     log_ratio = (y - z) - ((log_z - draft_shift) - draft_log_sum)
-    w = tl.where(log_ratio > 0, 1.0, tl.where(log_ratio == 0, 0.5, 0.0))
-    return (z - draft_shift) - draft_log_sum, log_ratio, w
+    return (z - draft_shift) - draft_log_sum, log_ratio
 
 
 @triton.jit
-def _at_most_0(x: tl.tensor) -> tl.tensor:
-    """Return min(x, 0), or nan where x is."""
-    return tl.where(x > 0, 0.0, x)
+def _add_target(
+    y: tl.tensor, log_ratio: tl.tensor, m: tl.tensor, total: tl.tensor, kl: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Add a tile to sum exp(y - m), and to that of exp(y - m) log(p / q)."""
+    y_exp, m, shrink = exp_online(y, m)
+    return m, total * shrink + tl.sum(y_exp, 1), kl * shrink + tl.sum(y_exp * log_ratio, 1)
+
+
+@triton.jit
+def _add_overlap(
+    log_q: tl.tensor, log_ratio: tl.tensor, m: tl.tensor, total: tl.tensor, below: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Add a tile to sum exp(log min(p, q) - m), and to that of its products with w.
+
+    In the log domain and with a shift of its own, for the overlap may be far below both p and q.
+    """
+    log_overlap = log_q + tl.where(log_ratio > 0, 0.0, log_ratio)  # tl.minimum would drop nan
+    overlap, m, shrink = exp_online(log_overlap, m)
+    w = tl.where(log_ratio > 0, 1.0, tl.where(log_ratio == 0, 0.5, 0.0))
+    return m, total * shrink + tl.sum(overlap, 1), below * shrink + tl.sum(overlap * w, 1)
+
+
+@triton.jit
+def _merge(
+    m: tl.tensor,
+    total: tl.tensor,
+    product: tl.tensor,
+    other_m: tl.tensor,
+    other_total: tl.tensor,
+    other_product: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Join what `_add_target`, or `_add_overlap`, keeps of two threads."""
+    top = tl.maximum(m, other_m)
+    ours, others = exp(m - top), exp(other_m - top)
+    return top, total * ours + other_total * others, product * ours + other_product * others
+
+
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=_ANYWHERE)
+def _backward_kernel(
+    z_ptr: tl.tensor,
+    z_lookup_ptr: tl.tensor | None,
+    z_outer_stride: int,
+    z_inner_stride: int,
+    y_ptr: tl.tensor,
+    y_lookup_ptr: tl.tensor | None,
+    y_outer_stride: int,
+    y_inner_stride: int,
+    grad_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
+    tokens_ptr: tl.tensor | None,
+    s: RowStatistics,
+    kl_ptr: tl.tensor | None,
+    log_alpha_ptr: tl.tensor | None,
+    reverse_kl_ptr: tl.tensor | None,
+    log_q_ptr: tl.tensor | None,
+    vocabulary: int,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
+) -> None:
+    """Write the gradient of a row; see `contract.Kernels.backward` for its formula.
+
+    Collecting what q is multiplied with, it is
+
+        q (A - g_reverse (r + reverse_kl)) + g_log_alpha (q / alpha) w - g_kl p~ + g_log_q 1[token]
+
+    with A = g_kl - g_log_alpha below - g_log_q. Where w > 0, q is part of the overlap, so that
+    q / alpha is at most 1; elsewhere it may be anything, but is not needed. So one power per token
+    is enough for both: u = q / alpha where w > 0, whose factor is alpha A + g_log_alpha w, and
+    u = q elsewhere, whose factor is A. No alpha is too small for that: log u takes its logarithm,
+    and where alpha A underflows it is nothing beside g_log_alpha w.
+    """
+    row = row_of()
+    grad_ptr += tl.multiple_of(row.to(tl.int64) * vocabulary, ALIGNMENT)
+    columns = columns_of(BLOCK, EACH, ALIGNMENT)
+    whole = vocabulary // BLOCK * BLOCK
+    if not tl.load(mask_ptr + row):
+        zeros = tl.full(columns.shape, 0, grad_ptr.dtype.element_ty)
+        for start in range(0, whole, BLOCK):
+            tl.store(grad_ptr + start + columns, zeros)
+        if whole < vocabulary:
+            tl.store(grad_ptr + whole + columns, zeros, whole + columns < vocabulary)
+        return
+    z_ptr = start_of(z_ptr, z_lookup_ptr, z_outer_stride, z_inner_stride, ALIGNMENT)
+    y_ptr = start_of(y_ptr, y_lookup_ptr, y_outer_stride, y_inner_stride, ALIGNMENT)
+    log_z = tl.load(s.log_normalizer + row)
+    floor = tl.full((), FLOOR, log_z.dtype)
+
+    draft_shift, draft_log_sum = tl.load(s.draft_shift + row), tl.load(s.draft_log_sum + row)
+    a = tl.full((), 0, log_z.dtype)
+    g_kl, g_reverse, g_log_q, token = None, None, None, None
+    log_alpha, alpha, below, tied = None, None, None, None
+    if kl_ptr is not None:
+        g_kl = tl.load(kl_ptr + row)
+        a += g_kl
+    if reverse_kl_ptr is not None:
+        g_reverse = tl.load(reverse_kl_ptr + row)
+        a -= g_reverse * tl.load(s.reverse_kl + row)
+    if log_q_ptr is not None:
+        g_log_q = tl.load(log_q_ptr + row)
+        token = tl.load(tokens_ptr + row)
+        a -= g_log_q
+    if log_alpha_ptr is not None:
+        g_log_alpha = tl.load(log_alpha_ptr + row)
+        log_alpha = tl.load(s.log_alpha + row)
+        a -= g_log_alpha * tl.load(s.below + row)
+        alpha = exp(log_alpha)
+        below = alpha * a + g_log_alpha
+        tied = alpha * a + 0.5 * g_log_alpha
+    of = _OfRow(
+        draft_shift,
+        draft_log_sum,
+        (log_z - draft_shift) - draft_log_sum,
+        log_z + tl.load(s.target_log_sum + row),
+        *(a, below, tied, log_alpha, alpha, g_kl, g_reverse, g_log_q, token),
+    )
+    for start in range(0, whole, BLOCK):
+        z = read(z_ptr, start + columns, vocabulary, floor, False, "evict_first")
+        y = read(y_ptr, start + columns, vocabulary, floor, False, "evict_first")
+        tl.store(grad_ptr + start + columns, _gradient(z, y, start + columns, of))
+    if whole < vocabulary:
+        z = read(z_ptr, whole + columns, vocabulary, floor, True, "evict_first")
+        y = read(y_ptr, whole + columns, vocabulary, floor, True, "evict_first")
+        grad = _gradient(z, y, whole + columns, of)
+        tl.store(grad_ptr + whole + columns, grad, whole + columns < vocabulary)
+
+
+class _OfRow(NamedTuple):
+    """What `_gradient` takes of a row. None is a constant: what needs it is not compiled.
+
+    Attributes:
+        draft_shift, draft_log_sum: see `contract.RowStatistics`.
+        threshold: what y - z is compared with.
+        target_log_normalizer: log of the sum of exp(y).
+        a: factor of u = q where q > p.
+        below, tied: factors of u = q / alpha where q < p and where q = p; None without a gradient
+            of alpha, as are the next two. Then the factor is ``a`` everywhere.
+        log_alpha, alpha: see `contract.OverlapTerms`.
+        kl, reverse_kl, log_q: gradients of the terms.
+        token: the token of ``log_q``.
+    """
+
+    draft_shift: tl.tensor
+    draft_log_sum: tl.tensor
+    threshold: tl.tensor
+    target_log_normalizer: tl.tensor
+    a: tl.tensor
+    below: tl.tensor | None
+    tied: tl.tensor | None
+    log_alpha: tl.tensor | None
+    alpha: tl.tensor | None
+    kl: tl.tensor | None
+    reverse_kl: tl.tensor | None
+    log_q: tl.tensor | None
+    token: tl.tensor | None
+
+
+@triton.jit
+def _gradient(z: tl.tensor, y: tl.tensor, columns: tl.tensor, of: _OfRow) -> tl.tensor:
+    """Return the gradient of a tile, as `_backward_kernel` writes it down."""
+    difference = y - z
+    factor = of.a
+    log_u = of.draft_log_sum
+    shared = difference >= of.threshold  # where w > 0
+    if of.log_alpha is not None:
+        factor = tl.where(difference == of.threshold, of.tied, of.below)
+        factor = tl.where(shared, factor, of.a)
+        log_u = tl.where(shared, of.draft_log_sum + of.log_alpha, of.draft_log_sum)
+    u = exp((z - of.draft_shift) - log_u)
+    if of.reverse_kl is not None:
+        reverse = of.reverse_kl * (difference - of.threshold)
+        if of.log_alpha is not None:
+            reverse = tl.where(shared, reverse * of.alpha, reverse)
+        factor -= reverse
+    grad = u * factor
+    if of.kl is not None:
+        grad -= of.kl * exp(y - of.target_log_normalizer)
+    if of.log_q is not None:
+        grad += tl.where(columns == of.token, of.log_q, 0.0)
+    return grad

@@ -35,6 +35,12 @@ def test_shapes_that_do_not_fit_are_named(name, shape):
         specforge_lk.overlap_terms(**inputs | {name: torch.zeros(shape)})
 
 
+def test_a_full_vocabulary_has_no_log_coverage_to_give():
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="log_coverage without log_normalizer"):
+        specforge_lk.overlap_terms(z, z, None, log_coverage=torch.zeros(2))
+
+
 def test_tokens_must_be_integers():
     z = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"tokens.*integers.*float32"):

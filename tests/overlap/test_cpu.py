@@ -186,7 +186,9 @@ def test_gradient_may_overwrite_the_draft_logits(overlap_case, impl, dtype):
 
     kernels = {"cpu": fused_cpu, "closed_form": closed_form}[impl]
     z, y, log_z = (t.detach() for t in overlap_case(5, 1029, dtype=dtype))
-    rows = RowInputs(log_z, None, torch.tensor([1, 0, 1, 1, 0]).bool(), torch.arange(5), True)
+    rows = RowInputs(
+        log_z, None, torch.tensor([1, 0, 1, 1, 0]).bool(), torch.arange(5), log_z.dtype, True
+    )
     statistics = kernels.forward(z, y, rows)
     gradients = RowGradients(*torch.ones(4, 5, dtype=log_z.dtype))
     arguments = (z, y, rows, statistics, gradients)
@@ -291,8 +293,8 @@ from pathlib import Path
 import torch
 from specforge_lk import overlap_terms
 
-z = torch.randn(4000, 64)
-y = torch.randn(4000, 64)
+z = torch.randn(3000, 64)
+y = torch.randn(3000, 64)
 log_z = y.logsumexp(-1)
 expected = overlap_terms(z, y, log_z, impl="cpu").kl
 torch.set_num_threads(64)

@@ -148,3 +148,34 @@ def test_given_log_coverage_changes_nothing_and_is_returned(impl_case, impl):
         torch.testing.assert_close(
             getattr(given, name), getattr(computed, name), rtol=1e-12, atol=0
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_full_vocabulary_is_normalized_in_the_pass(overlap_case, impl, dtype):
+    z, y, _ = (t.detach() for t in overlap_case(2, 3, 37, outside=0, scale=5.0, dtype=dtype))
+    y[0, 0] = -torch.inf  # no target at all
+    y[0, 1, ::2] = -torch.inf
+    y[0, 2, 5] = torch.nan
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    wide = torch.promote_types(dtype, torch.float32)
+    options = {"mask": mask, "tokens": torch.full((2, 3), 36), "impl": impl, "reverse_kl": True}
+    names = ("kl", "alpha", "log_alpha", "log_q", "log_p")
+    found = []
+    given = y.to(wide).logsumexp(-1)
+    for normalizer in (None, torch.where(given == -torch.inf, torch.inf, given)):
+        leaf = z.clone().requires_grad_()
+        terms = overlap_terms(leaf, y, normalizer, **options)
+        values = torch.stack([getattr(terms, name) for name in names])
+        (gradient,) = torch.autograd.grad(values.nan_to_num().sum(), leaf)
+        found.append((values, gradient, terms))
+    (values, gradient, terms), (expected, expected_gradient, _) = found
+    torch.testing.assert_close(values, expected, equal_nan=True)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
+    assert (
+        values[:3, 0, 2].isnan().all() and not values[:, 0, 0].any() and not values[:, 1, 0].any()
+    )
+    # Coverage is 1, not what rounding makes of it.
+    assert (
+        terms.log_coverage[0].tolist()[:2] == [-math.inf, 0.0] and terms.log_coverage[0, 2].isnan()
+    )
+    assert terms.log_coverage[1].tolist() == [0.0] * 3
