@@ -15,9 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from specforge_lk.files import write_text
 from specforge_lk.serving import Sampling
 
 FOLDER = SERVING / "server"
+RESPONSES = FOLDER / "responses.jsonl"
 #: Requests under way at once.
 CONCURRENCY = 4
 #: Seconds until a server answers.
@@ -124,91 +124,94 @@ def check(assets: Assets, engine: Path, count: int, new_tokens: int) -> ServedRe
         for row in read_rows(str(path))[:count]
     ]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    asked, out = FOLDER / "prompts.jsonl", FOLDER / "responses.jsonl"
-    for old in FOLDER.glob("responses.jsonl*"):
-        old.unlink()
-    write_text(asked, "".join(json.dumps(row) + "\n" for row in prompts))
-
-    def client(url: str) -> subprocess.Popen[bytes]:
-        command = [
-            *(sys.executable, "-c", "from specforge_lk.cli import main; main()", "generate"),
-            *("--server", url, "--prompts", str(asked), "--out", str(out)),
-            *("--max-new-tokens", str(new_tokens), "--concurrency", str(CONCURRENCY)),
-            *("--retries", "100"),
-        ]
-        with (FOLDER / "client.log").open("ab") as output:
-            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-
     with EngineServer(engine, assets.target.absolute(), FOLDER / "server.log") as server:
         console.print("[dim]vLLM's server starts[/]")
         server.start()
-        first = client(server.url)
-        client_killed_at = _reached(first, lambda: _lines(out), len(prompts) // 4)
+        sampled = _sample(server, prompts, new_tokens)
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            asked = pool.map(lambda row: _ask(server.url, row, new_tokens), prompts)
+            replies = {row["id"]: reply for row, reply in zip(prompts, asked, strict=True)}
+    rows = [json.loads(line) for line in RESPONSES.read_text().splitlines()]
+    ids = [row["response_ids"] for row in rows if "response_ids" in row]
+    again = sum(row.get("response_ids") == replies[row["id"]].tokens for row in rows)
+    expected = {(*r.prompt, *r.tokens): len(r.prompt) for r in replies.values()}
+    captured = sum(expected.get(tokens) == before for tokens, before in _captured(len(rows)))
+    # In another batch float32 may round a near-tie the other way.
+    enough = (1 - DIFFERING) * len(prompts)
+    return ServedResponses(
+        prompts=len(prompts),
+        client_killed_at=sampled.client_killed_at,
+        server_killed_at=sampled.server_killed_at,
+        responses=len(rows),
+        tokens=sum(map(len, ids)),
+        with_ids=len(ids),
+        sampled_again=again,
+        captured=captured,
+        passed=sampled.continued
+        and sorted(row["id"] for row in rows) == sorted(replies)
+        and all(row.get("sampling") == {"temperature": 1} for row in rows)
+        and len(ids) == len(prompts)
+        and min(again, captured) >= enough,
+    )
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """How far sampling was when the client was killed, and when the server was.
+
+    ``continued``: both were killed on the way, the client waited for the server, and at the end
+    nothing was left to sample.
+    """
+
+    client_killed_at: int
+    server_killed_at: int
+    continued: bool
+
+
+def _sample(server: EngineServer, prompts: list[dict[str, Any]], new_tokens: int) -> _Sampled:
+    """Write responses of the server to `RESPONSES`; kill the client on the way, then the server."""
+    asked, log, few = FOLDER / "prompts.jsonl", FOLDER / "client.log", len(prompts) // 4
+    for old in FOLDER.glob(f"{RESPONSES.name}*"):
+        old.unlink()
+    write_text(asked, "".join(json.dumps(row) + "\n" for row in prompts))
+    command = [
+        *(sys.executable, "-c", "from specforge_lk.cli import main; main()", "generate"),
+        *("--server", server.url, "--prompts", str(asked), "--out", str(RESPONSES)),
+        *("--max-new-tokens", str(new_tokens), "--concurrency", str(CONCURRENCY)),
+        *("--retries", "100"),
+    ]
+    with log.open("ab") as output, ExitStack() as clients:
+
+        def client() -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            clients.callback(process.wait)
+            clients.callback(process.kill)
+            return process
+
+        first = client()
+        client_killed_at = _reached(first, few)
         first.kill()
         first.wait()
-        second = client(server.url)
-        more = client_killed_at + len(prompts) // 4
-        server_killed_at = _reached(second, lambda: _lines(out), more)
+        second = client()
+        server_killed_at = _reached(second, client_killed_at + few)
         server.kill()
         time.sleep(2)  # requests that were under way fail, and are tried again
         waited = second.poll() is None
         server.start()
-        if second.wait():
-            fail("specforge-lk generate failed", FOLDER / "client.log")
-        again = client(server.url)
-        if again.wait():
-            fail("specforge-lk generate failed", FOLDER / "client.log")
-        summary = (FOLDER / "client.log").read_text().strip().rpartition("\n")[2]
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            replies = dict(
-                zip(
-                    (row["id"] for row in prompts),
-                    pool.map(lambda row: _ask(server.url, row, new_tokens), prompts),
-                    strict=True,
-                )
-            )
-    captured = _captured(out, len(rows))
-    ids = [row["response_ids"] for row in rows if "response_ids" in row]
-    expected = {(*reply.prompt, *reply.tokens): len(reply.prompt) for reply in replies.values()}
-    found = ServedResponses(
-        prompts=len(prompts),
-        client_killed_at=client_killed_at,
-        server_killed_at=server_killed_at,
-        responses=len(rows),
-        tokens=sum(map(len, ids)),
-        with_ids=len(ids),
-        sampled_again=sum(row.get("response_ids") == replies[row["id"]].tokens for row in rows),
-        captured=sum(expected.get(tokens) == before for tokens, before in captured),
-        passed=False,
-    )
-    whole = sorted(row["id"] for row in rows) == sorted(row["id"] for row in prompts)
-    # In another batch float32 may round a near-tie the other way.
-    enough = (1 - DIFFERING) * len(prompts)
-    return found.model_copy(
-        update={
-            "passed": whole
-            and waited
-            and "(0 new" in summary
-            and all(row.get("sampling") == {"temperature": 1} for row in rows)
-            and found.with_ids == len(prompts)
-            and client_killed_at < server_killed_at < len(prompts)
-            and min(found.sampled_again, found.captured) >= enough
-        }
-    )
+        if second.wait() or client().wait():
+            fail("specforge-lk generate failed", log)
+    nothing_left = "(0 new" in log.read_text().strip().rpartition("\n")[2]
+    on_the_way = server_killed_at < len(prompts)
+    return _Sampled(client_killed_at, server_killed_at, waited and on_the_way and nothing_left)
 
 
-def _reached(process: subprocess.Popen[bytes], value: Callable[[], int], least: int) -> int:
-    """Wait until a value is at least ``least`` while a process runs, and return it."""
-    while (now := value()) < least:
-        if process.poll() is not None:
+def _reached(client: subprocess.Popen[bytes], least: int) -> int:
+    """Wait until a client has written this many responses, and return how many there are."""
+    while (now := RESPONSES.read_bytes().count(b"\n") if RESPONSES.exists() else 0) < least:
+        if client.poll() is not None:
             fail("specforge-lk generate ended too early", FOLDER / "client.log")
         time.sleep(0.05)
     return now
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _ask(url: str, prompt: dict[str, Any], new_tokens: int) -> _Reply:
@@ -229,7 +232,7 @@ def _ask(url: str, prompt: dict[str, Any], new_tokens: int) -> _Reply:
     return _Reply(reply["prompt_token_ids"], reply["choices"][0]["token_ids"])
 
 
-def _captured(responses: Path, count: int) -> list[tuple[tuple[int, ...], int]]:
+def _captured(count: int) -> list[tuple[tuple[int, ...], int]]:
     """Capture the responses; return the tokens of every sample, and how many begin unsupervised.
 
     A sample whose supervised tokens are not its last ones has -1 of these.
@@ -242,7 +245,7 @@ def _captured(responses: Path, count: int) -> list[tuple[tuple[int, ...], int]]:
         None,
         threads=len(os.sched_getaffinity(0)),
         samples=count,
-        responses=responses,
+        responses=RESPONSES,
     )
     samples = []
     for file in sorted(features.glob("*.ckpt")):
