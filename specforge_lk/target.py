@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def load_target(
     tokenizer = load_tokenizer(target, trust_remote_code=trust_remote_code)
     config = load_target_config(target, trust_remote_code=trust_remote_code)
     # transformers would go on without one that it cannot read.
-    load_generation_config(target)
+    load_generation_config(target, config.get_text_config().vocab_size)
     with _quantization_errors(target, config), _errors(target):
         model, found = _auto_class(config, target).from_pretrained(
             target,
@@ -189,11 +190,15 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def load_generation_config(target: str) -> Any | None:
+def load_generation_config(target: str, vocab_size: int) -> Any | None:
     """Return the target's generation config; None where it has no generation_config.json.
 
+    Args:
+        target: Folder or hub id.
+        vocab_size: V, the size of its vocabulary.
+
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or no token of it can end a response.
     """
     from transformers import GenerationConfig
     from transformers.utils import cached_file
@@ -210,9 +215,15 @@ def load_generation_config(target: str) -> Any | None:
         return None
     values = read_json(Path(found), _AGAIN)
     ends = values.get("eos_token_id")
-    listed = ends if isinstance(ends, list) else [ends]
-    if ends is not None and any(type(end) is not int or end < 0 for end in listed):
+    listed: list[Any] = ends if isinstance(ends, list) else [ends]
+    if ends is not None and any(type(end) is not int for end in listed):
         raise ValueError(f"{found}: eos_token_id is {ends!r}, not token ids; {_AGAIN}")
+    # Some targets list a token that their vocabulary lacks beside the one that they use.
+    if ends is not None and not any(0 <= end < vocab_size for end in listed):
+        raise ValueError(
+            f"{found}: eos_token_id is {ends!r}, outside the target's vocabulary of {vocab_size}, "
+            "so that no response would end; set it to the token that ends a turn"
+        )
     return GenerationConfig.from_dict(values)
 
 
@@ -224,10 +235,10 @@ def load_eos_ids(target: str, tokenizer: Any, *, trust_remote_code: bool = False
     """
     from transformers import GenerationConfig
 
-    config = load_generation_config(target)
+    own = load_target_config(target, trust_remote_code=trust_remote_code)
+    config = load_generation_config(target, own.get_text_config().vocab_size)
     if config is None:
         # As transformers does with a model that has no generation_config.json.
-        own = load_target_config(target, trust_remote_code=trust_remote_code)
         config = GenerationConfig.from_model_config(own)
     return eos_ids(config, tokenizer)
 
@@ -305,6 +316,16 @@ def _quantization_errors(target: str, config: Any) -> Iterator[None]:
         ) from error
 
 
+def _no_json(folder: Path) -> str | None:
+    """Return which of a target's JSON files is none, if any: transformers does not say."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as error:
+            return f"{file.name} is not JSON: {error}"
+    return None
+
+
 @contextmanager
 def _errors(target: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
@@ -316,10 +337,13 @@ def _errors(target: str) -> Iterator[None]:
         raise ValueError(
             f"target {target!r} has a weight file that is cut or damaged ({error}); {_AGAIN}"
         ) from error
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, StrictDataclassError, KeyError, TypeError) as error:
         # What comes after the first sentence is the library's own advice.
         reason = " ".join(str(error).split()).partition(". ")[0]
+        if isinstance(error, KeyError):  # whose text is the key alone
+            reason = f"it does not know {reason}"
         if Path(target).is_dir():
+            reason = _no_json(Path(target)) or reason
             raise ValueError(f"target {target!r} cannot be loaded ({reason}); {_AGAIN}") from error
         raise ValueError(
             f"target {target!r} is no model folder here and could not be had from the hub either; "

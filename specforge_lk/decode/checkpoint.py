@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,12 +11,17 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from specforge_lk.decode.draft_config import DraftError, check_fields
 from specforge_lk.drafts.table import ARCHITECTURES, DraftType, draft_type
 from specforge_lk.files import compare_checksums, read_json
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _EXPORT = "`specforge export --to hf`"
 _AGAIN = "export or download the draft again"
+#: Characters of a list of differences that are printed.
+_LONGEST = 600
+#: Tensors that map a draft vocabulary to the target's.
+VOCABULARY = ("d2t", "t2d", "token_map")
 
 
 class TargetFacts(Protocol):
@@ -55,10 +60,6 @@ class DraftTarget(TargetFacts, Protocol):
         ...
 
 
-class DraftError(ValueError):
-    """A draft checkpoint that cannot be evaluated; the message says what to change."""
-
-
 def read_config(path: Path) -> tuple[dict[str, Any], DraftType]:
     """Return the config.json in a draft's folder, and the type of draft it is of.
 
@@ -66,6 +67,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], DraftType]:
         DraftError: there is no config.json, or it is of no known draft.
     """
     file = path / "config.json"
+    if not path.is_dir():
+        raise DraftError(f"draft {path} is no folder; give that of an exported draft")
     if not file.is_file():
         raise DraftError(
             f"draft {path}: no config.json; export the checkpoint with {_EXPORT} and give the "
@@ -86,6 +89,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], DraftType]:
             f"{file}: architectures {named!r} is not a known draft; "
             f"known are {', '.join(sorted(ARCHITECTURES))}"
         )
+    check_fields(file, config)
     # An MTP module's blocks in fp8 have scales that are read.
     if config.get("quantization_config") and kind.name != "mtp":
         raise DraftError(
@@ -127,7 +131,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     for file in files:
         with damage_named(file):
             weights |= load(file)
-    require_finite(path, weights)
+    check_tensors(path, weights)
     return weights
 
 
@@ -169,26 +173,37 @@ def damage_named(file: Path) -> Iterator[None]:
         raise DraftError(f"draft file {file} is cut or damaged ({reason}); {_AGAIN}") from error
 
 
-def require_finite(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that are nan or infinite, or quantized.
+def check_tensors(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are nan or infinite, or of a type that is none of a weight.
 
     Raises:
         DraftError: naming the first tensor.
     """
     for name, weight in weights.items():
-        if not weight.is_floating_point() or not weight.numel():
-            continue
-        if weight.dtype.itemsize < 2:
+        counts, floats = name.rpartition(".")[2] in VOCABULARY, weight.is_floating_point()
+        if floats == counts or (floats and weight.dtype.itemsize < 2):
+            wanted = "whole numbers" if counts else "numbers in bfloat16, float16 or float32"
             raise DraftError(
-                f"draft {path}: {name} has type {weight.dtype}, which needs scales that are not "
-                "read here; give the draft in bfloat16"
+                f"draft {path}: {name} has type {weight.dtype}, not {wanted}; give the draft "
+                "without quantization, or export it again"
             )
         # nan is the least and the greatest of what it is among.
-        if not torch.stack(weight.aminmax()).isfinite().all():
+        if not counts and weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
             raise DraftError(
                 f"draft {path}: {name} has numbers that are nan or infinite; its training "
                 "diverged or the file is damaged: give another checkpoint"
             )
+
+
+def require_matrices(path: Path, weights: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
+    """Refuse weights that are no matrices.
+
+    Raises:
+        DraftError: naming the first.
+    """
+    for name in names:
+        if name in weights and weights[name].ndim != 2:
+            raise disagreement(path, f"{name} has shape {list(weights[name].shape)}")
 
 
 def require_sizes(path: Path, sizes: Mapping[str, int | None], target: TargetFacts) -> None:
@@ -289,4 +304,26 @@ def fill(
 
 def disagreement(path: Path, found: object) -> DraftError:
     """Return the error of a folder whose config.json and tensors do not fit one another."""
-    return DraftError(f"draft {path}: config.json and safetensors disagree ({found}); export again")
+    said = " ".join(str(found).split())
+    # Hundreds of tensors may differ.
+    said = said if len(said) <= _LONGEST else said[:_LONGEST] + " …"
+    return DraftError(f"draft {path}: config.json and safetensors disagree ({said}); export again")
+
+
+__all__ = [
+    "VOCABULARY",
+    "DraftError",
+    "DraftTarget",
+    "TargetFacts",
+    "check_tensors",
+    "damage_named",
+    "disagreement",
+    "draft_vocabulary",
+    "fill",
+    "read_config",
+    "read_weights",
+    "refuse_layers",
+    "require_listed",
+    "require_matrices",
+    "require_sizes",
+]

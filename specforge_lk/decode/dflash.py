@@ -102,6 +102,11 @@ class DFlashDraft(CachedDraft):
         parsed = parse_config(file, Qwen3Config, config)
         require_positive(file, {name: options[name] for name in cls.sizes})
         require_positive(file, {"block_size": config.get("block_size")})
+        if "sliding_attention" in (parsed.layer_types or ()) and not parsed.sliding_window:
+            raise DraftError(
+                f"{file}: layer_types has sliding_attention, but there is no sliding_window; set "
+                "it, with use_sliding_window, or export again"
+            )
         sizes = {"vocab_size": parsed.vocab_size, "hidden_size": parsed.hidden_size}
         require_sizes(path, sizes, target)
         mask, size = options["mask_token_id"], target.vocab_size

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from specforge_lk.decode.checkpoint import DraftError
-
-#: Fields of transformers' configs that are above 0.
-_POSITIVE: Final = (
+#: Fields that are whole numbers above 0, in the config and in its sections.
+_SIZES: Final = (
     "hidden_size",
     "target_hidden_size",
     "intermediate_size",
@@ -20,8 +18,66 @@ _POSITIVE: Final = (
     "vocab_size",
     "draft_vocab_size",
     "max_position_embeddings",
+    "block_size",
+    "gru_hidden_dim",
+    "emb_dim",
+    "n_predict",
+    "num_heads",
+    "medusa_num_heads",
+    "truncated_vocab_size",
+)
+#: Fields that are whole numbers, 0 for none.
+_COUNTS: Final = ("inner_dim", "markov_rank", "pure_draft_prefix_len")
+#: Fields that are one of some words.
+_CHOICES: Final = {"markov_head_type": ("vanilla", "gated", "rnn")}
+#: Fields that are finite numbers above 0.
+_SCALES: Final = ("rms_norm_eps", "logit_scale")
+#: Fields that are true or false: any other value is read as true.
+_SWITCHES: Final = (
+    "attention_bias",
+    "fc_norm",
+    "medusa_fc_bias",
+    "norm_before_fc",
+    "norm_before_residual",
+    "norm_output",
+    "original_lm_head",
+    "scale_input",
+    "shift_label",
+    "tie_weights",
 )
 _REMEDY: Final = "mend it, or export or download the draft again"
+
+
+class DraftError(ValueError):
+    """A draft checkpoint that cannot be evaluated; the message says what to change."""
+
+
+def check_fields(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse values of the fields above that no draft can have, in sections too.
+
+    Args:
+        file: the config.json.
+        config: its content, or a section of it. Fields that are absent or null do not count.
+
+    Raises:
+        DraftError: naming the first.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_fields(file, value)
+        elif value is None:
+            continue
+        elif name in _SIZES:
+            require_positive(file, {name: value})
+        elif name in _COUNTS and (type(value) is not int or value < 0):
+            raise DraftError(f"{file}: {name} is {value!r}, not a whole number; {_REMEDY}")
+        elif name in _CHOICES and str(value).lower() not in _CHOICES[name]:
+            known = ", ".join(_CHOICES[name])
+            raise DraftError(f"{file}: {name} is {value!r}, not one of {known}; {_REMEDY}")
+        elif name in _SCALES and not (isinstance(value, int | float) and 0 < value < float("inf")):
+            raise DraftError(f"{file}: {name} is {value!r}, not a number above 0; {_REMEDY}")
+        elif name in _SWITCHES and not isinstance(value, bool):
+            raise DraftError(f"{file}: {name} is {value!r}, not true or false; {_REMEDY}")
 
 
 def parse_config(file: Path, family: Any, config: Mapping[str, Any]) -> Any:
@@ -33,14 +89,12 @@ def parse_config(file: Path, family: Any, config: Mapping[str, Any]) -> Any:
         config: its fields.
 
     Raises:
-        DraftError: transformers refuses it, or no draft can have its sizes, its activation or its
-            rotary embedding.
+        DraftError: transformers refuses it, or no draft can have its attention heads, its
+            activation or its rotary embedding.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers.activations import ACT2FN
 
-    # transformers divides by some of these.
-    require_positive(file, {n: config[n] for n in _POSITIVE if config.get(n) is not None})
     try:
         parsed = family.from_dict(dict(config))
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -150,7 +204,9 @@ def _require_rotary(file: Path, config: Any) -> None:
 
 
 __all__ = [
+    "DraftError",
     "are_distinct",
+    "check_fields",
     "listed_layers",
     "parse_config",
     "require_positive",

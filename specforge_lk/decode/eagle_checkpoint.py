@@ -19,6 +19,7 @@ from specforge_lk.decode.checkpoint import (
     draft_vocabulary,
     fill,
     read_weights,
+    require_matrices,
     require_sizes,
 )
 from specforge_lk.decode.draft_config import are_distinct, listed_layers, parse_config, section
@@ -103,6 +104,7 @@ def _checked(
     require_sizes(path, {"vocab_size": parsed.vocab_size, **wide}, target)
     if missing := sorted(set(_NEEDED) - set(weights)):
         raise DraftError(f"draft {path}: tensors {missing} are missing; export again")
+    require_matrices(path, weights, ("lm_head.weight", "fc.weight", "embed_tokens.weight"))
     rows = len(weights["lm_head.weight"])
     if rows != parsed.draft_vocab_size:
         raise DraftError(

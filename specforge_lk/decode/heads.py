@@ -19,13 +19,16 @@ from torch import nn
 
 from specforge_lk.decode.base import BaseDraft
 from specforge_lk.decode.checkpoint import (
+    VOCABULARY,
     DraftError,
     DraftTarget,
     TargetFacts,
+    disagreement,
     draft_vocabulary,
     fill,
     read_weights,
     refuse_layers,
+    require_matrices,
     require_sizes,
 )
 from specforge_lk.decode.draft import Proposal
@@ -40,7 +43,6 @@ Config = dict[str, Any]
 _NUMBERED = re.compile(r"(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
 #: What layouts add to the names of an MLP speculator's and a MEDUSA draft's tensors.
 _PREFIXES = ("speculator.", "medusa_heads.")
-_VOCABULARY = ("d2t", "t2d", "token_map")
 
 
 class LastStateDraft(BaseDraft):
@@ -64,7 +66,11 @@ class LastStateDraft(BaseDraft):
     @staticmethod
     @abstractmethod
     def layout(config: Config, weights: Weights, target: TargetFacts) -> tuple[Config, Weights]:
-        """Return config and tensors in one form, whatever layout they are stored in."""
+        """Return config and tensors in one form, whatever layout they are stored in.
+
+        Raises:
+            DraftError: they contradict one another.
+        """
 
     @staticmethod
     @abstractmethod
@@ -95,18 +101,22 @@ class LastStateDraft(BaseDraft):
             DraftError: the folder is incomplete, or does not fit itself or the target.
         """
         stored = {_bare(name): value for name, value in read_weights(path).items()}
-        config, weights = cls.layout(config, stored, target)
+        try:
+            config, weights = cls.layout(config, stored, target)
+        except DraftError as error:
+            raise disagreement(path, error) from error
         if missing := [n for n in (*cls.needed, "vocab_size") if config.get(n) is None]:
             raise DraftError(
                 f"{path / 'config.json'}: {', '.join(missing)} is missing; export again"
             )
         require_positive(path / "config.json", {name: config[name] for name in cls.needed})
         require_sizes(path, {name: config[name] for name in ("vocab_size", cls.needed[0])}, target)
+        require_matrices(path, weights, [n for n in weights if "head" in n])
         rows = cls.rows(weights)
         if rows is None:
             raise DraftError(f"draft {path}: it has no LM head; export again")
         ids = draft_vocabulary(path, weights, rows, target.vocab_size)
-        tensors = {name: value for name, value in weights.items() if name not in _VOCABULARY}
+        tensors = {name: value for name, value in weights.items() if name not in VOCABULARY}
         return config, tensors, ids
 
     def _begin(self, features: torch.Tensor) -> torch.Tensor:
@@ -267,7 +277,9 @@ class MLPSpeculatorDraft(LastStateDraft):
             part, head, kind = name.split(".") if name.count(".") == 2 else ("", "", "")
             if (part in ("emb", "ln", "head") and head == "0") or (part == "proj" and head == "1"):
                 for other in range(int(head) + 1, config["n_predict"]):
-                    filled.setdefault(f"{part}.{other}.{kind}", tensor)
+                    tied = f"{part}.{other}.{kind}"
+                    if not torch.equal(filled.setdefault(tied, tensor), tensor):
+                        raise DraftError(f"tie_weights is true, but {name} and {tied} differ")
         return config, filled
 
     def _begin(self, features: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ from specforge_lk.decode.base import BaseDraft
 from specforge_lk.decode.checkpoint import (
     DraftError,
     TargetFacts,
+    check_tensors,
     damage_named,
     disagreement,
     refuse_layers,
-    require_finite,
     require_listed,
     require_sizes,
 )
@@ -220,7 +220,7 @@ def read_mtp(
     require_listed(path)
     with damage_named(path):
         weights = read_module(path, prefix)
-    require_finite(path, weights)
+    check_tensors(path, weights)
     if missing := [prefix + name for name in _OWN if name not in weights]:
         raise DraftError(
             f"draft {path}: {', '.join(missing)} missing; this is no checkpoint with an MTP "

@@ -308,27 +308,17 @@ def target_weights(target_head: TargetHead, embedding_key: str) -> TargetWeights
         target_head: SpecForge's.
         embedding_key: name of the target's embedding in its checkpoint.
     """
+    from specforge.tensor_file import read_weight
+
     from specforge_lk.drafts.model import TargetWeights
 
     return TargetWeights(
         head=target_head.fc.weight,
-        read=partial(_tensor, target_head),
+        read=partial(read_weight, target_head.model_path, setting="model.embedding_key"),
         embedding_key=embedding_key,
         bias=target_head.fc.bias,
         transform=target_head.transform,
     )
-
-
-def _tensor(target_head: TargetHead, key: str) -> torch.Tensor:
-    """Return a tensor of the target's checkpoint."""
-    import torch
-    from safetensors import safe_open
-
-    _, path = target_head._locate_weight([key])
-    if not path.endswith(".safetensors"):
-        return torch.load(path, map_location="cpu", weights_only=True)[key]
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(key)
 
 
 def _build_step(model: nn.Module, *, target_head: nn.Module, name: str, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from specforge_lk.decode.checkpoint import DraftError, read_config, refuse_layers
+from specforge_lk.decode.checkpoint import DraftError, disagreement, read_config, refuse_layers
 from specforge_lk.decode.eagle_checkpoint import read_eagle3
 from specforge_lk.decode.heads import LastStateDraft, MedusaDraft, MLPSpeculatorDraft
 from specforge_lk.decode.mtp import read_mtp
@@ -131,6 +131,7 @@ def _write(source: Path, read: Imported, state: dict[str, torch.Tensor], folder:
         config = load_draft_config_source(str(file))
         draft = AutoDraftModel.from_config(config, torch_dtype=torch.float32)
         _check_layer(source, draft)
+        _check_shapes(source, draft, state)
         config.dtype = state[read.heads[0]].dtype
         config.save_pretrained(folder)
         apply_legacy_rope_scaling(str(folder))
@@ -170,6 +171,24 @@ def _check_layer(source: Path, draft: Any) -> None:
     ours = torch.stack([rotary.cos_cached[0, 0, :count], rotary.sin_cached[0, 0, :count]])
     if (ours.float() - theirs).abs().max() > _TABLE_ERROR:
         raise _untrained(source, "rope_parameters", draft.config.rope_parameters)
+
+
+def _check_shapes(source: Path, draft: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that the draft of this config does not have.
+
+    Raises:
+        DraftError: naming them.
+    """
+    own = {name: list(value.shape) for name, value in draft.state_dict().items()}
+    differing = [
+        f"{name} has shape {list(value.shape)} instead of {own[name]}"
+        if name in own
+        else f"{name} has no place"
+        for name, value in state.items()
+        if own.get(name) != list(value.shape)
+    ]
+    if differing:
+        raise disagreement(source, "; ".join(differing))
 
 
 def _untrained(source: Path, name: str, value: object) -> DraftError:
@@ -225,7 +244,7 @@ def _eagle3(
     found = {
         name: value for name, value in read.config.to_dict().items() if not name.startswith(_ORIGIN)
     }
-    biased = any(name.endswith("_proj.bias") for name in read.weights)
+    biased = found.get("attention_bias") or any(n.endswith("_proj.bias") for n in read.weights)
     plain = {"logit_scale": 1, "norm_before_fc": False, "attention_bias": False}
     _require_plain(path, {**found, "attention_bias": biased}, **plain)
     if len(read.layers) != 3:

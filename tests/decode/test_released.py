@@ -163,8 +163,8 @@ def test_the_series_knows_the_same_targets():
         ({"num_hidden_layers": 2}, "num_hidden_layers 2 is not supported"),
         ({"model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 4]}, "say which with --aux-layers"),
-        ({"eagle_config": {"layer_ids": [0, 1, 2]}}, r"captured layers \[-1, 0, 1\] do not fit"),
-        ({"eagle_config": {"layer_ids": [1, 2]}}, r"captured layers \[0, 1\] do not fit"),
+        ({"eagle_config": {"layer_ids": [0, 1, 2]}}, r"captured layers \[-1, 0, 1\] are not 3"),
+        ({"eagle_config": {"layer_ids": [1, 2]}}, r"captured layers \[0, 1\] are not 3"),
     ],
 )
 def test_eagle3_that_would_be_decoded_wrongly_is_refused(change, message, target, tmp_path):

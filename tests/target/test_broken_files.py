@@ -99,10 +99,23 @@ def test_files_of_a_target_that_are_missing_or_no_json(target: Path) -> None:
     assert "generation_config.json is not JSON" in message and "copy it again" in message
     (target / "generation_config.json").write_text('{"eos_token_id": "2"}')
     assert "eos_token_id is '2', not token ids" in generate(target)
+    (target / "generation_config.json").write_text('{"eos_token_id": [999, -1]}')
+    assert "eos_token_id is [999, -1], outside the target's vocabulary of 264" in generate(target)
     (target / "generation_config.json").unlink()
     (target / "model.safetensors").unlink()
     message = generate(target)
     assert repr(str(target)) in message and "copy it again" in message and "http" not in message
+
+
+def test_other_files_of_a_target_that_are_not_whole(target: Path) -> None:
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"hidden_act": "silo"}))
+    assert "it does not know 'silo'" in generate(target)
+    (target / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    assert "not a multiple of the number of attention heads" in generate(target)
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json is not JSON" in generate(target)
 
 
 def evaluate(target: Path, draft: Path) -> str:
@@ -156,6 +169,8 @@ CONFIGS = {
         "'1,2,3', not a list of layers",
     ),
     "a section in words": ({"eagle_config": "none"}, "eagle_config is 'none'"),
+    "a switch in words": ({"norm_output": "no"}, "norm_output is 'no', not true or false"),
+    "a scale of nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number above"),
     "one architecture": ({"architectures": "LlamaForCausalLMEagle3"}, "not a list"),
 }
 
@@ -201,6 +216,21 @@ def test_a_byte_of_a_draft_that_changed(command: str, deep: Path, tmp_path: Path
     weights.write_bytes(content)
     message = COMMANDS[command](deep, draft)
     assert str(weights) in message and "remove SHA256SUMS" in message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_draft_weights_of_another_type(command: str, deep: Path, tmp_path: Path) -> None:
+    for name, dtype in (
+        ("fc.weight", torch.float8_e4m3fn),
+        ("fc.weight", torch.int32),
+        ("d2t", torch.float32),
+    ):
+        draft = save_draft(tmp_path / "draft")
+        weights = load_file(draft / "model.safetensors")
+        weights[name] = weights[name].to(dtype)
+        save_file(weights, draft / "model.safetensors")
+        message = COMMANDS[command](deep, draft)
+        assert f"{name} has type {dtype}, not" in message and "export it again" in message
 
 
 def test_an_import_lists_what_it_writes(deep: Path, tmp_path: Path) -> None:

@@ -128,10 +128,10 @@ def test_logits_are_the_models_own(family: str):
 
 def test_decoding_needs_a_cache_that_forgets(tmp_path: Path):
     """Of a recurrent target, whose state has seen rejected tokens, responses are still measured."""
-    build("falcon_h1").save_pretrained(tmp_path / "target")
+    build("falcon_h1", num_hidden_layers=3).save_pretrained(tmp_path / "target")
     build_tokenizer().save_pretrained(tmp_path / "target")
     prompts = ["--benchmark", f"b={tmp_path / 'prompts.jsonl'}", "--sampled"]
-    prompts += ["--aux-layers", "0,0,1"]
+    prompts += ["--aux-layers", "0,1,2"]
     result = command("eval", tmp_path / "target", tmp_path, *prompts)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "cannot leave out rejected tokens" in result.stderr.replace("\n", " ")

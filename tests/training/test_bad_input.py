@@ -83,16 +83,25 @@ def features_with(setup: Setup, name: str, index: int, record: object) -> tuple[
             ["model.vocab_mapping_path=nowhere.pt"],
             ["vocabulary mapping nowhere.pt does not exist", "set model.vocab_mapping_path"],
         ),
+        (["model.vocab_mapping_path=."], ["vocabulary mapping . is not a file"]),
         (
             ["model.target_model_path=./nowhere"],
-            ["target './nowhere' cannot be used", "Set model.target_model_path"],
+            ["model.target_model_path=./nowhere does not exist", "hub id of a model"],
+        ),
+        (
+            ["model.draft_checkpoint_path=./nowhere"],
+            ["model.draft_checkpoint_path=./nowhere is not a folder", "exported draft"],
+        ),
+        (
+            ["output_dir=/dev/null"],
+            ["output_dir=/dev/null cannot be written to", "name another folder"],
         ),
         (["model.embedding_key=e"], ["has no tensor e", "set model.embedding_key"]),
         (["model.lm_head_key=h"], ["['h'] is in the checkpoint", "set model.lm_head_key"]),
     ],
     ids=[
         *("unknown loss", "option type", "features", "type", "name", "batch size", "vocabulary"),
-        *("target", "embedding", "LM head"),
+        *("a folder", "target", "start", "output", "embedding", "LM head"),
     ],
 )
 def test_wrong_setting(setup: Setup, overrides: list[str], words: list[str]) -> None:
