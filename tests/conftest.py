@@ -48,17 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pristine_wheel(request) -> Callable[[str], Path]:
     """Return a function from a requirement, such as ``specforge==0.2.0``, to its wheel's path.
 
-    It comes from the variable SPECFORGE_WHEEL (a path) or, once, from ``pip download``; workers
-    that run in parallel may both download. Only without a network is the test skipped.
+    It comes from the variable SPECFORGE_WHEEL (a path), if that has the version, or, once, from
+    ``pip download``; workers that run in parallel may both download. Only without a network is the
+    test skipped.
     """
     root = request.config.rootpath
     wheels = (root if os.access(root, os.W_OK) else Path(os.environ[_CACHE])) / "runs" / "wheels"
 
     def get(requirement: str) -> Path:
-        name = requirement.partition("==")[0]
+        name, _, version = requirement.partition("==")
         variable = f"{name.upper()}_WHEEL"
-        if given := os.environ.get(variable):
-            return Path(given)
+        given = Path(os.environ.get(variable, ""))
+        if given.name.startswith(f"{name}-{version}-"):
+            return given
         folder = wheels / requirement
         folder.mkdir(parents=True, exist_ok=True)
         if not (cached := list(folder.glob("*.whl"))):

@@ -2,8 +2,8 @@
 
 Runs under sglang_stubs.py with a patched SGLang and the patch's own test, whose harness it uses,
 on the path, and with TRITON_INTERPRET=1, so that SGLang's verify kernel runs on the CPU. The
-interpreter takes some 20 ms per request, so a transcript of the kernel in torch, which is compared
-with it here, decodes the many requests that a test of the distribution needs.
+interpreter takes some 20 ms per request, so a transcript of the kernel in torch (`sglang_kernels`),
+which is compared with it here, decodes the many requests that a test of the distribution needs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from unittest.mock import patch
 
+import sglang_kernels
 import test_rejection_sampling_hot_vocab as harness
 import torch
 from sglang.srt.speculative import reject_sampling, spec_utils
@@ -20,39 +21,6 @@ REQUESTS = 100_000
 KERNEL_REQUESTS = 150
 TOKENS = 3
 TEMPERATURE = 0.7
-
-
-def transcript(
-    *,
-    predicts: torch.Tensor,
-    accept_index: torch.Tensor,
-    accept_token_num: torch.Tensor,
-    candidates: torch.Tensor,
-    retrive_index: torch.Tensor,
-    uniform_samples: torch.Tensor,
-    uniform_samples_for_final_sampling: torch.Tensor,
-    target_probs: torch.Tensor,
-    draft_probs: torch.Tensor,
-    **_,
-) -> None:
-    """chain_speculative_sampling_triton in torch: accept with min(1, p/q), else max(p - q, 0)."""
-    rows = torch.arange(len(candidates))
-    accepting, accepted = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
-    accept_index[:, 0] = retrive_index[:, 0]
-    for step in range(1, candidates.shape[1]):
-        token = candidates[:, step]
-        p, q = (probs[rows, step - 1, token] for probs in (target_probs, draft_probs))
-        accepting &= uniform_samples[:, step - 1] * q < p
-        predicts[retrive_index[accepting, step - 1]] = token[accepting].int()
-        accept_index[accepting, step] = retrive_index[accepting, step].int()
-        accepted += accepting
-    accept_token_num.copy_(accepted)
-    # After the last draft token there is no q: the token is sampled from p.
-    q = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[rows, accepted]
-    residual = (target_probs[rows, accepted] - q).clamp(min=0)
-    threshold = uniform_samples_for_final_sampling * residual.sum(-1)
-    final = (residual.cumsum(-1) > threshold.unsqueeze(1)).int().argmax(-1)
-    predicts[retrive_index[rows, accepted]] = final.int()
 
 
 class Decoder:
@@ -86,7 +54,7 @@ class Decoder:
         output = torch.zeros(len(last), TOKENS, dtype=torch.int64)
         filled, accepted = torch.zeros_like(last), None
         while (filled < TOKENS).any():
-            tokens, counts = self.cycle(last, transcript)
+            tokens, counts = self.cycle(last, sglang_kernels.verification)
             accepted = int((counts > 1).sum()) if accepted is None else accepted
             for column in range(tokens.shape[1]):
                 rows = ((column < counts) & (filled < TOKENS)).nonzero().squeeze(1)
@@ -106,7 +74,7 @@ def kernel_equals_transcript() -> bool:
 
     def both(**arguments) -> None:
         copies = {name: arguments[name].clone() for name in results}
-        transcript(**arguments | copies)
+        sglang_kernels.verification(**arguments | copies)
         kernel(**arguments)
         equal.extend(torch.equal(copies[name], arguments[name]) for name in results)
 

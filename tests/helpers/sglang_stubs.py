@@ -20,7 +20,6 @@ STUBBED = {
     "einops",
     "fastapi",
     "modelscope",
-    "msgspec",
     "openai",
     "orjson",
     "partial_json_parser",
@@ -29,6 +28,7 @@ STUBBED = {
     "sgl_kernel",
     "starlette",
     "torchvision",
+    "tvm_ffi",
     "uvicorn",
     "xgrammar",
     "zmq",
@@ -67,6 +67,7 @@ def _stub(name: str) -> type:
 
     members = {
         "__init__": lambda self, *_, **__: None,
+        "__getattr__": lambda self, name: _stub(name),
         "__call__": lambda self, first=None, *_, **__: first,  # a decorator keeps its function
         "__get_pydantic_core_schema__": classmethod(__get_pydantic_core_schema__),
     }

@@ -1,4 +1,4 @@
-"""Patched SGLang serves a draft with a truncated vocabulary without changing the distribution."""
+"""SGLang 0.5.14, patched, serves a truncated vocabulary without changing the distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specforge_lk.patching import PACKAGES, load_series
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1] / "helpers"
-SERIES = load_series(PACKAGES["sglang"])
+SERIES = load_series(PACKAGES["sglang"], "0.5.14")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def report(
     tree = unpack(wheel, tmp_path_factory.mktemp("sglang"), SERIES)
     apply_until(tree, SERIES, SERIES.patches[-1])
     path = os.pathsep.join(
-        map(str, (tree / SERIES.package.source, tree / "test/registered/unit/spec"))
+        map(str, (tree / SERIES.package.source, tree / "test/registered/unit/spec", TESTS))
     )
     env = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, TESTS / "sglang_stubs.py", TESTS / "sglang_chain.py"]
