@@ -235,7 +235,7 @@ def vllm_command(target: Target, draft: Draft) -> str | None:
 
 
 def sglang_command(target: Target, draft: Draft) -> str | None:
-    """Return the command that serves an export with SGLang 0.5.14; None where there is none."""
+    """Return the command that serves an export with SGLang; None where there is none."""
     algorithm = draft.type.sglang
     if algorithm is None:
         return None
@@ -249,7 +249,7 @@ def sglang_command(target: Target, draft: Draft) -> str | None:
         f"--speculative-num-draft-tokens {steps + 1}",
         "  --speculative-use-rejection-sampling",
     ]
-    # 0.5.14 refuses that where the draft vocabulary is not the target's; the patch lifts it.
+    # SGLang refuses that where the draft vocabulary is not the target's; the patch lifts it.
     patched = draft.draft_vocab_size is not None
     return ("specforge-lk patch apply --package sglang\n" if patched else "") + " \\\n".join(lines)
 

@@ -15,10 +15,10 @@ from typing import Any, Final
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-from specforge_lk.patching import SUPPORTED
+from specforge_lk.patching import PACKAGES, SUPPORTED, known_versions
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-_SERIES: Final = {name: f"patches/{name}/{version}" for name, version in SUPPORTED.items()}
+_SPECFORGE: Final = f"patches/specforge/{SUPPORTED['specforge']}"
 
 #: Pages and pictures of the site that lie outside docs/, and where in the repository.
 ELSEWHERE: Final = {
@@ -27,9 +27,12 @@ ELSEWHERE: Final = {
     "recipes.md": "configs/README.md",
     "examples/plugin_loss.md": "examples/plugin_loss/README.md",
     "examples/plugin_draft.md": "examples/plugin_draft/README.md",
-    "patches/specforge.md": f"{_SERIES['specforge']}/README.md",
-    "patches/migration.md": f"{_SERIES['specforge']}/MIGRATION.md",
-    "patches/sglang.md": f"{_SERIES['sglang']}/README.md",
+    "patches/specforge.md": f"{_SPECFORGE}/README.md",
+    "patches/migration.md": f"{_SPECFORGE}/MIGRATION.md",
+    **{
+        f"patches/sglang-{version}.md": f"patches/sglang/{version}/README.md"
+        for version in known_versions(PACKAGES["sglang"])
+    },
     "reports/benchmark.md": "benchmarks/results/summary.md",
     "reports/benchmark-how.md": "benchmarks/README.md",
     "reports/gpu.md": "benchmarks/results/gpu/README.md",

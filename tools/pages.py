@@ -23,7 +23,7 @@ from specforge_lk.evaluate.report import HELD_OUT, Result, read_report
 from specforge_lk.evaluate.tables import gain_rows, held_out_name
 from specforge_lk.losses import LOSSES
 from specforge_lk.markdown import markdown_table
-from specforge_lk.patching import SUPPORTED
+from specforge_lk.patching import PACKAGES, SUPPORTED, known_versions
 from specforge_lk.serving import PRESETS
 from tools import cover_letter, engines, gains
 
@@ -249,7 +249,7 @@ def versions() -> str:
     )
     assert torch and engine
     pinned |= dict([_requirement(torch[1])])
-    specforge, sglang = SUPPORTED["specforge"], SUPPORTED["sglang"]
+    specforge, sglang = SUPPORTED["specforge"], known_versions(PACKAGES["sglang"])
     return markdown_table(
         ["", "allowed", "tested with"],
         [
@@ -261,7 +261,8 @@ def versions() -> str:
             ),
             [
                 "SGLang, to serve",
-                f"=={sglang}, patched for a truncated vocabulary",
+                f"{' or '.join(f'=={version}' for version in sglang)}, "
+                "patched for a truncated vocabulary",
                 "its code, on a CPU",
             ],
             ["vLLM, to serve", "not restricted", engine[1].replace("==", " ")],

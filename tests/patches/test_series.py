@@ -54,7 +54,7 @@ def tree(series: Series, pristine_wheel: Callable[[str], Path], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("series", "patch"),
     [
-        pytest.param(series, patch, id=f"{series.package.name}-{patch.name}")
+        pytest.param(series, patch, id=f"{series.package.name}-{series.version}-{patch.name}")
         for series in ALL_SERIES
         for patch in series.patches
     ],
@@ -121,7 +121,9 @@ def test_what_a_patch_needs_is_in_the_series_data(pristine_wheel, tmp_path):
                 patching.git_apply(tree, needed, "--include=specforge/*")
 
 
-@pytest.mark.parametrize("series", ALL_SERIES, ids=lambda series: series.package.name)
+@pytest.mark.parametrize(
+    "series", ALL_SERIES, ids=lambda series: f"{series.package.name}-{series.version}"
+)
 def test_reversing_every_patch_gives_the_wheel_back(tree, series):
     pristine = tree_hashes(tree)
     done = apply_until(tree, series, series.patches[-1])
@@ -131,7 +133,9 @@ def test_reversing_every_patch_gives_the_wheel_back(tree, series):
     assert tree_hashes(tree) == pristine
 
 
-@pytest.mark.parametrize("series", ALL_SERIES, ids=lambda series: series.package.name)
+@pytest.mark.parametrize(
+    "series", ALL_SERIES, ids=lambda series: f"{series.package.name}-{series.version}"
+)
 def test_apply_and_revert_give_the_wheel_back(tree, series):
     """The same through the public functions, as for an installed package."""
     pristine = tree_hashes(tree)
