@@ -15,10 +15,11 @@ def tokens_of(case):
     return (vocabulary - 1 - torch.arange(shape.numel()) * 3 % vocabulary).view(shape)
 
 
-def gradient(case, impl, coefficients, dtype=None):
-    """Gradient of a random combination of all terms, computed in ``dtype`` where given."""
-    z = case.draft_logits.detach().to(dtype or case.draft_logits.dtype).requires_grad_()
-    terms = overlap_terms(z, *case[1:], tokens=tokens_of(case), impl=impl, reverse_kl=True)
+def gradient(case, impl, coefficients, mask=None):
+    """Gradient of a random combination of all terms."""
+    z = case.draft_logits.detach().clone().requires_grad_()
+    options = {"tokens": tokens_of(case), "impl": impl, "reverse_kl": True, "mask": mask}
+    terms = overlap_terms(z, *case[1:], **options)
     sum(
         (c.to(terms.kl.dtype) * getattr(terms, n)).sum()
         for n, c in zip(NAMES, coefficients, strict=True)
@@ -57,7 +58,7 @@ def test_gradients_are_the_paper_s(impl_case, impl):
 
 
 @pytest.mark.parametrize("impl", FAST, indirect=True)
-@pytest.mark.parametrize("shape", [(7, 50), (2, 3, 50), (50,)])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 3, 37), (50,), (2, 50257)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # Low-precision logits are exact inputs; only the gradient is rounded to their dtype.
@@ -73,15 +74,20 @@ def test_every_implementation_against_the_reference(overlap_case, impl, shape, d
     exact = type(case)(*(t.detach().double() for t in case))
     generator = torch.Generator().manual_seed(1)
     coefficients = torch.randn(5, *shape[:-1], generator=generator, dtype=torch.float64)
+    # The second position is not supervised, and holds nothing.
+    mask = torch.ones(shape[:-1], dtype=torch.bool)
+    mask.view(-1)[1:2] = False
+    z, y, log_z = (t.detach() for t in case)
+    z[~mask], y[~mask], log_z[~mask] = torch.nan, torch.nan, torch.nan
 
-    computed = gradient(case, impl, coefficients)
-    assert computed.dtype == dtype
-    expected = gradient(exact, "reference", coefficients)
-    # Entries are differences of larger ones: what these are rounded to is lost absolutely.
-    lost = (1e-12 if dtype == torch.float64 else 1e-5) * expected.abs().max().item()
+    computed = gradient(case, impl, coefficients, mask=mask)
+    assert computed.dtype == dtype and not computed[~mask].any()
+    expected = gradient(exact, "reference", coefficients, mask=mask)
+    # Entries are differences of numbers up to 1: what these are rounded to is lost absolutely.
+    lost = (1e-12 if dtype == torch.float64 else 1e-5) * expected.abs().max().clamp_min(0.1).item()
     torch.testing.assert_close(computed.double(), expected, rtol=tolerance, atol=lost)
 
-    options = {"tokens": tokens_of(case), "reverse_kl": True}
+    options = {"tokens": tokens_of(case), "reverse_kl": True, "mask": mask}
     values = overlap_terms(*case, impl=impl, **options)
     exact_values = overlap_terms(*exact, impl="reference", **options)
     assert values.kl.dtype == torch.promote_types(dtype, torch.float32)
@@ -93,6 +99,7 @@ def test_every_implementation_against_the_reference(overlap_case, impl, shape, d
             rtol=precise,
             atol=precise,
         )
+    assert torch.equal(values.draft_argmax, exact_values.draft_argmax)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
