@@ -370,6 +370,8 @@ def _gradient(z: tl.tensor, y: tl.tensor, columns: tl.tensor, of: _OfRow) -> tl.
     difference = y - z
     factor = of.a
     log_u = of.draft_log_sum
+    # Forward looks at the sign of difference - threshold: the same, for no difference of two unlike
+    # floats is 0.
     shared = difference >= of.threshold  # where w > 0
     if of.log_alpha is not None:
         factor = tl.where(difference == of.threshold, of.tied, of.below)
