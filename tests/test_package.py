@@ -23,7 +23,7 @@ from specforge_lk.evaluate.report import read_report
 ALGORITHMS = tuple(DRAFTS)
 #: What trains: everything else decodes, evaluates or prepares data.
 TRAINING = ("specforge_lk.drafts.",)
-KERNELS = "specforge_lk.overlap.triton_kernels"
+KERNELS = tuple(f"specforge_lk.overlap.triton_{n}" for n in ("kernels", "target", "tiles"))
 #: Its class of configs is transformers' own.
 NEEDS_TRANSFORMERS = ("specforge_lk.drafts.mtp_checkpoint", "specforge_lk.decode.mtp")
 #: Packages that are not there, for the import system and for those who ask what is installed.
@@ -53,8 +53,8 @@ def modules() -> list[str]:
 @pytest.mark.parametrize(
     ("without", "left_out"),
     [
-        (("specforge", "triton", "gguf", "accelerate"), (KERNELS,)),
-        (("specforge", "triton", "transformers", "matplotlib"), (KERNELS, *NEEDS_TRANSFORMERS)),
+        (("specforge", "triton", "gguf", "accelerate"), KERNELS),
+        (("specforge", "triton", "transformers", "matplotlib"), (*KERNELS, *NEEDS_TRANSFORMERS)),
         (("specforge", "torch", "numpy", "triton", "transformers"), None),
     ],
     ids=["extra data", "no extra", "the top alone"],

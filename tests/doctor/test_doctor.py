@@ -360,7 +360,7 @@ def test_a_draft_that_does_not_load(world):
         (["--serving", "nonsense"], "'nonsense' is no serving rule"),
         (["--serving", "temperature=0"], "no held-out response is a sample of temperature=0"),
         (["--features", "nowhere"], "--features nowhere is no folder"),
-        (["--draft", "nowhere"], "draft nowhere: no config.json"),
+        (["--draft", "nowhere"], "draft nowhere is no folder"),
         (["--metrics", "localhost"], "give the address of a server"),
     ],
 )

@@ -157,7 +157,7 @@ def test_states_that_are_not_known_are_an_error(forward_context, tmp_path):
         ({"options": {"specforge_lk": {"path": "x"}}}, "additional_config has no draft"),
         ({"full": True}, r"cudagraph_mode FULL: .*PIECEWISE"),
         ({"heads": HEADS + 1}, f"it has {HEADS} draft positions; num_speculative_tokens"),
-        ({"options": {"specforge_lk": {"draft": "absent"}}}, "draft absent: no config.json"),
+        ({"options": {"specforge_lk": {"draft": "absent"}}}, "draft absent is no folder"),
     ],
 )
 def test_what_cannot_be_served_is_refused(changes, message, tmp_path):

@@ -411,10 +411,10 @@ def test_rules_are_measured_along_samples_of_them(files, tmp_path):
     [
         (["--draft", "nodir"], 2, "is not of the form LOSS=DIR"),
         (["--draft", "kl=elsewhere"], 2, "the same name"),
-        (["--draft", "x=elsewhere"], 1, "draft elsewhere: no config.json"),
+        (["--draft", "x=elsewhere"], 1, "draft elsewhere is no folder"),
         (["--benchmark", "b=missing.jsonl"], 1, "missing.jsonl does not exist"),
         (["--target", "no/such/dir"], 1, "target 'no/such/dir' is no model folder"),
-        (["--aux-layers", "1,2"], 1, "captured layers [1, 2] do not fit"),
+        (["--aux-layers", "1,2"], 1, "captured layers [1, 2] are not 3"),
         (["--heads", "600"], 1, "lower --heads"),
         (["--serving", "fast"], 2, "is no serving rule"),
         (["--device", "nowhere"], 1, "--device nowhere cannot be used here"),

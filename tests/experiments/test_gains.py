@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 
 from experiments.gains import __main__ as command
 from experiments.gains.measure import FILES, Measurement
-from experiments.gains.plan import OBJECTIVES, PARTS, RULES, Run, check_objectives, runs_of
+from experiments.gains.plan import (
+    OBJECTIVES,
+    PARTS,
+    RULES,
+    Run,
+    check_objectives,
+    runs_of,
+    tuning_of,
+)
 from experiments.gains.report import Setting, crossed, lines_of, markdown, missing, render, summary
 from experiments.gains.results import Measured, Results, Row
 from experiments.runner import ROOT, Training
@@ -40,6 +48,8 @@ def test_between_drafts_that_are_compared_the_objective_alone_differs(part: str)
     for place, run in enumerate(runs):
         assert {run.start, run.baseline} - {None, run} <= set(runs[:place])
         own = ("training.loss", "run_id=", "output_dir=")
+        if tuning_of(run.objective) != tuning_of(run.baseline.objective):
+            own += ("training.learning_rate=",)  # greedy drafting's
         command, kl = (
             [word for word in of.training.command if not word.startswith(own)]
             for of in (run, run.baseline)

@@ -43,6 +43,11 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     setup.held_out_features.mkdir()
     for path in sorted(setup.features.glob("*.ckpt"))[-HELD_OUT:]:
         path.rename(setup.held_out_features / path.name)
+    # The record of the capture names the files that stay.
+    record = setup.features / "capture.json"
+    held = json.loads(record.read_text())
+    held["files"] = sorted(path.name for path in setup.features.glob("*.ckpt"))
+    record.write_text(json.dumps(held))
     return setup
 
 

@@ -27,6 +27,7 @@ _TEXT = {
     "head_dim": 8,
     "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": 512,
+    "eos_token_id": 2,
 }
 _VISION = {"hidden_size": HIDDEN_SIZE, "intermediate_size": 48}
 
