@@ -73,14 +73,14 @@ class StepLogits:
     def fused(self) -> int:
         """Bytes of one chunk, of the LM heads' gradients in float32, and of a target that is held.
 
-        A chunk's peak is either its target, being normalized, or that with the draft logits of one
-        head and their gradient.
+        A chunk's peak is either its target, being normalized, or that, a copy of the rows that one
+        head is compared with, its logits and their gradient.
         """
         normalizing = 0
         if not self.target_held:
             at_once = 8 * min(self.vocabulary, TARGET_CHUNK)
             normalizing = self.vocabulary * self.element + 4 * self.kept + at_once
-        comparing = self.kept * (4 + 2 * self.element)
+        comparing = self.kept * (2 * 4 + 2 * self.element)
         held = 4 * self.kept * self.positions if self.target_held else 0
         in_float32 = 4 * self.trained if self.element < 4 else 0
         return held + self.chunk * max(normalizing, comparing) + in_float32

@@ -126,7 +126,7 @@ def test_loss_allocates_the_gradient_and_vectors() -> None:
     assert peak_allocated(step) / rows == pytest.approx(kept * draft.element_size(), rel=0.02)
 
 
-def test_ratios_of_unfused_losses_are_the_measured_ones() -> None:
+def test_ratios_of_unfused_losses_are_the_measuredones() -> None:
     cells = json.loads((ROOT / "benchmarks/results/operation.json").read_text())["cells"]
     wanted = {"tokens": 1024, "vocabulary": 32000, "dtype": "float32", "supervised": 1.0}
     (cell,) = (cell for cell in cells if cell["cell"] == wanted)
@@ -140,18 +140,21 @@ def test_ratios_of_unfused_losses_are_the_measured_ones() -> None:
 
 
 @pytest.mark.parametrize("algorithm", step_memory.ALGORITHMS)
-def test_logits_of_a_step_are_the_measured_ones(algorithm: str) -> None:
-    """What a further position takes, and all of the largest step; other tensors are a tenth."""
+def test_logits_of_a_step_are_the_measuredones(algorithm: str) -> None:
+    """What a further position takes, up to the draft's own tensors, and what the setting saves."""
     found = json.loads((ROOT / "benchmarks/results/step_memory.json").read_text())["cells"]
     peaks = {step_memory.Cell(**f["cell"]): f["peaks"] for f in found}
     cells = sorted((c for c in peaks if c.algorithm == algorithm), key=lambda c: c.tokens)
+    saved = []
     for way in step_memory.WAYS:
         formula = [getattr(_step_logits(cell), way) for cell in cells]
         measured = [peaks[cell][way] for cell in cells]
-        assert measured[-1] == pytest.approx(formula[-1], rel=0.25)
         further = cells[-1].tokens - cells[-2].tokens
         slopes = [(many - few) / further for *_, few, many in (formula, measured)]
-        assert slopes[1] == pytest.approx(slopes[0], abs=1.2 * cells[-1].vocabulary)
+        assert 0 <= slopes[1] - slopes[0] < 1.5 * cells[-1].vocabulary
+        saved.append((formula[-1], measured[-1]))
+    computed, measured = (held - fused for held, fused in zip(*saved, strict=True))
+    assert measured == pytest.approx(computed, rel=0.15)
 
 
 def _step_logits(cell: step_memory.Cell) -> cost.StepLogits:
@@ -227,7 +230,7 @@ def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["captured features per token"] == 4 * 4096 * 2 + 16
     # Micro-batches of 4 x 2048, six draft positions, 32000 of 128256 tokens, bfloat16.
     assert lines["logits of a full micro-batch, held"] == 8192 * 32000 * (4 + 7 * 2)
-    fused = 8192 * 32000 * 4 + 1024 * 32000 * 8 + 32000 * 4096 * 4
+    fused = 8192 * 32000 * 4 + 1024 * 32000 * 12 + 32000 * 4096 * 4
     assert lines["the same, training.loss_fused_head"] == fused
     assert lines["an epoch"] / lines["a step"] == pytest.approx(660_000 / 64)
     assert sheet(path, "training.max_steps=7")["steps in all"] == 7

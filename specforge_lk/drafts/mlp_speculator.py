@@ -153,7 +153,7 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
             embedded = self.emb[head](shifted(tokens, head))
             mixed = self.proj[head](state) + embedded * (self.embedding_weight / self.state_weight)
             state = nn.functional.gelu(self.ln[head](mixed))
-            yield Projection(state, self.head[head].weight)
+            yield Projection(state, self.head[head].get_parameter("weight"))
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the published layout; d2t and t2d, which no engine reads, keep their names."""

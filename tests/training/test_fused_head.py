@@ -79,12 +79,10 @@ def test_every_loss_is_that_of_logits(algorithm: str, root: Path, monkeypatch) -
         expected, found = (step(registered, bundle, case) for bundle in (held, fused))
         assert expected.keys() == found.keys()
         for key in expected:
-            pairs = zip(leaves(found[key]), leaves(expected[key]), strict=True)
-            for actual, exact in pairs:
-                atol = 5e-5 * float(exact.abs().max()) + 1e-6
-                torch.testing.assert_close(
-                    actual, exact, rtol=0, atol=atol, msg=lambda m: f"{name} {options} {key}: {m}"
-                )
+            for actual, exact in zip(leaves(found[key]), leaves(expected[key]), strict=True):
+                furthest = float((actual - exact).abs().max())
+                allowed = 5e-5 * float(exact.abs().max()) + 1e-6
+                assert furthest <= allowed, (name, options, key, furthest)
 
 
 def test_a_draft_without_projections_is_refused_by_name() -> None:
