@@ -317,3 +317,21 @@ def test_yarn_with_defaults_and_few_positions(setup: Setup) -> None:
         *("--held-out-limit", "1", "--out", setup.root / "yarn report.json"),
     )
     assert "its config.json is 128, the target's 512" in measured.output, measured.output
+
+
+def test_a_run_that_diverged_is_neither_exported_nor_started_from(setup: Setup) -> None:
+    """Without ``training.loss`` it goes on to its end."""
+    steps = ("training.max_steps=2", "training.save_interval=2", "training.learning_rate=1e30")
+    setup.train("diverged", *steps)
+    checkpoint, output = setup.checkpoint("diverged", 2), setup.root / "diverged export"
+    exported = run(
+        "specforge",
+        *("export", "--to", "hf", "--output-dir", output, "--checkpoint", checkpoint),
+        *("--draft-config", setup.draft_config, "--embedding-source", setup.target),
+        check=False,
+    )
+    said = "has numbers that are nan or infinite"
+    assert_refused(exported, "the checkpoint's draft_state_dict", said, "an earlier step")
+    assert not output.exists()
+    start = f"model.draft_checkpoint_path={checkpoint}"
+    assert_refused(setup.train("from it", start, check=False), str(checkpoint), said, "another one")
