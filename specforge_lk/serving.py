@@ -13,6 +13,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
+#: Lower temperatures are 0 in float32.
+COLDEST: Final = 1e-37
+
 
 class Drafting(StrEnum):
     """How draft tokens are chosen above temperature 0."""
@@ -53,8 +56,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature must be 0, or at least {COLDEST:g}, got {self.temperature}"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be 1 or more, or 0 for all tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -104,9 +109,11 @@ class Serving:
         target = self.target  # checks the ranges
         for name, given in (("top_k", target.top_k), ("top_p", target.top_p)):
             object.__setattr__(self, name, given)
-        if self.draft_temperature is not None and not 0 < self.draft_temperature < math.inf:
+        if self.draft_temperature is not None and not (
+            COLDEST <= self.draft_temperature < math.inf
+        ):
             raise ValueError(
-                f"draft_temperature must be above 0, got {self.draft_temperature}; "
+                f"draft_temperature must be at least {COLDEST:g}, got {self.draft_temperature}; "
                 "drafting=greedy takes the likeliest tokens"
             )
         try:

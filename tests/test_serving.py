@@ -36,7 +36,7 @@ def test_text_says_what_is_not_the_default():
     [
         ("", "begin with one of vllm, "),
         ("top_q=1", "'top_q=1': a serving rule has temperature, top_k, "),
-        ("temperature=nan", "temperature must be 0 or more, got nan"),
+        ("temperature=nan", "temperature must be 0, or at least 1e-37, got nan"),
         ("top_k=2.5", "top_k=2.5: give a whole number"),
         ("top_p=0", "top_p must be above 0 and at most 1, got 0.0"),
         ("drafting=some", "drafting=some: give probabilistic, greedy"),

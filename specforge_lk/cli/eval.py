@@ -185,6 +185,10 @@ def run(
     no_effect(context, "without --held-out", not held_out, *_OF_HELD_OUT)
     no_effect(context, "without --skip-malformed", not skip_malformed, "max_left_out")
     check_out(out)
+    if out.suffix in (".md", ".png"):
+        raise typer.BadParameter(
+            f"--out {out}: markdown and chart are put beside it; name it .json"
+        )
     layers = parse_layers(aux_layers)
     arguments = parse_chat_template_args(chat_template_args)
     recorded = parse_sampled_by(sampled_by)

@@ -35,7 +35,7 @@ _LATE = (
     ("specforge.plugins", "PluginError"),
     ("safetensors", "SafetensorError"),
 )
-_EXPECTED = (OSError, ValueError, FloatingPointError, UnpicklingError)
+_EXPECTED = (OSError, ValueError, FloatingPointError, UnpicklingError, EOFError)
 #: Errors of the operating system -> what is wrong with a path, and what to do.
 _PATHS = {
     errno.ENOENT: "does not exist; check the path",

@@ -228,7 +228,10 @@ class Chat:
         shown = self._template.text([*earlier, {"role": "assistant", "content": _MARK}], tools)
         before, found, after = shown.partition(_MARK)
         if not found:
-            raise MalformedRow("the chat template shows no answer of the assistant")
+            raise MalformedRow(
+                "the chat template shows no answer of the assistant; save the target's own with "
+                "its tokenizer"
+            )
         if not before.startswith(prompt) and not prompt.startswith(before):
             raise MalformedRow(
                 "the chat template renders the assistant's turn differently from the prompt that "

@@ -143,11 +143,13 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     for magic, (what, remedy) in _OTHERS.items():
         if start.startswith(magic):
             raise ValueError(f"{path} is {what}, not UTF-8 lines; {remedy.format(path=path)}")
-    if b"\0" in start[:4] and start[:4].strip(b"\0"):
-        _, remedy = _OTHERS[b"\xff\xfe"]
-        kind = "UTF-16BE" if start[:1] == b"\0" else "UTF-16LE"
-        remedy = remedy.replace("UTF-16", kind).format(path=path)
-        raise ValueError(f"{path} is {kind}, not UTF-8 lines; {remedy}")
+    zeros = [byte == 0 for byte in start[:4]]
+    for kind, pattern in (("UTF-16LE", [False, True] * 2), ("UTF-16BE", [True, False] * 2)):
+        if zeros == pattern:
+            remedy = _TO_UTF8.format(kind, path=path)
+            raise ValueError(f"{path} is {kind}, not UTF-8 lines; {remedy}")
+    if b"\0" in start[:8]:
+        raise ValueError(f"{path} is a binary file, not UTF-8 lines; give a JSONL file")
 
 
 def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -252,15 +254,6 @@ class LineFile:
         except BaseException:
             self._stream.truncate(end)
             raise
-
-    def last(self) -> dict[str, Any] | None:
-        """Return the last row; None if there is none."""
-        end = self._stream.seek(0, os.SEEK_END)
-        if not end:
-            return None
-        start = _after_newline(self._stream, end - 1)
-        self._stream.seek(start)
-        return json.loads(self._stream.read(end - start))
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from specforge_lk.data.rows import MalformedRow
+from specforge_lk.data.rows import MalformedRow, fields_of
 
 #: One chat message, ``{"role": ..., "content": ...}`` and whatever else chat templates read.
 Message = dict[str, Any]
@@ -70,7 +70,7 @@ def messages_in(row: Mapping[str, Any]) -> list[Message]:
         if other is not None:
             raise MalformedRow(f"rename its field {other!r} to 'conversations'")
         raise MalformedRow(
-            f"it has no messages in a field 'conversations'; its fields are {sorted(row)}; "
+            f"it has no messages in a field 'conversations'; its fields are {fields_of(row)}; "
             "rename the one that holds a list of role and content"
         )
     read = agreed({name: read_messages(value, name) for name, value in found.items()})
@@ -148,7 +148,10 @@ def read_messages(found: Any, field: str) -> list[Message]:
         MalformedRow: it is no list of messages; the error names the field and the value.
     """
     if not isinstance(found, list) or not found:
-        raise MalformedRow(f"no messages in its field {field}: a list of role and content")
+        raise MalformedRow(
+            f"no messages in its field {field}, which must be a list of role and content, got "
+            f"{str(found)[:40]!r}"
+        )
     return [read_message(message, f"{field}[{index}]") for index, message in enumerate(found)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from specforge_lk.data.jsonl import Place, numbered_rows
 from specforge_lk.data.messages import agreed, messages_in, tools_in, with_system
-from specforge_lk.data.rows import LeftOut, MalformedRow, usable_rows
+from specforge_lk.data.rows import LeftOut, MalformedRow, fields_of, row_id, usable_rows
 
 #: Fields that hold a chat.
 _CHATS = {"messages", "conversations"}
@@ -43,8 +43,7 @@ def read_prompts(
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
         number = next(numbers)
-        known = row.get("id")
-        prompt = _prompt(row, str(number if known is None else known))
+        prompt = _prompt(row, row_id(row) or str(number))
         if prompt["id"] in seen:
             raise MalformedRow(
                 f"id {prompt['id']!r} occurs twice; give every row an id of its own, or leave ids "
@@ -69,7 +68,7 @@ def _prompt(row: dict[str, Any], key: str) -> dict[str, Any]:
         raise MalformedRow("its field 'prompt' is a list; rename it to 'messages' if it is a chat")
     if not isinstance(text, str | None) or (text is None and not _CHATS & set(row)):
         raise MalformedRow(
-            f"no text in its field 'prompt', and no 'messages'; its fields are {sorted(row)}; "
+            f"no text in its field 'prompt', and no 'messages'; its fields are {fields_of(row)}; "
             "specforge-lk data --prompts-only writes such rows"
         )
     alone = None if text is None else with_system(row, [{"role": "user", "content": text}])
@@ -105,7 +104,13 @@ def placed_rows(
 
         name, _, split = source.removeprefix(HUB_PREFIX).partition("@")
         repo, _, config = name.partition(":")
-        data = load_dataset(repo, config or None, split=split or "test")
+        try:
+            data = load_dataset(repo, config or None, split=split or "test")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"{source} cannot be read ({reason}); check it, or give a JSONL file"
+            ) from error
         return [(Place(Path(source), n, row.get("id")), dict(row)) for n, row in enumerate(data, 1)]
     try:
         rows = list(numbered_rows(Path(source), malformed))
@@ -130,7 +135,7 @@ def user_turns(row: dict, source: str) -> list[str]:
     if turns:
         return turns
     raise DataError(
-        f"{source}: a row with the fields {sorted(row)} has none of turns, prompt, question; "
+        f"{source}: a row with the fields {fields_of(row)} has none of turns, prompt, question; "
         "rename the field that holds the prompt"
     )
 

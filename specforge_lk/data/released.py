@@ -10,7 +10,10 @@ row that lacks one that is needed is named.
 from __future__ import annotations
 
 import itertools
+import logging
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from specforge_lk.data.messages import (
     tools_in,
     with_system,
 )
-from specforge_lk.data.rows import LeftOut, MalformedRow, usable_rows
+from specforge_lk.data.rows import LeftOut, MalformedRow, fields_of, row_id, usable_rows
 
 #: Rows between two writes to disk: the most that a crash can cost.
 WRITE_EVERY = 500
@@ -91,24 +94,39 @@ def open_rows(source: str, subset: str | None = None, split: str = "train") -> S
 
 
 def _streamed(source: str, *load: Any, **more: Any) -> Source:
-    from datasets import load_dataset
+    """Open what the package `datasets` reads."""
+    import datasets
 
-    try:
-        rows = load_dataset(*load, **more, streaming=True)
-    except (OSError, ValueError, StopIteration) as error:
-        reason = next(iter(str(error).strip().splitlines()), "it has no rows")
-        raise ValueError(
-            f"{source} cannot be opened ({reason}); check --source, --subset and --split, or give "
-            "a .jsonl or .parquet file"
-        ) from error
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, too
+    with _named(source, "check --source, --subset and --split, or download it again"):
+        rows = datasets.load_dataset(*load, **more, streaming=True)
     splits = rows.info.splits or {}
     size = splits[rows.split].num_examples if rows.split in splits else None
 
     def read(start: int, broken: Malformed) -> Iterator[tuple[Place, dict[str, Any]]]:
-        for number, row in enumerate(rows.skip(start), start=start + 1):
+        number = start
+        stream = iter(rows.skip(start))
+        while True:
+            damage = f"after row {number} it is cut, damaged or in another encoding"
+            with _named(source, f"{damage}: mend it, or download it again"):
+                row = next(stream, None)
+            if row is None:
+                return
+            number += 1
             yield Place(Path(source), number, row.get("id")), row
 
     return Source(source, size, read)
+
+
+@contextmanager
+def _named(source: str, remedy: str) -> Iterator[None]:
+    """Say of what `datasets` raises which source it is about, and what to do."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, StopIteration, zlib.error) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else "it has no rows"
+        raise ValueError(f"{source} cannot be read ({reason}); {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -133,19 +151,19 @@ class Layout:
         Raises:
             MalformedRow: it lacks a field, or has something else in one.
         """
-        if row.get("id") is None:
-            raise MalformedRow(f"it has no id; its fields are {sorted(row)}")
+        if (key := row_id(row)) is None:
+            raise MalformedRow(f"it has no id; its fields are {fields_of(row)}")
         messages = _messages(row)
         tools = tools_in(row)
         more = {} if tools is None else {"tools": tools}
         if self.prompts_only:
             alone = len(messages) == 1 and set(messages[0]) == {"role", "content"}
             prompt = {"prompt": messages[0]["content"]} if alone else {"messages": messages}
-            return {"id": str(row["id"]), **prompt, **more, "source_row": number}
+            return {"id": key, **prompt, **more, "source_row": number}
         completion = row.get(self.completion)
         if not isinstance(completion, dict) or not any(map(completion.get, _NEEDED)):
             raise MalformedRow(
-                f"no text in {self.completion}.content; its fields are {sorted(row)}; name the "
+                f"no text in {self.completion}.content; its fields are {fields_of(row)}; name the "
                 "field of the completion with --completion"
             )
         if not completion.get("role") and not completion.get("from"):
@@ -157,7 +175,7 @@ class Layout:
                 "the field of the completion with --completion"
             )
         kept = {key: said[key] for key in _SAID if key in said and said[key] is not None}
-        converted = {"id": str(row["id"]), "conversations": [*messages, kept], **more}
+        converted = {"id": key, "conversations": [*messages, kept], **more}
         reason = completion.get("finish_reason") or row.get("finish_reason")
         if reason is not None:  # a response cut at its longest has no end-of-turn token
             converted["finished"] = reason != "length"
@@ -169,8 +187,8 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     conversation = row.get("conversation")
     if not isinstance(conversation, list) or not conversation:
         raise MalformedRow(
-            f"it has no messages in its field conversation; its fields are {sorted(row)}; rename "
-            "the one that holds them"
+            "it has no messages in its field conversation; its fields are "
+            f"{fields_of(row)}; rename the one that holds them"
         )
     only = conversation[0]
     if len(conversation) == 1 and isinstance(only, dict) and not ({"role", "from"} & set(only)):
@@ -227,22 +245,19 @@ def convert(
         ValueError: the data set is not the one that ``out`` was begun from.
     """
     malformed = malformed or LeftOut()
-    last = out.last()
-    counts = Counts(before=0 if last is None else last["source_row"] + 1)
+    counts, last_id, seen = _held(out)
     malformed.rows += counts.before
     rows = source.read(max(0, counts.before - 1), malformed)
-    if last is not None:
+    if last_id is not None:
         _, again = next(rows, (None, {}))
-        if str(again.get("id")) != last["id"]:
+        if str(again.get("id")) != last_id:
             raise ValueError(
                 f"{out.path} was begun from other data: its last row is row {counts.before}, id "
-                f"{last['id']!r}, but there the data set has id {again.get('id')!r}; write to a "
-                "new file"
+                f"{last_id!r}, but there the data set has id {again.get('id')!r}; write to a new "
+                "file"
             )
     if limit is not None:
         rows = itertools.islice(rows, max(0, limit - counts.before))
-    seen = {row["id"] for _, row in numbered_rows(out.path, whole_characters=False)}
-    counts.missing = counts.before - len(seen)
     numbers = itertools.count(counts.before)
     advance(0, counts.before)
 
@@ -270,6 +285,26 @@ def convert(
     finally:
         write()
     return counts
+
+
+def _held(out: LineFile) -> tuple[Counts, str | None, set[str]]:
+    """Return what a file has from earlier runs: its counts, its last id, and all of its ids.
+
+    Raises:
+        ValueError: a row of it is none that `convert` writes.
+    """
+    counts, last, seen = Counts(), None, set()
+    for place, row in numbered_rows(out.path, whole_characters=False):
+        try:
+            counts.before, last = row["source_row"] + 1, str(row["id"])
+        except (LookupError, TypeError) as error:
+            raise ValueError(
+                f"{place} is no row of this command ({error!r}); remove the line, or write to a "
+                "new file"
+            ) from error
+        seen.add(last)
+    counts.missing = counts.before - len(seen)
+    return counts, last, seen
 
 
 __all__ = ["Counts", "Layout", "MalformedRow", "Source", "convert", "open_rows"]

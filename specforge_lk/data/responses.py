@@ -137,8 +137,14 @@ class ResponseFile:
     def __init__(self, lines: LineFile) -> None:
         self._lines = lines
         # A server's text may have half a character, which is kept as it is.
-        rows = numbered_rows(lines.path, whole_characters=False)
-        self.answered = {row["id"]: StoredResponse.of(row) for _, row in rows}
+        self.answered: dict[str, StoredResponse] = {}
+        for place, row in numbered_rows(lines.path, whole_characters=False):
+            try:
+                self.answered[row["id"]] = StoredResponse.of(row)
+            except (LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{place} is no response ({error!r}); remove the line, or write to a new file"
+                ) from error
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; when this returns they survive a crash."""

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from specforge_lk.data.jsonl import MOST_LEFT_OUT, Malformed, Place, RowError
 
 _Made = TypeVar("_Made")
+#: Most fields of a row that a message names.
+_NAMED = 8
 
 
 class MalformedRow(ValueError):
@@ -64,6 +66,24 @@ class LeftOut(Malformed):
             )
 
 
+def row_id(row: Mapping[str, Any]) -> str | None:
+    """Return the id of a row as text; None where it has none.
+
+    Raises:
+        MalformedRow: it is neither text nor a number.
+    """
+    found = row.get("id")
+    if isinstance(found, bool) or not isinstance(found, str | int | float | None):
+        raise MalformedRow(f"its field id must be text or a number, got {str(found)[:40]!r}")
+    return None if found is None else str(found)
+
+
+def fields_of(row: Mapping[str, Any]) -> str:
+    """Return the names of a row's first fields, for a message."""
+    names = sorted(map(str, row))
+    return f"{names[:_NAMED]}" + (f" and {len(names) - _NAMED} more" if names[_NAMED:] else "")
+
+
 def usable_rows(
     rows: Iterator[tuple[Place, dict[str, Any]]],
     read: Callable[[dict[str, Any]], _Made],
@@ -92,4 +112,4 @@ def usable_rows(
             yield place, row, made
 
 
-__all__ = ["LeftOut", "MalformedRow", "usable_rows"]
+__all__ = ["LeftOut", "MalformedRow", "fields_of", "row_id", "usable_rows"]

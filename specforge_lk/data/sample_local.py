@@ -95,7 +95,8 @@ def fits(model: Any, chat: Chat, prompt: Prompt, request: Request) -> list[int]:
     if context and len(ids) + request.max_new_tokens > context:
         raise MalformedRow(
             f"prompt {prompt['id']!r} has {len(ids)} tokens, and with max_new_tokens "
-            f"{request.max_new_tokens} exceeds the target's context of {context}"
+            f"{request.max_new_tokens} exceeds the target's context of {context}; "
+            "lower --max-new-tokens, or shorten it"
         )
     return ids
 

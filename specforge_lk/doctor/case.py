@@ -35,6 +35,28 @@ _SAMPLES = 64
 NO_RESPONSES = "give --held-out to measure what it costs"
 
 
+_TEXT, _NUMBER, _LAYERS = "text", "a whole number", "a list of layers"
+#: What settings of a run config are that checks read, and what `capture.json` has.
+_SETTINGS = {
+    **dict.fromkeys(("draft_model_config", "vocab_mapping_path", "target_head_dtype"), _TEXT),
+    **dict.fromkeys(("train_data_path", "chat_template"), _TEXT),
+    **dict.fromkeys(("mask_token_id", "max_length"), _NUMBER),
+    "aux_hidden_state_layer_ids": _LAYERS,
+}
+_CAPTURED = {"layers": _LAYERS, "stored_dtype": _TEXT, "max_length": _NUMBER}
+
+
+def _require(where: str, value: Any, kind: str | None) -> None:
+    """Refuse a setting of another type; null is none."""
+    of_kind = {
+        _TEXT: isinstance(value, str),
+        _NUMBER: type(value) is int,
+        _LAYERS: isinstance(value, list) and all(type(layer) is int for layer in value),
+    }
+    if value is not None and kind is not None and not of_kind[kind]:
+        raise ValueError(f"{where} must be {kind}, got {str(value)[:40]!r}")
+
+
 @dataclass(frozen=True)
 class Features:
     """Captured features, as far as they say how a draft was trained.
@@ -62,25 +84,36 @@ def read_features(folder: Path) -> Features:
     samples = [_sample(file) for file in files]
     manifest = folder / MANIFEST
     found = read_json(manifest, "capture again, or remove it") if manifest.is_file() else {}
+    for name, value in found.items():
+        _require(f"{manifest}: {name}", value, _CAPTURED.get(name))
     return Features(found, samples)
 
 
 def _sample(file: Path) -> tuple[list[int], list[int]]:
-    """Return the token ids and the loss mask of a feature file.
+    """Return the token ids and the loss mask of a feature file."""
+    record = read_tensors(file, "input_ids", "loss_mask")
+    return record["input_ids"].flatten().tolist(), record["loss_mask"].flatten().tolist()
+
+
+def read_tensors(file: Path, *names: str) -> dict[str, torch.Tensor]:
+    """Read tensors of whole numbers from a file of a capture.
 
     Raises:
-        ValueError: it is damaged, or no feature file.
+        ValueError: it is damaged, or does not have them.
     """
     damage = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
     try:
         record = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-        ids, mask = (record[name].flatten().tolist() for name in ("input_ids", "loss_mask"))
+        found = {name: record[name] for name in names}
+        whole = not any(tensor.is_floating_point() for tensor in found.values())
     except (*damage, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            f"--features: {file} is cut or damaged, or no feature file; run the capture again, "
+            f"{file} is cut or damaged, or has no {' and '.join(names)}; run the capture again, "
             "which makes it anew"
         ) from error
-    return ids, mask
+    if not whole:
+        raise ValueError(f"{file}: {' and '.join(names)} must be whole numbers; capture it again")
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,8 +127,13 @@ class Run:
     sections: Mapping[str, Mapping[str, Any]]
 
     def get(self, section: str, name: str, default: Any = None) -> Any:
-        """Return a setting, or the default where it is not written or null."""
+        """Return a setting, or the default where it is not written or null.
+
+        Raises:
+            ValueError: it is of another type.
+        """
         value = (self.sections.get(section) or {}).get(name)
+        _require(f"{self.path}: {section}.{name}", value, _SETTINGS.get(name))
         return default if value is None else value
 
     def file(self, section: str, name: str) -> Path | None:
@@ -238,4 +276,4 @@ class Case:
         return found
 
 
-__all__ = ["Case", "Features", "Run", "read_features", "read_run"]
+__all__ = ["Case", "Features", "Run", "read_features", "read_run", "read_tensors"]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge_lk.data.conversations import Tokens
-from specforge_lk.data.rows import LeftOut
+from specforge_lk.data.rows import LeftOut, MalformedRow
+from specforge_lk.data.vocabulary import require_known
 from specforge_lk.decode.checkpoint import DraftError, read_config
 from specforge_lk.decode.draft import Draft, load_draft
 from specforge_lk.decode.target import Target
@@ -118,6 +119,11 @@ def diagnose(
         target, dtype, path, config, kind, draft, served, given.rule, given.engine,
         run=given.run, features=given.features, tolerance=given.tolerance,
     )  # fmt: skip
+    for number, (ids, _) in enumerate(given.features.samples if given.features else ()):
+        try:
+            require_known(ids, target.vocab_size)
+        except MalformedRow as error:
+            raise ValueError(f"--features: sample {number}: {error}") from error
     caveat = ""
     if given.held_out:
         case.rows, tokens, caveat = _responses(target, target_name, given)

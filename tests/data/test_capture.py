@@ -282,6 +282,7 @@ def test_features_say_what_their_responses_are_samples_of(
     assert refused.exit_code == 1 and "row 0: the field 'sampling'" in refused.output
 
 
+@pytest.mark.slow
 def test_features_serve_every_run_that_reads_no_more(target: Path, responses: Path, tmp_path: Path):
     """P-EAGLE reads EAGLE-3's; DFlash's with a registered loss are its stock ones and more, and
     DSpark's.

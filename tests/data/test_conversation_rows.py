@@ -305,6 +305,7 @@ def test_a_server_gets_tools_and_arguments_and_may_call(tmp_path: Path):
     assert row["conversations"][-1]["tool_calls"] == [AS_TEXT] and row["finished"]
 
 
+@pytest.mark.slow
 def test_eval_and_doctor_read_the_same_rows(thinking: Path, tmp_path: Path):
     sampled = {"sampling": {"temperature": 1.0}, "response_ids": [40, 41, 42, 2]}
     rows = [chat(HI, YES, **sampled), chat(asks("bad"), YES, **sampled)]

@@ -49,7 +49,14 @@ def message(family: Family, thought: str, content: str, apart: bool) -> dict:
     return {"role": "assistant", "content": said}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+#: With thoughts, which are the hardest; the others take seconds each.
+FAST = "qwen3"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_the_target_generated_is_supervised_after_the_prompts_of_serving(name, data):

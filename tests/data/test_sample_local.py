@@ -53,6 +53,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_first_tokens_follow_the_full_softmax():
     from scipy.stats import chisquare
 

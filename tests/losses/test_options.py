@@ -73,7 +73,7 @@ def test_options_survive_a_round_trip():
         ("tau", {"chain_weight": "auf"}, r"chain_weight\b.*Extra inputs"),
         ("tv", {"chain_weight": "decay"}, r"chain_weight\b.*'gamma', 'survival', 'dpace' or 'auf'"),
         ("tv", {"serving": "top_q=3"}, r"serving\b.*a serving rule has temperature, top_k"),
-        ("tv", {"serving": "temperature=-1"}, r"serving\b.*temperature must be 0 or more"),
+        ("tv", {"serving": "temperature=-1"}, r"serving\b.*temperature must be 0, or at least"),
         ("tv", {"serving": "sglang-block"}, r"serving\b.*verifies by block.*verification=token"),
         ("tv", {"sharpness": 4}, "sharpness=4.0 has no effect.*drafting=greedy"),
         ("tv", {"serving": "temperature=0", "sharpness": 0}, r"sharpness\b.*greater than 0"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from specforge_lk.doctor import edits
-from specforge_lk.doctor.case import Case
+from specforge_lk.doctor.case import Case, read_tensors
 from specforge_lk.doctor.findings import Finding, Weight
 from specforge_lk.doctor.measure import SERVED, Edit, token_counts
 from specforge_lk.doctor.reading import BLOCK, EAGLE
@@ -30,7 +30,7 @@ def mapping_of_training(case: Case) -> Sequence[Finding]:
     file = case.run.file("model", "vocab_mapping_path")
     if file is None:
         return []
-    offsets = torch.load(file, weights_only=True)["d2t"].long()
+    offsets = read_tensors(file, "d2t")["d2t"].long()
     trained = offsets + torch.arange(len(offsets))
     ids = case.draft.draft_ids
     ids = torch.arange(case.target.vocab_size) if ids is None else ids.cpu()
