@@ -142,7 +142,7 @@ class Check:
                 draft,
                 [self.prompts[index] for index in batch],
                 heads=HEADS,
-                rule=_rule(temperature, sampling),
+                rule=rule_of(temperature, sampling),
                 max_new_tokens=self.new_tokens,
                 prefills=prefills,
                 generator=generator,
@@ -154,17 +154,20 @@ class Check:
 
     # Both
 
-    def compare(self, draft: ServedDraft, temperature: float, sampling: Sampling) -> Comparison:
-        """Serve the prompts with a draft, decode them here, and compare."""
-        speculative = draft.speculative_config(sampling)
+    def serve(self, draft: ServedDraft, temperature: float, sampling: Sampling) -> dict[str, Any]:
+        """Return what vLLM answers with a draft: `Served` of `experiments.serving.engine`."""
         job = self._job(
             temperature,
-            speculative_config=speculative,
+            speculative_config=draft.speculative_config(sampling),
             hf_overrides=draft.hf_overrides,
             options=draft.engine_options,
         )
         name = f"{draft.name}-T{temperature:g}-{sampling}"
-        served = self._run("experiments.serving.engine", name, job, _files(draft))
+        return self._run("experiments.serving.engine", name, job, _files(draft))
+
+    def compare(self, draft: ServedDraft, temperature: float, sampling: Sampling) -> Comparison:
+        """Serve the prompts with a draft, decode them here, and compare."""
+        served = self.serve(draft, temperature, sampling)
         responses = served["responses"]
         records = [
             compare.engine_record(r["accepted"], len(r["tokens"]), r["stopped"], HEADS)
@@ -172,7 +175,7 @@ class Check:
         ]
         loaded = load_draft(draft.draft, self.target)
         ours = self._ours(loaded, temperature, sampling)
-        prediction = self._predict(loaded, _rule(temperature, sampling), responses)
+        prediction = self.predict(loaded, rule_of(temperature, sampling), responses)
         greedy = temperature == 0
         found = compare.agreement(records, ours, deterministic=greedy)
         mismatches = (
@@ -208,7 +211,7 @@ class Check:
             ],
             counters=served["counters"],
             counters_agree=agree,
-            speculative_config=speculative,
+            speculative_config=draft.speculative_config(sampling),
             options={"hf_overrides": draft.hf_overrides} | draft.engine_options,
             prediction=prediction,
             passed=found.passed
@@ -217,10 +220,10 @@ class Check:
             and all(m.near_tie for m in mismatches),
         )
 
-    def _predict(
+    def predict(
         self, draft: Draft, rule: Serving, responses: Sequence[Mapping[str, Any]]
     ) -> Prediction:
-        """Compute the rounds of the engine's responses."""
+        """Compute the rounds of the engine's responses, and compare with those that it took."""
         conversations = [
             Tokens(prompt + r["tokens"], [0] * len(prompt) + [1] * len(r["tokens"]))
             for prompt, r in zip(self.prompts, responses, strict=True)
@@ -259,7 +262,7 @@ class Check:
         return Speculator(draft=draft.name, error=error, rows=len(position), passed=passed, **found)
 
 
-def _rule(temperature: float, sampling: Sampling) -> Serving:
+def rule_of(temperature: float, sampling: Sampling) -> Serving:
     """Return the rule that vLLM decodes by here."""
     preset = "vllm" if sampling == "greedy" else "vllm-probabilistic"
     return parse(f"{preset},temperature={temperature}")
