@@ -93,11 +93,32 @@ def gain(of: Counted, over: Counted) -> tuple[float, list[float] | None]:
     return of.tau - over.tau, bounds(drawn - other)
 
 
+def _base(report: Served, rule: str) -> Counted:
+    """Return what was counted with the baseline under a rule."""
+    return next(c for c in report.counted if (c.objective, c.rule) == (BASELINE, rule))
+
+
+def in_short(report: Served) -> list[str]:
+    """Return a sentence on every draft that is compared with the baseline."""
+    said = []
+    for counted in report.counted:
+        base = _base(report, counted.rule)
+        if counted is not base:
+            value, ci = gain(counted, base)
+            interval = f", τ {value:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]" if ci else ""
+            said.append(
+                f"`{counted.rule}`: with `{counted.objective}` in place of `{BASELINE}`, vLLM "
+                f"takes {sum(counted.rounds)} rounds for {sum(counted.tokens)} tokens in place of "
+                f"{sum(base.rounds)} for {sum(base.tokens)}{interval}"
+            )
+    return said
+
+
 def table(report: Served) -> str:
     """Return the report in markdown."""
     rows = []
     for counted in report.counted:
-        base = next(c for c in report.counted if (c.objective, c.rule) == (BASELINE, counted.rule))
+        base = _base(report, counted.rule)
         difference = share = ""
         if counted is not base:
             value, ci = gain(counted, base)
@@ -200,7 +221,7 @@ def count(
     """Serve the prompts with a draft, and compute the rounds of the responses."""
     responses = check.serve(draft, temperature, sampling)["responses"]
     rule = rule_of(temperature, sampling)
-    predicted = check.predict(load_draft(draft.draft, check.target), rule, responses)
+    predicted = check.predict(load_draft(draft.decoded, check.target), rule, responses)
     return Counted(
         objective=objective,
         rule=str(rule),

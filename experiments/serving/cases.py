@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from experiments.runner import CONFIGS, RUNS, Training
-from experiments.serving.layouts import write_mimo
+from experiments.serving.layouts import write_eagle3_1, write_mimo
 from specforge_lk.engines import VLLM_METHOD, VLLM_PROPOSER
 from specforge_lk.files import write_text
 
@@ -21,8 +22,19 @@ FEATURES = RUNS / "features" / "train"
 HEADS = 4
 
 Sampling = Literal["greedy", "probabilistic"]
-#: Algorithms whose exported drafts vLLM reads in another form.
-LAYOUTS = {"mtp": write_mimo}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Another form than the exported one that vLLM is given.
+
+    Attributes:
+        write: makes it, from the exported draft, in a folder.
+        decoded: whether decoding here reads it as well, and not the exported draft.
+    """
+
+    write: Callable[[Path, Path], None]
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class ServedDraft(Training):
         method: vLLM's name of the algorithm; None where it has a loader but cannot serve.
         hf_overrides: keys that the target's config needs for vLLM to build the draft.
         options: arguments of vLLM's ``LLM``; `engine_options` has all of them.
+        layout: what vLLM is given; None for the exported draft itself.
         runs: temperature and drafting of every comparison.
         given: a draft that was exported before, to check instead of training one.
     """
@@ -42,6 +55,7 @@ class ServedDraft(Training):
     method: str | None = None
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
     runs: tuple[tuple[float, Sampling], ...] = ((0.0, "greedy"),)
     given: Path | None = None
 
@@ -56,12 +70,17 @@ class ServedDraft(Training):
     @property
     def served(self) -> Path:
         """The folder that vLLM is given."""
-        return self.parent / "served" if self.algorithm in LAYOUTS else self.draft
+        return self.parent / "served" if self.layout else self.draft
+
+    @property
+    def decoded(self) -> Path:
+        """The folder that decoding here reads."""
+        return self.served if self.layout and self.layout.decoded else self.draft
 
     def write_served(self) -> None:
         """Write `served` where that is not the exported draft itself."""
-        if self.algorithm in LAYOUTS:
-            LAYOUTS[self.algorithm](self.draft, self.served)
+        if self.layout:
+            self.layout.write(self.draft, self.served)
 
     @property
     def config_path(self) -> Path:
@@ -114,6 +133,14 @@ DRAFTS = (
         runs=((0.0, "greedy"), (1.0, "probabilistic"), (1.0, "greedy")),
     ),
     _draft(
+        "eagle3_1",
+        "eagle3",
+        changes={"fc_norm": True},
+        method="eagle3",
+        layout=Layout(write_eagle3_1, decoded=True),
+        max_steps=64,
+    ),
+    _draft(
         "medusa",
         "medusa",
         # The only form in which vLLM loads a truncated vocabulary. Heads of their own would need
@@ -134,6 +161,7 @@ DRAFTS = (
         method="mtp",
         # vLLM builds the module from the target's config.
         hf_overrides={"num_nextn_predict_layers": 1},
+        layout=Layout(write_mimo),
         runs=((0.0, "greedy"), (1.0, "probabilistic")),
         max_steps=24,
     ),

@@ -173,7 +173,7 @@ class Check:
             compare.engine_record(r["accepted"], len(r["tokens"]), r["stopped"], HEADS)
             for r in responses
         ]
-        loaded = load_draft(draft.draft, self.target)
+        loaded = load_draft(draft.decoded, self.target)
         ours = self._ours(loaded, temperature, sampling)
         prediction = self.predict(loaded, rule_of(temperature, sampling), responses)
         greedy = temperature == 0

@@ -1,9 +1,12 @@
-"""MTP modules in the form that vLLM reads, where it is not the one SpecForge exports.
+"""Drafts in the form that vLLM reads, where it is not the one SpecForge exports.
 
-vLLM has a class for some families only, chosen by the draft's config, and builds its layer
+MTP: vLLM has a class for some families only, chosen by the draft's config, and builds its layer
 with the sizes of the TARGET. Its class for MiMo has a dense layer of the Llama kind with biases in
 the attention, and the forward of an exported module: only names, the order in what W reads, and
 the biases differ. Embedding and head are the target's.
+
+EAGLE-3.1: vLLM's ``norm_output`` feeds back the state after the output norm, which SpecForge trains
+no draft with.
 """
 
 from __future__ import annotations
@@ -59,6 +62,16 @@ def write_mimo(draft: Path, folder: Path) -> None:
     # "mimo" is no model_type of transformers; vLLM goes by the architecture.
     changed = {"model_type": "qwen2", "architectures": ["MiMoForCausalLM"]}
     _write(folder, config | changed, tensors)
+
+
+def write_eagle3_1(draft: Path, folder: Path) -> None:
+    """Write the EAGLE-3 draft exported at ``draft`` as vLLM's, with ``norm_output`` true.
+
+    It was not trained to read such states: it shows that both sides read them in the same way.
+    """
+    config = json.loads((draft / "config.json").read_text())
+    changed = {"architectures": ["Eagle3LlamaForCausalLM"], "norm_output": True}
+    _write(folder, config | changed, _tensors(draft))
 
 
 def _tensors(draft: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,10 @@
 One decoder layer reads, at position t, the embedding of token t + 1 beside a hidden state of
 position t: the projected target features where the target has been (draft position 1), the layer's
 own output of the previous step after that (draft positions 2..K). The state that is fed back is the
-one BEFORE the output norm, whatever the config says about the norm.
+one BEFORE the output norm, whatever SpecForge's setting ``norm_output`` says about the norm; it is
+the one after it in drafts of engines whose ``norm_output`` is true (EAGLE-3.1, arXiv 2605.09992;
+vLLM 0.32.0, ``model_executor/models/llama_eagle3.py``). Norms of each captured layer (``fc_norm``)
+are those of both.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import nn
 
 from specforge_lk.decode.base import CachedDraft
 from specforge_lk.decode.draft import Proposal
-from specforge_lk.decode.eagle_checkpoint import read_eagle3
+from specforge_lk.decode.eagle_checkpoint import FEED_NORMALIZED, read_eagle3
 from specforge_lk.decode.layers import EagleLayer, attend, rotary_tables
 from specforge_lk.decode.sampling import choose
 from specforge_lk.decode.target import Target
@@ -60,6 +63,7 @@ class Eagle3Draft(CachedDraft):
         self.norm = nn.RMSNorm(size, eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         self._normalize = bool(getattr(config, "norm_output", True))
+        self._feed_normalized = bool(getattr(config, FEED_NORMALIZED, False))
         self._logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._rotary = LlamaRotaryEmbedding(config)
         self._scale = config.head_dim**-0.5
@@ -94,8 +98,14 @@ class Eagle3Draft(CachedDraft):
             )
         return self.fc(features)
 
+    def _finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output as it is fed back, from what its attention read."""
+        hidden = self.midlayer.finish(residual, attended)
+        return self.norm(hidden) if self._feed_normalized else hidden
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        states = self.norm(hidden) if self._normalize else hidden
+        normalize = self._normalize and not self._feed_normalized
+        states = self.norm(hidden) if normalize else hidden
         return self._checked(self.lm_head(states) * self._logit_scale)
 
     # Decoding
@@ -113,7 +123,7 @@ class Eagle3Draft(CachedDraft):
         length = int(positions.max()) + 1
         visible = torch.arange(length, device=tokens.device) <= positions[..., None]
         ((keys, values),) = self._read(length)
-        return self.midlayer.finish(residual, attend(query, keys, values, visible))
+        return self._finish(residual, attend(query, keys, values, visible))
 
     def observe(
         self,
@@ -173,5 +183,5 @@ class Eagle3Draft(CachedDraft):
             attended = torch.einsum("bhqk,bkhd->bqhd", weights[..., :length], values[0])
             for i, v in enumerate(values[1:]):
                 attended = attended + weights[..., length + i].transpose(1, 2)[..., None] * v
-            hidden = self.midlayer.finish(residual, attended)
+            hidden = self._finish(residual, attended)
             yield self._logits(hidden[starts])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from specforge_lk.target import layer_ids_are_inputs
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _NEEDED = ("lm_head.weight", "fc.weight", "norm.weight")
+#: What ``norm_output`` is in engines, in a config that has SpecForge's meaning of that setting.
+FEED_NORMALIZED: Final = "feed_normalized"
 
 
 _Draft = TypeVar("_Draft", bound=nn.Module)
@@ -174,8 +176,6 @@ def _specforge_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     unsupported = {
         "num_hidden_layers": layers if layers != 1 else None,
         "model_type": kind if kind not in ("llama", "eagle") else None,
-        # In vLLM the state that is fed back is the one after the norm then.
-        "norm_output": config.pop("norm_output", None),
     }
     for name, value in unsupported.items():
         if value:
@@ -183,6 +183,8 @@ def _specforge_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
                 f"{path / 'config.json'}: {name} {value!r} is not supported here; measure this "
                 "draft in a serving engine"
             )
+    # A norm before the LM head is always there; if true, the state after it is fed back.
+    config[FEED_NORMALIZED] = config.pop("norm_output", None) or False
     if config.get("draft_vocab_size") is None:
         config["draft_vocab_size"] = config.get("vocab_size")
     return config

@@ -95,9 +95,7 @@ def _normalize_output(draft: Any, target: Target) -> None:
 
 
 def _feed_normalized(draft: Any, target: Target) -> None:
-    finish, norm = draft.midlayer.finish, draft.norm
-    draft.midlayer.finish = lambda *arguments: norm(finish(*arguments))
-    draft._normalize = False
+    draft._feed_normalized = True
 
 
 def _round_frequencies(draft: Any, target: Target) -> None:

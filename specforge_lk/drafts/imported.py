@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from specforge_lk.decode.checkpoint import DraftError, disagreement, read_config, refuse_layers
-from specforge_lk.decode.eagle_checkpoint import read_eagle3
+from specforge_lk.decode.eagle_checkpoint import FEED_NORMALIZED, read_eagle3
 from specforge_lk.decode.heads import LastStateDraft, MedusaDraft, MLPSpeculatorDraft
 from specforge_lk.decode.mtp import read_mtp
 from specforge_lk.drafts import configs
@@ -247,8 +247,10 @@ def _eagle3(
         name: value for name, value in read.config.to_dict().items() if not name.startswith(_ORIGIN)
     }
     biased = found.get("attention_bias") or any(n.endswith("_proj.bias") for n in read.weights)
+    fed = found.pop(FEED_NORMALIZED, False)  # its setting in the engines' layout is norm_output
     plain = {"logit_scale": 1, "norm_before_fc": False, "attention_bias": False}
-    _require_plain(path, {**found, "attention_bias": biased}, **plain)
+    given = {**found, "attention_bias": biased, "norm_output": fed}
+    _require_plain(path, given, **plain, norm_output=False)
     if len(read.layers) != 3:
         raise DraftError(
             f"draft {path}: it reads {len(read.layers)} layers of the target, and SpecForge "

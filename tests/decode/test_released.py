@@ -136,6 +136,30 @@ def test_eagle3_settings_of_engines(target, tmp_path):
     torch.testing.assert_close(found, expected[starts], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["vllm", "speculators"])
+def test_eagle3_1_of_engines(layout, target, tmp_path):
+    """EAGLE-3.1: a norm per captured layer, and the state after the output norm is fed back."""
+    generator = torch.Generator().manual_seed(6)
+    norms = {
+        f"fc_norm.{i}.weight": 1 + torch.randn(HIDDEN_SIZE, generator=generator) / 4
+        for i in range(3)
+    }
+    plain = save_draft(tmp_path / "plain")
+    reference = rewrite(plain, tmp_path / "reference", config_of(plain, fc_norm=True), **norms)
+    make = vllm_config if layout == "vllm" else speculators_config
+    config = make(plain) | {"fc_norm": True, "norm_output": True}
+    path = rewrite(plain, tmp_path / layout, config, engine_name, **norms)
+
+    expected = load_draft(reference, target)
+    layer, norm = expected.midlayer, expected.norm
+    finish = layer.finish
+    layer.finish = lambda *arguments: norm(finish(*arguments))
+    expected.norm = torch.nn.Identity()
+    assert_same(load_draft(path, target), expected)
+    with pytest.raises(AssertionError):
+        assert_same(load_draft(path, target), load_draft(reference, target))
+
+
 @pytest.mark.parametrize(("layers", "outputs"), [([2, 3, 5], (1, 2, 4)), ([1, 2, 4], (1, 2, 4))])
 @pytest.mark.parametrize("vllm", [False, True])
 def test_layers_of_which_sglang_takes_the_inputs(layers, outputs, vllm, tmp_path):
@@ -159,7 +183,6 @@ def test_the_series_knows_the_same_targets():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_output": True}, "norm_output True is not supported"),
         ({"num_hidden_layers": 2}, "num_hidden_layers 2 is not supported"),
         ({"model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 4]}, "say which with --aux-layers"),

@@ -240,6 +240,11 @@ MISFITS = {
         {"input_norm.weight": torch.ones(3 * HIDDEN_SIZE)},
         "SpecForge trains no draft with norm_before_fc True",
     ),
+    "states fed back after the norm": (
+        {"norm_output": True},
+        {},
+        "SpecForge trains no draft with norm_output True",
+    ),
     "biases": (
         {"attention_bias": True},
         {"midlayer.self_attn.q_proj.bias": torch.zeros(HIDDEN_SIZE)},
