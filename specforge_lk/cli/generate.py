@@ -206,7 +206,7 @@ def run(
         )
     request = Request(sampling, max_new_tokens, seed, parse_chat_template_args(chat_template_args))
     malformed = LeftOut(skip_malformed, max_left_out)
-    placed = read_prompts(prompts, malformed, limit)
+    placed = read_prompts(prompts, malformed, limit, request.chat_template_args)
     malformed.check(prompts)
     rows = list(placed.values())
     sample: Callable[[Sequence[Prompt], Request, ResponseFile], int]

@@ -73,10 +73,14 @@ def find_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        made = torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason})") from error
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason}); give cpu, or auto"
+        ) from error
+    if made.is_meta:
+        raise ValueError(f"--device {name} computes nothing; give cpu, or auto")
     return name
 
 

@@ -112,6 +112,10 @@ class ChatTemplate:
                 return anchored[1:]
         return self.encode(said)
 
+    def mentions(self, text: str) -> bool:
+        """Return whether a text stands in the template."""
+        return text in self._source()
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, in which control tokens are themselves."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -131,7 +135,9 @@ class ChatTemplate:
 
     def _broken(self, error: Exception) -> ValueError:
         name = self.tokenizer.name_or_path
-        return ValueError(f"the chat template of {name} is no template: {error}")
+        return ValueError(
+            f"the chat template of {name} is no template: {error}; save the target's own"
+        )
 
 
 @lru_cache(maxsize=4)

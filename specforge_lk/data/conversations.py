@@ -4,18 +4,18 @@
 
 | of a row | is read, or what becomes of it |
 |---|---|
-| messages | from `conversations` or `messages`, with `role` and `content`, or with `from` and `value`, after the system turn of a field `system`; roles in any order that the chat template takes; fields that mean the same and differ are refused |
+| messages | from `conversations` or `messages`, a list or its JSON, with `role` and `content`, or with `from` and `value`, after the system turn of a field `system`; roles in any order that the chat template takes; fields that mean the same and differ are refused |
 | content | text; parts of type `text` are joined, others refused; null only beside `tool_calls` |
 | `tools`, `tool_calls` | given to the chat template as engines do, arguments as objects, and so are `functions` and `function_call`; calls of an answer that the template does not show are refused |
 | prompt of an answer | the chat template's tokens of all messages before it, with the generation prompt and `--chat-template-args`: those that a server is sent |
 | answer, supervised | `response_ids`, the sampled tokens of the last message; otherwise what the target said: the content as it stands, after what the template writes before it (gpt-oss: a channel), its tokens apart from the prompt's where the two would merge |
-| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer; where the template shows them nowhere they are refused, since how the target said them is not known: they belong into the content, or are another model's and go |
+| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer; one that the answer opens, too, unless it was cut there; what the prompt has is not said again; where the template shows them nowhere they are refused, since how the target said them is not known: they belong into the content, or are another model's and go |
 | end of an answer | the first of the generation config's `eos_token_id`, the tokenizer's, or the template's end of a turn; it is supervised, and nothing after it |
-| `finished: false`, `finish_reason` "length" | no end is supervised |
+| `finished: false`, or a `finish_reason` (`done_reason`, `stop_reason`) such as "length", "abort" or a stop string | no end is supervised; reasons that are not known are refused |
 | several answers | one sample as long as every prompt continues it; a new sample where the template changes earlier turns |
-| `weight: 0`, `train: false` (also `training`, `trainable`, `loss`) | the answer is read, and not supervised; other weights and `train_detail` are refused |
+| `weight: 0`, `train: false` (also `training`, `trainable`, `loss`) | of a message or of the row: the answer is read, and not supervised; other weights, `train_detail` and `mask` are refused |
 | not supervised | all other roles, and what an assistant says before anyone asked |
-| `chat_template_args`, `chat_template_kwargs` | what a response was sampled with: another `--chat-template-args` is refused |
+| `chat_template_args`, `chat_template_kwargs` | what a response was sampled with, or a prompt is to be: another `--chat-template-args` is refused |
 | left out, counted | with `--skip-malformed` rows that break a rule or that the template refuses; more than `--max-left-out` of the rows end the command |
 
 Rows written by ``specforge-lk generate`` have ``response_ids`` because text does not give tokens
@@ -28,23 +28,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from specforge_lk.data import thoughts
 from specforge_lk.data.chat_template import ChatTemplate, as_option
-from specforge_lk.data.messages import THOUGHTS, Message, agreed, messages_in, tools_in
+from specforge_lk.data.messages import THOUGHTS, Message, agreed, ended, messages_in, tools_in
 from specforge_lk.data.rows import MalformedRow
 
 #: Stands for an answer, to see what the chat template writes around one.
 _MARK = "xqzAnswerzqx"
-_TAG = r"(?P<open>[<\[])(?P<tag>[\w:|]*(?:think|thought|reason)[\w:|]*)[>\]]"
-_CLOSE = r"[<\[]/(?P=tag)[>\]]"
-#: A thought without a word, such as Qwen3's template inserts.
-_EMPTY_THOUGHT = re.compile(rf"\s*{_TAG}\s*{_CLOSE}\s*", re.IGNORECASE)
-#: The end of a prompt after which the target thinks, as in DeepSeek-R1.
-_OPEN_THOUGHT = re.compile(rf"{_TAG}\s*\Z", re.IGNORECASE)
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>]+\|>")
+#: What a text may have more or less of than its tokens: spaces, and halves of characters.
+_VAGUE = re.compile(r"[\s\ufffd]")
 #: Fields of a row with the arguments that the chat template had; engines call them kwargs.
 _RECORDED = ("chat_template_args", "chat_template_kwargs")
 
@@ -134,7 +132,7 @@ class Chat:
             MalformedRow: the row breaks a rule of the module, or the chat template refuses it.
             ValueError: it was sampled with other arguments of the chat template.
         """
-        self._check_recorded(row)
+        check_recorded(row, self.arguments)
         messages, tools = messages_in(row), tools_in(row)
         sampled = _sampled_ids(row)
         answers = _answers(messages, sampled is not None)
@@ -142,7 +140,7 @@ class Chat:
             roles = ", ".join(message["role"] for message in messages)
             raise MalformedRow(
                 "no message of it is an assistant's answer: nothing to train on; its roles are "
-                f"{roles}"
+                f"{roles}; the role of answers must be assistant"
             )
         if sampled is not None and answers[-1] != len(messages) - 1:
             raise MalformedRow("it has response_ids, but its last message is not the assistant's")
@@ -157,6 +155,8 @@ class Chat:
                 "nothing of it is trained on: its answers have weight 0, or train false; remove "
                 "the row, or that field of an answer"
             )
+        if sampled is not None:
+            self._compare(sampled, messages[-1])
         samples: list[Tokens] = []
         ids: list[int] = []
         mask: list[int] = []
@@ -174,21 +174,19 @@ class Chat:
             ids = prompt + response
         return [*samples, Tokens(ids, mask)]
 
-    def _check_recorded(self, row: Mapping[str, Any]) -> None:
-        found = {name: row.get(name) for name in _RECORDED}
-        for name, value in found.items():
-            if not isinstance(value, dict | None):
-                raise MalformedRow(
-                    f'its field {name!r} must be an object such as {{"enable_thinking": false}}, '
-                    f"got {str(value)[:40]!r}"
-                )
-        recorded = agreed(found)
-        if recorded is not None and recorded != dict(self.arguments):
-            raise ValueError(
-                f"row {row.get('id')!r} was sampled with the chat template's arguments "
-                f"{as_option(recorded)}, and these are {as_option(self.arguments)}; give "
-                f"--chat-template-args '{as_option(recorded)}', or sample the responses anew"
-            )
+    def _compare(self, sampled: list[int], message: Message) -> None:
+        """Note tokens that are not those of the text: of another target, perhaps.
+
+        A server leaves out control tokens and spaces, and what it parsed into other fields.
+        """
+        told = _VAGUE.sub("", message["content"])
+        with suppress(IndexError, OverflowError, TypeError):  # ids outside are refused by name
+            decoded = (self.tokenizer.decode(sampled, skip_special_tokens=s) for s in (True, False))
+            if not any(told in _VAGUE.sub("", text) for text in decoded):
+                self.notes[
+                    "answers with response_ids that are not the text beside them: were they "
+                    "sampled with this tokenizer? The tokens are supervised"
+                ] += 1
 
     @cached_property
     def _ends(self) -> set[int]:
@@ -209,15 +207,15 @@ class Chat:
         frame = self._frame(earlier, tools, prompt)
         plain = not message.get("tool_calls") and not any(message.get(key) for key in THOUGHTS)
         if plain:
-            said, ended = self._content(message["content"], prompt, frame, finished), True
+            said, turn_ended = self._content(message["content"], prompt, frame, finished), True
         else:
-            said, ended = self._shown(messages, tools, prompt, frame)
+            said, turn_ended = self._shown(messages, tools, prompt, frame, finished)
         response = self._template.continued(prompt, prompt_ids, said)
         stopped = self._until_end(response, frame.end)
         ends = {*self._ends, frame.end}
         if stopped and stopped[-1] in ends:
             return stopped if finished else stopped[:-1]
-        if finished and ended and frame.end is not None:
+        if finished and turn_ended and frame.end is not None:
             return [*response, frame.end]
         if finished:
             self.notes["answers to which the chat template writes no end-of-turn token"] += 1
@@ -238,11 +236,11 @@ class Chat:
                 "asks for it; give the rows response_ids, as specforge-lk generate does"
             )
         opening = before[len(prompt) :]
-        if opened := _OPEN_THOUGHT.search(prompt):
-            closing = re.compile(rf"\A\s*{_closing(opened)}\s*", re.IGNORECASE)
+        if opened := thoughts.OPENED.search(prompt):
+            closing = re.compile(rf"\A\s*{thoughts.closing(opened)}\s*", re.IGNORECASE)
             thoughtless = closing.sub("", opening)
         else:
-            thoughtless = _EMPTY_THOUGHT.sub("", opening)
+            thoughtless = thoughts.EMPTY.sub("", opening)
         tokens = self._template.encode(after)
         controls = {*self._ends, *self._controls}
         first = next((t for t in tokens if t in self._ends), None)
@@ -259,7 +257,7 @@ class Chat:
 
     def _content(self, content: str, prompt: str, frame: _Frame, finished: bool) -> str:
         """Return the text of a plain answer: what the template writes before it, and itself."""
-        opened = _OPEN_THOUGHT.search(prompt)
+        opened = thoughts.OPENED.search(prompt)
         if opened:
             # Some rows repeat what the prompt has said.
             again = re.compile(rf"\A\s*{re.escape(opened[0].strip())}", re.IGNORECASE)
@@ -267,13 +265,16 @@ class Chat:
                 content = content[len(opened[0]) :]
             else:
                 content = again.sub("", content)
-            if finished and not re.search(_closing(opened), content, re.IGNORECASE):
+            if finished and not re.search(thoughts.closing(opened), content, re.IGNORECASE):
                 raise MalformedRow(
                     f"the prompt opens a thought, {opened[0].strip()}, that the answer does not "
                     "close, so the target said more than this; keep the thoughts in the content, "
                     "or give the --chat-template-args that it was asked with"
                 )
-        elif frame.thought and not re.search(rf"{_TAG}.*{_CLOSE}", content, re.DOTALL):
+        else:
+            content = thoughts.checked(content, prompt, finished, self._template.mentions)
+        cut = not finished and thoughts.begun(content) is not None
+        if frame.thought and not opened and not cut and not thoughts.WHOLE.search(content):
             self.notes[
                 "answers without the empty thought that the chat template inserts (where the "
                 "target was asked not to think, give the --chat-template-args it was asked with)"
@@ -285,7 +286,7 @@ class Chat:
         return before + content
 
     def _shown(
-        self, messages: list[Message], tools: Any, prompt: str, frame: _Frame
+        self, messages: list[Message], tools: Any, prompt: str, frame: _Frame, finished: bool
     ) -> tuple[str, bool]:
         """Return thoughts, content and tool calls as the template shows them.
 
@@ -307,7 +308,7 @@ class Chat:
             )
         said = shown[len(prompt) :]
         if not thought:
-            said = _EMPTY_THOUGHT.sub("", said, count=1)
+            said = thoughts.EMPTY.sub("", said, count=1)
         names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
         for what, text in [
             ("thoughts", thought),
@@ -319,8 +320,34 @@ class Chat:
                     f"the chat template shows no {what} of an answer ({text.strip()[:40]!r}); "
                     + remedy
                 )
+        if not finished and thought and not message["content"] and not names:
+            # The target was cut while it thought: it said no end of that.
+            return said[: said.rindex(thought.strip()) + len(thought.strip())], False
         ended = bool(frame.after) and said.endswith(frame.after)
         return said[: -len(frame.after)] if ended else said.rstrip(), ended
+
+
+def check_recorded(row: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse a row or prompt that names other arguments of the chat template.
+
+    Raises:
+        MalformedRow: what it names is no object.
+        ValueError: it names others.
+    """
+    found = {name: row.get(name) for name in _RECORDED}
+    for name, value in found.items():
+        if not isinstance(value, dict | None):
+            raise MalformedRow(
+                f'its field {name!r} must be an object such as {{"enable_thinking": false}}, '
+                f"got {str(value)[:40]!r}"
+            )
+    recorded = agreed(found)
+    if recorded is not None and recorded != dict(arguments):
+        raise ValueError(
+            f"row {row.get('id')!r} says that the chat template has the arguments "
+            f"{as_option(recorded)}, and these are {as_option(arguments)}; give "
+            f"--chat-template-args '{as_option(recorded)}', or sample without them"
+        )
 
 
 def _answers(messages: Sequence[Message], sampled: bool) -> list[int]:
@@ -345,8 +372,8 @@ def _finished(row: Mapping[str, Any], answer: Message) -> bool:
     said = row.get("finished")
     if said is not None and not isinstance(said, bool):
         raise MalformedRow(f"its field finished must be true or false, got {said!r}")
-    reason = answer.get("finish_reason") or row.get("finish_reason")
-    return said if said is not None else reason != "length"
+    found = [reason for reason in (said, ended(answer), ended(row)) if reason is not None]
+    return found[0] if found else True
 
 
 def _sampled_ids(row: Mapping[str, Any]) -> list[int] | None:
@@ -363,12 +390,6 @@ def _sampled_ids(row: Mapping[str, Any]) -> list[int] | None:
     return list(ids)
 
 
-def _closing(opened: re.Match[str]) -> str:
-    """Return a pattern of the tag that closes a thought."""
-    close = ">" if opened["open"] == "<" else "]"
-    return re.escape(f"{opened['open']}/{opened['tag']}{close}")
-
-
 def response_text(tokenizer: Any, ids: list[int], finished: bool) -> str:
     """Return the text of sampled tokens, without the one that ends a finished response."""
     text = tokenizer.decode(ids[:-1] if finished else ids, clean_up_tokenization_spaces=False)
@@ -380,5 +401,6 @@ __all__ = [
     "MalformedRow",
     "Message",
     "Tokens",
+    "check_recorded",
     "response_text",
 ]

@@ -45,6 +45,10 @@ _OTHERS = {
     b"\xfd7zXZ\x00": ("compressed by xz", "decompress it: xz -dk {path}"),
     b"PK\x03\x04": ("a zip archive", "unpack it: unzip {path}"),
     b"PAR1": ("a Parquet file", "specforge-lk data --source {path} makes rows of it"),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch what it stands for: git lfs pull"),
+    b"<!doctype html": ("a web page", "download the file itself again"),
+    b"<!DOCTYPE html": ("a web page", "download the file itself again"),
+    b"<html": ("a web page", "download the file itself again"),
 }
 #: A JSON escape that may stand for half a character, in lower or upper case.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -187,7 +191,14 @@ def _row(place: Place, line: bytes, whole_characters: bool) -> tuple[Place, dict
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, brackets
         reason = getattr(error, "msg", str(error))
         shown = _excerpt(text.strip())
-        if text.lstrip()[:1] in ("[", "{") and place.line == 1:
+        rest = text[getattr(error, "pos", 0) :].strip()
+        if rest == ",":
+            remedy = f"remove the comma at the end: sed 's/,\\s*$//' {place.path} > NEW"
+        elif place.line > 1:
+            remedy = "mend or remove the line"
+        elif text.lstrip()[:1] not in ("[", "{"):
+            remedy = "give a file with one JSON object a line"
+        elif not rest or reason == "Extra data":  # an object over lines, or objects on one
             remedy = "write one object a line: jq -c '.[]?' of an array, jq -c . of objects"
         else:
             remedy = "mend or remove the line"
@@ -283,7 +294,9 @@ def open_lines(path: Path, settings: dict[str, Any]) -> Iterator[LineFile]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another process") from error
+            raise ValueError(
+                f"{path} is being written by another process; wait for it, or name another file"
+            ) from error
         end = stream.seek(0, os.SEEK_END)
         _check_settings(path.with_name(f"{path.name}.settings.json"), settings, new=end == 0)
         # The settings match, so the file is ours and an unterminated last line is a torn write.
@@ -314,7 +327,8 @@ def _check_settings(path: Path, settings: dict[str, Any], *, new: bool) -> None:
         for name in sorted(settings.keys() | before.keys()):
             if settings.get(name) != before.get(name):
                 raise ValueError(
-                    f"the file was begun with {name}={before.get(name)!r}, not "
+                    f"{path.name.removesuffix('.settings.json')} was begun with "
+                    f"{name}={before.get(name)!r}, not "
                     f"{settings.get(name)!r}; use the same value, or write to a new file"
                 )
         return

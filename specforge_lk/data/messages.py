@@ -37,6 +37,17 @@ _SPEAKERS = {*_ROLES, *_ROLES.values(), "system", "developer"}
 _TRAINED = ("weight", "train", "training", "trainable", "loss")
 #: Fields of axolotl that say which part of an answer is.
 _TRAINED_PARTS = ("train_detail", "training_detail")
+#: Fields that mean the one in some programs, and the contrary in others.
+_MASKS = ("mask", "masked")
+#: Fields with the reason why an answer ended: of OpenAI and engines, of Ollama, of Anthropic.
+_REASONS = ("finish_reason", "done_reason", "stop_reason")
+#: Reasons -> whether the target itself ended the answer.
+_ENDED = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn"), True),
+    **dict.fromkeys(("tool_calls", "function_call", "tool_use"), True),
+    **dict.fromkeys(("length", "max_tokens", "stop_sequence"), False),
+    **dict.fromkeys(("abort", "error", "content_filter"), False),
+}
 #: Names of fields that hold thoughts, by whatever program.
 _THINKS = re.compile(r"think|thought|reasoning", re.IGNORECASE)
 #: Types of parts of a content that hold text.
@@ -66,15 +77,66 @@ def messages_in(row: Mapping[str, Any]) -> list[Message]:
     """
     found = {name: row[name] for name in _FIELDS if row.get(name) is not None}
     if not found:
-        other = next((name for name, value in row.items() if _is_chat(value)), None)
-        if other is not None:
-            raise MalformedRow(f"rename its field {other!r} to 'conversations'")
+        others = [repr(name) for name, value in row.items() if _is_chat(value)]
+        if len(others) == 1:
+            raise MalformedRow(f"rename its field {others[0]} to 'conversations'")
+        if others:
+            raise MalformedRow(
+                f"its fields {' and '.join(others)} hold messages; put those of one conversation, "
+                "the answer last, into 'conversations'"
+            )
         raise MalformedRow(
             f"it has no messages in a field 'conversations'; its fields are {fields_of(row)}; "
             "rename the one that holds a list of role and content"
         )
     read = agreed({name: read_messages(value, name) for name, value in found.items()})
-    return with_system(row, read or [])
+    return with_system(row, as_trained(row, read or []))
+
+
+def as_trained(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Return messages, the answers with weight 0 where the row says that it is not trained on.
+
+    Raises:
+        MalformedRow: the row has a weight that is neither 0 nor 1.
+    """
+    # Other fields of these names are figures, such as a loss.
+    marks = {key: row[key] for key in _TRAINED if row.get(key) is False}
+    if row.get("weight") is not None:
+        marks["weight"] = row["weight"]
+    if _trained(marks, "its field "):
+        return messages
+    return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def ended(row: Mapping[str, Any]) -> bool | None:
+    """Return whether the target ended an answer itself; None where its reasons do not say.
+
+    Args:
+        row: a row or message with the field ``finish_reason``, ``done_reason`` or ``stop_reason``.
+
+    Raises:
+        MalformedRow: the reason is not known.
+    """
+    found = [_ended(name, row[name]) for name in _REASONS if row.get(name) is not None]
+    known = [said for said in found if said is not None]
+    return all(known) if known else None
+
+
+def _ended(name: str, reason: Any) -> bool | None:
+    if isinstance(reason, dict):  # SGLang's own
+        if isinstance(reason.get("matched"), str):
+            return False
+        reason = reason.get("type")
+    said = _ENDED.get(reason.lower()) if isinstance(reason, str) else None
+    if name == "stop_reason" and said is None:
+        # vLLM's: the stop string that cut an answer, or the id of the token that ended it.
+        return False if isinstance(reason, str) else None
+    if said is None:
+        raise MalformedRow(
+            f"its field {name} is {str(reason)[:40]!r}, which is none of {', '.join(_ENDED)}; "
+            "put finished true or false in its place: whether the target ended the answer itself"
+        )
+    return said
 
 
 def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -124,7 +186,7 @@ def _objects(row: Mapping[str, Any], field: str) -> list[dict[str, Any]] | None:
     if isinstance(found, str) and found:
         try:
             found = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise MalformedRow(f"its field {field!r} is no JSON: {found[:40]!r}") from None
     if not found:
         return None
@@ -147,12 +209,24 @@ def read_messages(found: Any, field: str) -> list[Message]:
     Raises:
         MalformedRow: it is no list of messages; the error names the field and the value.
     """
+    found = unpacked(found)
     if not isinstance(found, list) or not found:
         raise MalformedRow(
             f"no messages in its field {field}, which must be a list of role and content, got "
             f"{str(found)[:40]!r}"
         )
     return [read_message(message, f"{field}[{index}]") for index, message in enumerate(found)]
+
+
+def unpacked(found: Any) -> Any:
+    """Return a list that a row has as JSON, as tables without nested columns do."""
+    if not isinstance(found, str):
+        return found
+    try:
+        read = json.loads(found)
+    except (ValueError, RecursionError):
+        return found
+    return read if isinstance(read, list) else found
 
 
 def read_message(found: Any, name: str) -> Message:
@@ -173,9 +247,10 @@ def read_message(found: Any, name: str) -> Message:
     message = {"role": role, "content": _text(content, name, bool(calls)), **rest}
     if role == "assistant":
         _check_thoughts(message, name)
+        _check_masks(message, name)
     if calls:
         message["tool_calls"] = calls
-    if role == "assistant" and not _trained(marks, name):
+    if role == "assistant" and not _trained(marks, f"{name}."):
         message["weight"] = 0
     return message
 
@@ -203,17 +278,26 @@ def _trained(marks: Mapping[str, Any], name: str) -> bool:
     for key in _TRAINED_PARTS:
         if marks.get(key):
             raise MalformedRow(
-                f"{name}.{key} has parts of an answer trained on, which cannot be done; give it "
+                f"{name}{key} has parts of an answer trained on, which cannot be done; give it "
                 "weight 0 or 1, and remove that field"
             )
     found = {key: marks[key] for key in _TRAINED if key in marks}
     for key, value in found.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise MalformedRow(
-                f"{name}.{key} must be 0 or 1, false or true, got {str(value)[:40]!r}; an answer "
+                f"{name}{key} must be 0 or 1, false or true, got {str(value)[:40]!r}; an answer "
                 "is trained on or not"
             )
-    return agreed({f"{name}.{key}": bool(value) for key, value in found.items()}) is not False
+    return agreed({f"{name}{key}": bool(value) for key, value in found.items()}) is not False
+
+
+def _check_masks(message: Message, name: str) -> None:
+    for key in _MASKS:
+        if key in message:
+            raise MalformedRow(
+                f"{name}.{key} does not say whether the answer is trained on, since programs differ"
+                " in what it means; give it weight 0 or 1, and remove that field"
+            )
 
 
 def _check_thoughts(message: Message, name: str) -> None:
@@ -294,7 +378,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise MalformedRow(f"{name} is no JSON object: {text[:40]!r}") from None
 
 
@@ -302,9 +386,12 @@ __all__ = [
     "THOUGHTS",
     "Message",
     "agreed",
+    "as_trained",
+    "ended",
     "messages_in",
     "read_message",
     "read_messages",
     "tools_in",
+    "unpacked",
     "with_system",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from specforge_lk.data.conversations import check_recorded
 from specforge_lk.data.jsonl import Place, numbered_rows
 from specforge_lk.data.messages import agreed, messages_in, tools_in, with_system
 from specforge_lk.data.rows import LeftOut, MalformedRow, fields_of, row_id, usable_rows
@@ -23,7 +25,10 @@ class DataError(ValueError):
 
 
 def read_prompts(
-    path: Path, malformed: LeftOut | None = None, limit: int | None = None
+    path: Path,
+    malformed: LeftOut | None = None,
+    limit: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[Place, dict[str, Any]]:
     """Read prompts, each with its place in the file; without an id a row's number is its id.
 
@@ -34,15 +39,17 @@ def read_prompts(
         path: JSONL of prompts.
         malformed: What becomes of rows that are none; by default the first is an error.
         limit: Only the first rows.
+        arguments: Of the chat template; a row may name them, too.
 
     Raises:
-        ValueError: a row is no prompt, or an id occurs twice.
+        ValueError: a row is no prompt, an id occurs twice, or a row names other arguments.
     """
     prompts: dict[Place, dict[str, Any]] = {}
     seen: set[str] = set()
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
         number = next(numbers)
+        check_recorded(row, arguments or {})
         prompt = _prompt(row, row_id(row) or str(number))
         if prompt["id"] in seen:
             raise MalformedRow(
@@ -69,7 +76,7 @@ def _prompt(row: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(text, str | None) or (text is None and not _CHATS & set(row)):
         raise MalformedRow(
             f"no text in its field 'prompt', and no 'messages'; its fields are {fields_of(row)}; "
-            "specforge-lk data --prompts-only writes such rows"
+            "rename the one that holds what the user says to 'prompt'"
         )
     alone = None if text is None else with_system(row, [{"role": "user", "content": text}])
     chat = messages_in(row) if text is None or any(row.get(name) for name in _CHATS) else None

@@ -22,9 +22,12 @@ from specforge_lk.data.jsonl import LineFile, Malformed, Place, numbered_rows
 from specforge_lk.data.messages import (
     THOUGHTS,
     Message,
+    as_trained,
+    ended,
     read_message,
     read_messages,
     tools_in,
+    unpacked,
     with_system,
 )
 from specforge_lk.data.rows import LeftOut, MalformedRow, fields_of, row_id, usable_rows
@@ -175,16 +178,16 @@ class Layout:
                 "the field of the completion with --completion"
             )
         kept = {key: said[key] for key in _SAID if key in said and said[key] is not None}
-        converted = {"id": key, "conversations": [*messages, kept], **more}
-        reason = completion.get("finish_reason") or row.get("finish_reason")
-        if reason is not None:  # a response cut at its longest has no end-of-turn token
-            converted["finished"] = reason != "length"
+        converted = {"id": key, "conversations": as_trained(row, [*messages, kept]), **more}
+        for of in (completion, row):  # a response that was cut has no end-of-turn token
+            if "finished" not in converted and (finished := ended(of)) is not None:
+                converted["finished"] = finished
         return {**converted, "source_row": number}
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:
     """Return the messages of a prompt, the last of which is not the assistant's."""
-    conversation = row.get("conversation")
+    conversation = unpacked(row.get("conversation"))
     if not isinstance(conversation, list) or not conversation:
         raise MalformedRow(
             "it has no messages in its field conversation; its fields are "

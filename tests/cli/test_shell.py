@@ -93,6 +93,8 @@ def test_devices():
     assert shell.find_device("auto") in ("cpu", "cuda")
     with pytest.raises(ValueError, match="--device nowhere cannot be used here"):
         shell.find_device("nowhere")
+    with pytest.raises(ValueError, match="--device meta computes nothing; give cpu, or auto"):
+        shell.find_device("meta")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ READ = {
         [["yes<|im_end|>"]],
     ),
     "messages": (CHATML, IM, {"id": "x", "messages": [HI, YES]}, [["yes<|im_end|>"]]),
+    "messages as JSON": (
+        *(CHATML, IM, {"id": "x", "messages": json.dumps([HI, YES])}),
+        [["yes<|im_end|>"]],
+    ),
     "from and value": (
         *(CHATML, IM, chat({"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"})),
         [["yes<|im_end|>"]],
@@ -84,6 +88,20 @@ READ = {
             ["<think>\nh\n</think>\n\nno<|im_end|>"],
         ],
     ),
+    "cut in a thought": (
+        *(QWEN3, IM, chat(HI, says("", reasoning="hm\n"), finish_reason="length")),
+        [["<think>\nhm"]],
+    ),
+    "cut in a thought, in the content": (
+        *(QWEN3, IM, chat(HI, says("<think>\nhm"), finished=False)),
+        [["<think>\nhm"]],
+    ),
+    "tags that are no thoughts": (
+        QWEN3,
+        IM,
+        chat(HI, says("[Reason] so")),
+        [["[Reason] so<|im_end|>"]],
+    ),
     "no thought where the template inserts one": (QWEN3, IM, GOOD, [["yes<|im_end|>"]]),
     "a thought whose beginning is the prompt's": (
         *(DEEPSEEK, ("<|eos|>",), chat(HI, says("<think>\nhm</think>yes"))),
@@ -100,8 +118,23 @@ def test_a_row_is_read_by_the_rules(kind: str, streamed):
     assert code == 0, output
     assert [spans for _, spans in run.samples()] == wanted
     assert f"{len(wanted)} samples" in output
-    notes = [("a greeting", "greetings"), ("no thought where the template inserts one", "empty")]
-    assert [note in output for _, note in notes] == [kind == of for of, _ in notes]
+    notes = {
+        "greetings": {"a greeting"},
+        "empty thought": {
+            *("no thought where the template inserts one", "tags that are no thoughts"),
+        },
+        "not the text": {"ids after an end"},
+    }
+    assert {note: note in output for note in notes} == {n: kind in of for n, of in notes.items()}
+
+
+def test_a_thought_that_the_prompt_has_is_not_said_again(streamed):
+    run, empty = streamed(QWEN3, *IM), "<think>\n\n</think>\n\n"
+    code, output = run.capture([chat(HI, says(f"{empty}yes"))], "--chat-template-args", NO_THOUGHT)
+    assert code == 0 and [spans for _, spans in run.samples()] == [["yes<|im_end|>"]], output
+    thinking = chat(HI, says("<think>\nhm\n</think>\n\nyes"))
+    code, output = run.capture([thinking], "--chat-template-args", NO_THOUGHT)
+    assert code == 1 and "its answer has a thought, <think>, and the prompt says" in output
 
 
 def test_tools_reach_the_template(streamed):
@@ -147,7 +180,7 @@ REFUSED = {
     "no answer": (CHATML, chat(HI), "no message of it is an assistant's answer"),
     "an assistant of another name": (
         *(CHATML, chat(HI, {"role": "Assistant", "content": "yes"})),
-        "nothing to train on; its roles are user, Assistant",
+        "its roles are user, Assistant; the role of answers must be assistant",
     ),
     "finished as text": (
         *(CHATML, chat(HI, YES, finished="false")),
@@ -156,6 +189,14 @@ REFUSED = {
     "another field": (CHATML, {"id": "x", "chat": [HI, YES]}, "rename its field 'chat'"),
     "no messages": (CHATML, {"id": "x", "text": "hi"}, "its fields are ['id', 'text']"),
     "two fields": (CHATML, chat(HI, YES, messages=[HI, HI, YES]), "differ; remove one"),
+    "a thought that the answer leaves open": (
+        *(QWEN3, chat(HI, says("<think>\nhm"))),
+        "opens a thought, <think>, that it does not close, so the target was cut",
+    ),
+    "a thought without its beginning": (
+        *(QWEN3, chat(HI, says("hm\n</think>\n\nyes"))),
+        "ends a thought, </think>, that neither it nor the prompt opens",
+    ),
     "a thought left open": (DEEPSEEK, GOOD | {"id": "x"}, "the prompt opens a thought, <think>"),
     "ids that are none": (CHATML, chat(HI, YES, response_ids=["a"]), "must be token ids"),
     "ids outside": (CHATML, chat(HI, YES, response_ids=[5, 900]), "it has token id 900, outside"),
@@ -231,7 +272,7 @@ def offline(folder: Path, target: Path) -> Path:
 
 
 def test_features_say_what_is_missing_and_how_they_were_rendered(thinking: Path, tmp_path: Path):
-    rows = [chat(HI, says("yes"), HI, says("<think>\nhm\n</think>\n\nno")), chat(asks("bad"), YES)]
+    rows = [chat(HI, says("yes"), HI, says("no")), chat(asks("bad"), YES)]
     path = write(tmp_path / "rows.jsonl", [*rows, chat(HI, YES, response_ids=[2])])
     fixed = ("capture", "--config", offline(tmp_path, thinking / "target"), "--responses", path)
     some = ("--device", "cpu", "--skip-malformed", "--max-left-out", "0.7")

@@ -56,6 +56,7 @@ READ = {
             *("<think>hm</think>yes", ""),
         ),
         (chat(HI, {**YES, "thinking_tokens": 7}), "yes", ""),
+        (chat(HI, YES, weight=1.0, loss=1.7, train="split"), "yes", ""),
     ],
     LLAMA3: [
         (chat(HI, says(None, function_call=LEGACY)), SHOWN, ""),
@@ -83,8 +84,48 @@ def test_rows_are_honored(template: str, tmp_path: Path):
         assert shown in text, row
 
 
+#: Fields of an answer or its row -> whether the target ended the answer itself.
+REASONS = [
+    *(({"finish_reason": reason}, True) for reason in ("stop", "STOP", "tool_calls", "eos_token")),
+    *(({"finish_reason": reason}, False) for reason in ("length", "abort", "content_filter")),
+    ({"finish_reason": {"type": "stop", "matched": 2}}, True),
+    ({"finish_reason": {"type": "stop", "matched": "###"}}, False),
+    ({"finish_reason": {"type": "length", "length": 9}}, False),
+    ({"finish_reason": "stop", "stop_reason": 2}, True),
+    ({"finish_reason": "stop", "stop_reason": "###"}, False),
+    ({"stop_reason": "end_turn"}, True),
+    ({"stop_reason": "max_tokens"}, False),
+    ({"done_reason": "length"}, False),
+]
+
+
+def test_an_answer_that_the_target_did_not_end_has_no_end(tmp_path: Path):
+    run = streamed(tmp_path, CHATML)
+    rows = [row for said, _ in REASONS for row in (chat(HI, YES | said), chat(HI, YES, **said))]
+    code, output = run.capture([*rows, chat(HI, YES, finished=True, finish_reason="length")])
+    assert code == 0, output
+    ended = [ended for _, ended in REASONS for _ in "ab"] + [True]
+    wanted = [["yes<|im_end|>" if end else "yes"] for end in ended]
+    assert [spans for _, spans in run.samples()] == wanted
+
+
 #: Kind -> template, row, what is said of it.
 REFUSED = {
+    "a reason that is not known": (
+        *(CHATML, chat(HI, YES, finish_reason="moon")),
+        "its field finish_reason is 'moon', which is none of stop, eos,",
+    ),
+    "half a weight of a row": (CHATML, chat(HI, YES, weight=0.5), "its field weight must be 0 or"),
+    "a row of weight 0": (CHATML, chat(HI, YES, weight=0), "nothing of it is trained on"),
+    "a row that is not trained on": (CHATML, chat(HI, YES, train=False), "nothing of it is trai"),
+    "a mask": (
+        *(CHATML, chat(HI, says("a", mask=1))),
+        "conversations[1].mask does not say whether the answer is trained on",
+    ),
+    "messages in two other fields": (
+        *(CHATML, {"id": "x", "prompt": [HI], "completion": [YES]}),
+        "its fields 'prompt' and 'completion' hold messages; put those of one conversation",
+    ),
     "half a weight": (CHATML, chat(HI, says("a", weight=0.5)), "[1].weight must be 0 or 1, false"),
     "a weight as text": (CHATML, chat(HI, says("a", train="no")), "got 'no'"),
     "weights that differ": (
@@ -198,6 +239,10 @@ PROMPTS = [
     ({"prompt": "a", "system": 7}, "its field 'system' must be text, got '7'"),
     ({"prompt": "a", "functions": "f"}, "its field 'functions' is no JSON: 'f'"),
     ({"id": "0", "prompt": "a"}, "id '0' occurs twice; give every row an id of its own"),
+    (
+        {"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}},
+        "give --chat-template-args '{\"enable_thinking\": false}', or sample without them",
+    ),
 ]
 
 
@@ -228,6 +273,8 @@ RELEASED = [
     ({"generated_message": says("b", weight=2)}, "generated_message.weight must be 0 or 1"),
     ({"id": 0}, "an earlier row has its id, too; give every row an id of its own"),
     ({"id": "0"}, "an earlier row has its id, too"),
+    ({"finish_reason": "moon"}, "its field finish_reason is 'moon'"),
+    ({"weight": 2}, "its field weight must be 0 or 1"),
 ]
 
 
@@ -264,6 +311,11 @@ def test_released_rows_keep_what_is_said_of_training(tmp_path: Path):
     assert invoke("data", "--source", source, "--out", tmp_path / "out.jsonl")[0] == 0
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["conversations"] == [BRIEF, HI, says("b", tool_calls=[CALL], weight=0)]
+    packed = released(0, conversation=json.dumps([HI]), finish_reason="abort", weight=0)
+    source = write(tmp_path / "set.jsonl", [packed])
+    assert invoke("data", "--source", source, "--out", tmp_path / "two.jsonl")[0] == 0
+    (row,) = map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines())
+    assert row["conversations"] == [HI, {**YES, "weight": 0}] and row["finished"] is False
 
 
 def test_a_server_is_not_told_what_is_trained_on(tmp_path: Path):

@@ -46,6 +46,8 @@ FILES = {
     "utf16.jsonl": (TEXT.encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8"),
     "utf16le.jsonl": (TEXT.encode("utf-16-le"), "UTF-16LE.*iconv -f UTF-16LE"),
     "utf16be.jsonl": (TEXT.encode("utf-16-be"), "UTF-16BE.*iconv -f UTF-16BE"),
+    "a.jsonl.lfs": (b"version https://git-lfs.github.com/spec/v1\noid 1\n", "LFS.*git lfs pull"),
+    "a.html": (b"<!doctype html>\n<html>\n", "a web page.*download"),
     "a.jsonl.bz2": (bz2.compress(TEXT.encode()), "bzip2.*bunzip2"),
     "a.jsonl.xz": (lzma.compress(TEXT.encode()), "xz.*xz -dk"),
     "a.jsonl.zst": (b"\x28\xb5\x2f\xfd rest", "zstd.*zstd -d"),
