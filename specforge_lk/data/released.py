@@ -178,7 +178,11 @@ class Layout:
                 "the field of the completion with --completion"
             )
         kept = {key: said[key] for key in _SAID if key in said and said[key] is not None}
-        converted = {"id": key, "conversations": as_trained(row, [*messages, kept]), **more}
+        converted: dict[str, Any] = {
+            "id": key,
+            "conversations": as_trained(row, [*messages, kept]),
+            **more,
+        }
         for of in (completion, row):  # a response that was cut has no end-of-turn token
             if "finished" not in converted and (finished := ended(of)) is not None:
                 converted["finished"] = finished
