@@ -10,6 +10,12 @@ from rounding import rounding
 
 from specforge_lk.overlap import IMPLEMENTATIONS, overlap_terms
 
+# The interpreter takes seconds; `test_triton.py` has what it does quickly.
+ALL = [
+    pytest.param(name, marks=pytest.mark.slow if name == "triton" else ())
+    for name in (*IMPLEMENTATIONS, "auto")
+]
+
 cases = given(
     vocabulary=st.integers(1, 40),
     outside=st.sampled_from([0, 1, 30]),
@@ -41,7 +47,7 @@ def terms_in_probabilities(case, tokens):
     }
 
 
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"], indirect=True)
+@pytest.mark.parametrize("impl", ALL, indirect=True)
 @cases
 @quick
 def test_values_are_the_definition(overlap_case, impl, vocabulary, outside, scale, seed):

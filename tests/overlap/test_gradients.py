@@ -6,7 +6,12 @@ import torch
 from specforge_lk.overlap import IMPLEMENTATIONS, overlap_terms
 
 NAMES = ("kl", "alpha", "log_alpha", "reverse_kl", "log_q")
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+# The interpreter takes seconds; `test_triton.py` has what it does quickly.
+FAST = [
+    pytest.param(name, marks=pytest.mark.slow if name == "triton" else ())
+    for name in IMPLEMENTATIONS
+    if name != "reference"
+]
 
 
 def tokens_of(case):

@@ -43,7 +43,13 @@ dtypes = pytest.mark.parametrize(
 
 
 # Rows that begin at multiples of 16 logits and anywhere; one tile, whole tiles, a broken last one.
-@pytest.mark.parametrize("shape", [(4, 1), (4, 37), (2, 2, TILE), (3, LONG), (3, ALIGNED)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((4, 1), (4, 37), (2, 2, TILE)),
+        *(pytest.param((3, size), marks=pytest.mark.slow) for size in (LONG, ALIGNED)),
+    ],
+)
 @dtypes
 def test_error_norms(overlap_case, shape, dtype, values_tolerance, gradient_tolerance):
     case = overlap_case(*shape, scale=3.0, dtype=dtype)
@@ -55,6 +61,7 @@ def test_error_norms(overlap_case, shape, dtype, values_tolerance, gradient_tole
     assert error <= gradient_tolerance * expected_gradient.norm().clamp_min(1.0)
 
 
+@pytest.mark.slow
 @dtypes
 def test_small_overlaps(overlap_case, dtype, values_tolerance, gradient_tolerance):
     """Down to log alpha of -200 the gradient is as exact as any; with none at all it is finite."""
@@ -112,6 +119,7 @@ def test_grids(logits, grid, looked_up):
     assert [layout.lookup is not None for layout in layouts] == [looked_up] * len(logits)
 
 
+@pytest.mark.slow
 def test_rows_that_are_looked_up(overlap_case):
     z, y, log_z = (t.detach() for t in overlap_case(2, 3, 2, 48))
     rows = RowInputs(
@@ -147,6 +155,7 @@ def awkward_rows(overlap_case):
     return window, turned, RowInputs(log_z.flatten(), None, mask, tokens, log_z.dtype, True)
 
 
+@pytest.mark.slow
 def test_statistics_are_the_closed_form_s(awkward_rows):
     z, y, inputs = awkward_rows
     computed = interpreted_triton().forward(z, y, inputs)
