@@ -30,6 +30,9 @@ UPSTREAM ?=
 SERVE  ?=
 # Options of `make bench`, such as `--fresh`; `python -m benchmarks --help` lists them.
 BENCH  ?=
+# Options of `make gpu-check` or `make gpu-bundle`, such as "operations steps --limit steps=300" or
+# "--python 3.11 --model"; `python -m benchmarks.gpu_check --help` lists those of the check.
+GPU    ?=
 # One test process per core, each with one thread: two threads each would contend. A file stays with
 # one of them, so that its fixtures are made once.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
@@ -59,7 +62,7 @@ LOWEST_TESTS := $(addprefix tests/,decode evaluate losses/test_options.py losses
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-online test-lowest serve-check upstream-tests defects \
-        algorithms paper gains bench lint types docs pages dev clean force
+        algorithms paper gains bench gpu-check gpu-bundle lint types docs pages dev clean force
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -139,6 +142,12 @@ gains: $(READY) ## measure what a draft gains by its loss, start and rule; days,
 
 bench: $(READY) ## measure the overlap operation and a training step against others
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+gpu-check: $(READY) ## check kernels and training on this machine's GPU, in phases with reports; 10 minutes
+	@$(BIN)/python -m benchmarks.gpu_check $(GPU)
+
+gpu-bundle: $(READY) ## pack the same into .gpu/, for a machine with a GPU and without internet
+	@$(BIN)/python -m benchmarks.gpu_check.bundle $(GPU)
 
 $(DEV_READY): $(READY) requirements-dev.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt

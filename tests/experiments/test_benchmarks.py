@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import accuracy, baselines, criteria, gpu, measure, operation, summary
+from benchmarks import accuracy, baselines, criteria, inputs, measure, operation, summary
 from benchmarks.__main__ import main
 
 MIB = 1 << 20
@@ -58,7 +58,7 @@ def test_definitions_of_our_losses_are_checked(ours):
 
 
 def test_the_floor_reads_supervised_rows_and_writes_all_of_the_gradient():
-    x = baselines.Inputs(8, 32, torch.bfloat16, supervised=0.5)
+    x = inputs.Inputs(8, 32, torch.bfloat16, supervised=0.5)
     x.gradient.fill_(1)
     baselines._floor(x)
     assert x.gradient[0, :4].any() and not x.gradient[0, 4:].any()
@@ -147,29 +147,7 @@ def test_accuracy_sees_an_error_at_ties_of_one_row():
     logits = accuracy.CASES["coarse grid"](
         *torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(0))
     )
-    exact = accuracy._gradient("tv", logits, exactly=True)
-    assert accuracy._distance(exact, "tv", logits) < 1e-9
+    exact = accuracy.gradient(accuracy.mean_of("tv"), logits, exactly=True)
+    assert accuracy.distance(exact, accuracy.mean_of("tv"), logits) < 1e-9
     exact[0, 0] *= 2
-    assert accuracy._distance(exact, "tv", logits) > 1e-4
-
-
-def test_the_gpu_script_rehearses_on_a_cpu(tmp_path, monkeypatch):
-    out = tmp_path / "gpu.jsonl"
-    monkeypatch.setattr("sys.argv", ["gpu", "--rehearse", "--out", str(out)])
-    gpu.main()
-    device, *results = map(json.loads, out.read_text().splitlines())
-    assert device["section"] == "device"
-    compared = [result for result in results if result["section"] == "parity"]
-    assert len(compared) == 6
-    for result in compared:
-        assert result["masked_rows_are_zero"]
-        # A gradient in half precision is rounded once, to half a unit in the last place.
-        rounding = torch.finfo(getattr(torch, result["dtype"])).eps
-        assert result["gradient"] < max(rounding, 1e-5), result
-        assert max(result["terms"].values()) < 1e-3, result
-    linear = [result for result in results if result["section"] == "linear"]
-    assert [result["head"] for result in linear] == ["trained", "frozen"]
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        gpu.main()
+    assert accuracy.distance(exact, accuracy.mean_of("tv"), logits) > 1e-4
