@@ -331,13 +331,15 @@ def _errors(target: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    # An AttributeError is of a dtype in config.json that torch does not have.
+    refused = (OSError, ValueError, StrictDataclassError, KeyError, TypeError, AttributeError)
     try:
         yield
     except SafetensorError as error:
         raise ValueError(
             f"target {target!r} has a weight file that is cut or damaged ({error}); {_AGAIN}"
         ) from error
-    except (OSError, ValueError, StrictDataclassError, KeyError, TypeError) as error:
+    except refused as error:
         # What comes after the first sentence is the library's own advice.
         reason = " ".join(str(error).split()).partition(". ")[0]
         if isinstance(error, KeyError):  # whose text is the key alone

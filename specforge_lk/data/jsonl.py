@@ -44,7 +44,7 @@ _OTHERS = {
     b"BZh": ("compressed by bzip2", "decompress it: bunzip2 -k {path}"),
     b"\xfd7zXZ\x00": ("compressed by xz", "decompress it: xz -dk {path}"),
     b"PK\x03\x04": ("a zip archive", "unpack it: unzip {path}"),
-    b"PAR1": ("a Parquet file", "specforge-lk data --source {path} makes rows of it"),
+    b"PAR1": ("a Parquet file", "name it .parquet; specforge-lk data --source makes rows of it"),
     b"version https://git-lfs": ("a Git LFS pointer", "fetch what it stands for: git lfs pull"),
     b"<!doctype html": ("a web page", "download the file itself again"),
     b"<!DOCTYPE html": ("a web page", "download the file itself again"),

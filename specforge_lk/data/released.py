@@ -155,7 +155,9 @@ class Layout:
             MalformedRow: it lacks a field, or has something else in one.
         """
         if (key := row_id(row)) is None:
-            raise MalformedRow(f"it has no id; its fields are {fields_of(row)}")
+            raise MalformedRow(
+                f"it has no id; its fields are {fields_of(row)}; give every row an id of its own"
+            )
         messages = _messages(row)
         tools = tools_in(row)
         more = {} if tools is None else {"tools": tools}
@@ -207,7 +209,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     if messages[-1]["role"] in ("assistant", "system"):
         raise MalformedRow(
             f"the last message of its field conversation is the {messages[-1]['role']}'s, not the "
-            "user's"
+            "user's; leave it out, or give the whole conversation to capture"
         )
     return messages
 

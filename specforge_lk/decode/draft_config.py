@@ -89,15 +89,15 @@ def parse_config(file: Path, family: Any, config: Mapping[str, Any]) -> Any:
         config: its fields.
 
     Raises:
-        DraftError: transformers refuses it, or no draft can have its attention heads, its
-            activation or its rotary embedding.
+        DraftError: transformers refuses it, such as a dtype that torch does not have, or no draft
+            can have its attention heads, its activation or its rotary embedding.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers.activations import ACT2FN
 
     try:
         parsed = family.from_dict(dict(config))
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         # A KeyError's own text is the repr of its message.
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise DraftError(f"{file}: {' '.join(str(said).split())}; {_REMEDY}") from error

@@ -56,6 +56,11 @@ class Counts:
                 f"{self.source}: no verification step was counted; let the engine answer some "
                 "requests with speculative decoding first"
             )
+        if self.draft_tokens is not None and self.accepted > self.draft_tokens:
+            raise ValueError(
+                f"{self.source}: {self.accepted:g} tokens were accepted of {self.draft_tokens:g} "
+                "drafted ones; give the counts of one engine over one span of time"
+            )
 
     @property
     def heads(self) -> int | None:

@@ -158,6 +158,7 @@ def edit(path, config=None, drop=(), **tensors):
         ({"drop": ("fc.weight",)}, r"\['fc.weight'\] are missing"),
         ({"config": {"vocab_size": 300}}, "vocab_size 300, but the target's is 264"),
         ({"config": {"architectures": ["Other"]}}, "'Other' is not a known draft"),
+        ({"config": {"torch_dtype": "float8"}}, "config.json: .*'float8'; mend it, or export"),
         ({"config": {"hidden_act": "foo"}}, "config.json: hidden_act 'foo' is not known"),
         (
             {"config": {"num_attention_heads": "4"}},

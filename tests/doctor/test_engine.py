@@ -90,6 +90,10 @@ def test_counts_of_a_file(written, tmp_path):
     [
         ("{}", "drafts is None"),
         ("[]", "one JSON object"),
+        (
+            '{"drafts": 9, "accepted_tokens": 8, "draft_tokens": 5}',
+            "8 tokens were accepted of 5 drafted ones; give the counts of one engine",
+        ),
         ('{"drafts": 0, "accepted_tokens": 0}', "no verification step"),
     ],
 )
