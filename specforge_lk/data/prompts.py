@@ -131,16 +131,18 @@ def placed_rows(
 def user_turns(row: dict, source: str) -> list[str]:
     """Return the user messages of a benchmark row: its ``turns``, ``prompt`` or ``question``.
 
+    A field may have the first turns of another, as MT-bench's ``prompt`` has.
+
     Raises:
-        DataError: the row has none of these fields, or a turn is no text.
+        DataError: the row has none of these fields, two that differ, or a turn is no text.
     """
-    found = {key: _turns(row.get(key), f"{source}: {key}") for key in _TURNS}
-    try:
-        turns = agreed(found)
-    except MalformedRow as error:
-        raise DataError(f"{source}: {error}") from error
-    if turns:
-        return turns
+    found = {key: turns for key in _TURNS if (turns := _turns(row.get(key), f"{source}: {key}"))}
+    longest = max(found, key=lambda key: len(found[key]), default=None)
+    for key, turns in found.items():
+        if longest is not None and turns != found[longest][: len(turns)]:
+            raise DataError(f"{source}: its fields {longest!r} and {key!r} differ; remove one")
+    if longest is not None:
+        return found[longest]
     raise DataError(
         f"{source}: a row with the fields {fields_of(row)} has none of turns, prompt, question; "
         "rename the field that holds the prompt"

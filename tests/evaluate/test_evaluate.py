@@ -209,6 +209,10 @@ def by_hand(p_logits, q_logits, tokens, draft_ids, rule):
 def test_prompts_come_from_the_usual_fields(tmp_path):
     assert user_turns({"question": "1 + 1?", "answer": "2"}, "f") == ["1 + 1?"]
     assert user_turns({"turns": ["a", "b"]}, "f") == ["a", "b"]
+    # MT-bench's rows have the first turn twice.
+    assert user_turns({"turns": ["a", "b"], "prompt": "a"}, "f") == ["a", "b"]
+    with pytest.raises(DataError, match="f: its fields 'turns' and 'prompt' differ; remove one"):
+        user_turns({"turns": ["a", "b"], "prompt": "b"}, "f")
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
         file.write('{"task_id": "0", "prompt": "def f():"}\n')
     (row,) = read_rows(str(tmp_path / "HumanEval.jsonl.gz"))
