@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import accuracy, linear, operation, plots, summary, training_step
+from benchmarks import (
+    accuracy,
+    linear,
+    operation,
+    plots,
+    step_memory,
+    summary,
+    training_step,
+)
 from benchmarks.measured import read
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +35,7 @@ class Section(StrEnum):
     OPERATION = "operation"
     LINEAR = "linear"
     STEP = "step"
+    MEMORY = "memory"
     ACCURACY = "accuracy"
     SUMMARY = "summary"
 
@@ -67,6 +76,7 @@ def main(
         accuracy.run(output / "accuracy.json", grid, fresh=fresh, console=console)
     # The longest one last.
     for section, module, file in (
+        (Section.MEMORY, step_memory, "step_memory.json"),
         (Section.STEP, training_step, "training_step.json"),
         (Section.LINEAR, linear, "linear.json"),
         (Section.OPERATION, operation, "operation.json"),

@@ -31,6 +31,61 @@ UNFUSED_LAMBDA: Final = 4.5
 FORMULA, MEASURED, COUNTED = "formula", "measured", "counted"
 
 
+#: Rows of logits that ``training.loss_fused_head`` has at a time on an accelerator, where their
+#: vocabulary is not a small one.
+CHUNK_ROWS: Final = 1024
+#: SpecForge normalizes so many of a position's target logits at a time, on average.
+TARGET_CHUNK: Final = 32768
+#: Algorithms that keep the target's logits on the draft vocabulary also then.
+TARGET_HELD: Final = ("eagle3", "peagle")
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What the logits of one forward and backward pass take as the backward pass begins.
+
+    Attributes:
+        positions: N, supervised, of which every draft position has logits.
+        heads: K.
+        kept: V_d.
+        vocabulary: V.
+        element: bytes of a draft logit, and of a target logit before it is normalized.
+        target_held: whether the algorithm is one of `TARGET_HELD`.
+        trained: parameters of LM heads that learn, each counted once.
+        chunk: rows at a time.
+    """
+
+    positions: int
+    heads: int
+    kept: int
+    vocabulary: int
+    element: int
+    target_held: bool
+    trained: int = 0
+    chunk: int = CHUNK_ROWS
+
+    @property
+    def held(self) -> int:
+        """Bytes: target logits in float32, draft logits of all heads, the gradient of one."""
+        return self.positions * self.kept * (4 + (self.heads + 1) * self.element)
+
+    @property
+    def fused(self) -> int:
+        """Bytes of one chunk, of the LM heads' gradients in float32, and of a target that is held.
+
+        A chunk's peak is either its target, being normalized, or that, a copy of the rows that one
+        head is compared with, its logits and their gradient.
+        """
+        normalizing = 0
+        if not self.target_held:
+            at_once = 8 * min(self.vocabulary, TARGET_CHUNK)
+            normalizing = self.vocabulary * self.element + 4 * self.kept + at_once
+        comparing = self.kept * (2 * 4 + 2 * self.element)
+        held = 4 * self.kept * self.positions if self.target_held else 0
+        in_float32 = 4 * self.trained if self.element < 4 else 0
+        return held + self.chunk * max(normalizing, comparing) + in_float32
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of the sheet: what, how much, in which unit, and where the figure is from."""
@@ -145,6 +200,16 @@ def _memory(run: Any, draft: Any) -> list[Line]:
     kept, vocabulary = len(draft.d2t), len(draft.t2d)
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in draft.parameters()) - trained
+    positions = run.training.batch_size * run.data.max_length
+    logits = StepLogits(
+        positions,
+        heads,
+        kept,
+        vocabulary,
+        element,
+        target_held=run.training.strategy in TARGET_HELD,
+        trained=_trained_heads(draft, kept),
+    )
     return [
         Line("trained parameters", trained, "", COUNTED, "on the module"),
         Line("frozen parameters in the draft", frozen, "", COUNTED, "lent by the target"),
@@ -169,6 +234,16 @@ def _memory(run: Any, draft: Any) -> list[Line]:
             f"V_d {kept} x 4 B, for the backward pass of all heads",
         ),
         Line(
+            "logits of a full micro-batch, held", logits.held, "B", FORMULA,
+            f"{positions} tokens, all supervised: float32 target, draft, gradient of one head",
+        ),
+        Line(
+            "the same, training.loss_fused_head", logits.fused, "B", FORMULA,
+            f"a chunk of {CHUNK_ROWS} rows"
+            + (", float32 target" if logits.target_held else "")
+            + (", float32 gradient of LM heads" if logits.trained and element < 4 else ""),
+        ),
+        Line(
             "loss per supervised token and head, fused", kept * element, "B/token", FORMULA,
             "the gradient of the logits and vectors: any loss of this package",
         ),
@@ -181,6 +256,18 @@ def _memory(run: Any, draft: Any) -> list[Line]:
             MEASURED, "4.5 float32 rows of V_d, likewise",
         ),
     ]  # fmt: skip
+
+
+def _trained_heads(draft: nn.Module, kept: int) -> int:
+    """Return the parameters of LM heads that learn; a weight that several share counts once."""
+    from torch import nn
+
+    weights = {
+        part.weight: part.weight.numel()
+        for part in draft.modules()
+        if isinstance(part, nn.Linear) and part.out_features == kept and part.weight.requires_grad
+    }
+    return sum(weights.values())
 
 
 @dataclass(frozen=True)
@@ -294,6 +381,7 @@ def as_json(lines: list[Line]) -> list[dict[str, Any]]:
 
 __all__ = [
     "Line",
+    "StepLogits",
     "Work",
     "as_json",
     "build_on_meta",

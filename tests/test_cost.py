@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from specforge.losses import fused_head
 from specforge.modeling.auto import AutoDraftModel
 from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 from specforge.optimizer import BF16Optimizer
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_run import HEADS, prepare_with_features
 from typer.testing import CliRunner
 
+from benchmarks import step_memory
 from benchmarks.measure import peak_allocated
 from specforge_lk import cost, overlap_terms
 from specforge_lk.cli import app
@@ -137,6 +139,46 @@ def test_ratios_of_unfused_losses_are_the_measured_ones() -> None:
         assert measured / tensor == pytest.approx(ratio, rel=0.01)
 
 
+@pytest.mark.parametrize("algorithm", step_memory.ALGORITHMS)
+def test_logits_of_a_step_are_the_measured_ones(algorithm: str) -> None:
+    """What a further position takes, up to the draft's own tensors, and what the setting saves."""
+    found = json.loads((ROOT / "benchmarks/results/step_memory.json").read_text())["cells"]
+    peaks = {step_memory.Cell(**f["cell"]): f["peaks"] for f in found}
+    cells = sorted((c for c in peaks if c.algorithm == algorithm), key=lambda c: c.tokens)
+    saved = []
+    for way in step_memory.WAYS:
+        formula = [getattr(_step_logits(cell), way) for cell in cells]
+        measured = [peaks[cell][way] for cell in cells]
+        further = cells[-1].tokens - cells[-2].tokens
+        slopes = [(many - few) / further for *_, few, many in (formula, measured)]
+        assert 0 <= slopes[1] - slopes[0] < 1.5 * cells[-1].vocabulary
+        saved.append((formula[-1], measured[-1]))
+    computed, measured = (held - fused for held, fused in zip(*saved, strict=True))
+    assert measured == pytest.approx(computed, rel=0.15)
+
+
+def _step_logits(cell: step_memory.Cell) -> cost.StepLogits:
+    held = cell.algorithm in cost.TARGET_HELD
+    return cost.StepLogits(
+        positions=cell.tokens,
+        # All slots of a block are one head's positions.
+        heads=1 if cell.algorithm == "dflash" else step_memory.HEADS,
+        kept=cell.vocabulary,
+        vocabulary=cell.vocabulary * (1 + held),
+        element=4,
+        target_held=held,
+        chunk=fused_head._CPU_CHUNK_BYTES // (4 * cell.vocabulary),
+    )
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_trained_lm_heads_count_once(name: str, tmp_path: Path) -> None:
+    draft = build(name, tmp_path)
+    width = getattr(draft.config, "inner_dim", HIDDEN_SIZE)
+    heads = {"medusa": HEADS, "mlp_speculator": HEADS, "mtp": 0, "mtp, experts": 0}.get(name, 1)
+    assert cost._trained_heads(draft, KEPT) == heads * KEPT * width
+
+
 @pytest.mark.parametrize(("algorithm", "captured"), [("eagle3", 3), ("medusa", 0)])
 def test_features_have_the_bytes_of_a_captured_file(algorithm, captured, tmp_path) -> None:
     setup = prepare_with_features(tmp_path, algorithm=algorithm)
@@ -186,6 +228,10 @@ def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every second batch completes a step, across the ends of epochs, too.
     assert (lines["steps per epoch"], lines["steps in all"]) == (10_312.5, 103_125)
     assert lines["captured features per token"] == 4 * 4096 * 2 + 16
+    # Micro-batches of 4 x 2048, six draft positions, 32000 of 128256 tokens, bfloat16.
+    assert lines["logits of a full micro-batch, held"] == 8192 * 32000 * (4 + 7 * 2)
+    fused = 8192 * 32000 * 4 + 1024 * 32000 * 12 + 32000 * 4096 * 4
+    assert lines["the same, training.loss_fused_head"] == fused
     assert lines["an epoch"] / lines["a step"] == pytest.approx(660_000 / 64)
     assert sheet(path, "training.max_steps=7")["steps in all"] == 7
 

@@ -20,6 +20,7 @@ from benchmarks.gpu_check import predictions
 from configs import recipes
 from experiments.serving.report import Prediction, ServingReport, server_lines
 from specforge_lk.cli.losses import Option, find_losses
+from specforge_lk.cost import TARGET_HELD, StepLogits
 from specforge_lk.evaluate.report import HELD_OUT, Result, read_report
 from specforge_lk.evaluate.tables import gain_rows, held_out_name
 from specforge_lk.losses import LOSSES
@@ -226,6 +227,48 @@ def operation() -> str:
     )
 
 
+_TITLES: Final = {"eagle3": "EAGLE-3", "dflash": "DFlash", "mtp": "MTP"}
+
+
+def step_memory() -> str:
+    """Peak of a training step, with logits held and without, by its number of positions."""
+    cells = json.loads((ROOT / "benchmarks" / "results" / "step_memory.json").read_text())["cells"]
+    peaks = {
+        (found["cell"]["algorithm"], found["cell"]["tokens"]): found["peaks"] for found in cells
+    }
+    (vocabulary,) = {found["cell"]["vocabulary"] for found in cells}
+    tokens = sorted({tokens for _, tokens in peaks})
+    rows = []
+    for algorithm, title in _TITLES.items():
+        for way, name in (("held", "held"), ("fused", "`loss_fused_head`")):
+            of_tokens = [peaks[algorithm, n][way] for n in tokens]
+            slope = (of_tokens[-1] - of_tokens[-2]) / (tokens[-1] - tokens[-2]) / vocabulary
+            mebibytes = [f"{peak / 2**20:.0f}" for peak in of_tokens]
+            rows.append([f"{title}, {name}", *mebibytes, f"{slope:.1f}"])
+    headers = ["", *(f"N {n} [MiB]" for n in tokens), f"B per position and token of {vocabulary}"]
+    return markdown_table(headers, rows)
+
+
+def computed_memory() -> str:
+    """Return what the cost sheet's formula gives for a step of 8192 positions in bfloat16."""
+    size, vocabulary, hidden = 8192, 128256, 4096
+    rows = []
+    for algorithm, heads, trained in (
+        ("eagle3", 7, vocabulary * hidden),
+        ("dflash", 1, 0),
+        ("mtp", 7, 0),
+    ):
+        logits = StepLogits(
+            size, heads, vocabulary, vocabulary, 2, algorithm in TARGET_HELD, trained
+        )
+        gigabytes = [f"{size / 1e9:.1f}" for size in (logits.held, logits.fused)]
+        rows.append([_TITLES[algorithm], str(heads), *gigabytes])
+    return markdown_table(
+        ["", "draft positions", "held [GB]", "`loss_fused_head` [GB]"],
+        rows,
+    )
+
+
 # ----------------------------------------------------------------- sources and versions
 
 
@@ -292,7 +335,13 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
         "paper": paper,
     },
     "docs/finetune.md": {"gain": gains.fine_tuning},
-    "docs/cost.md": {"operation": operation, "bounds": bounds, "predictions": predictions.table},
+    "docs/cost.md": {
+        "operation": operation,
+        "bounds": bounds,
+        "predictions": predictions.table,
+        "step memory": step_memory,
+        "computed memory": computed_memory,
+    },
     "docs/evaluate.md": {"presets": presets},
     "docs/serving.md": {"engines": support, "vllm": vllm},
     "docs/install.md": {"versions": versions},

@@ -93,6 +93,7 @@ class HeadAlgorithm:
                 supports_vocab_mapping=self.truncates,
                 supports_registered_losses=True,
                 supports_ploss_decay=True,
+                supports_fused_head=True,
             ),
         )
         providers = AlgorithmProviders(
@@ -289,6 +290,7 @@ def _build_training_model(
         # These algorithms' own loss, where training.loss is unset.
         KL(KLOptions()) if loss is None else loss.build(),
         loss is not None and loss.data_parallel,
+        loss is not None and loss.fused_head,
     )
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in draft.parameters()) - trained

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights
 from specforge_lk.drafts.modules import Stack
+from specforge_lk.overlap import Projection
 
 
 class MedusaConfig(PretrainedConfig):
@@ -140,13 +141,13 @@ class MedusaModel(HeadDraftModel):
         for lm_head in self.lm_heads:
             lm_head.weight.copy_(head)
 
-    def head_logits(
+    def head_projections(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
-    ) -> Iterator[torch.Tensor]:
-        """Return logits of every MEDUSA head; they do not depend on the tokens."""
+    ) -> Iterator[Projection]:
+        """Return states and LM head of every MEDUSA head; they do not depend on the tokens."""
         hidden = hidden.to(next(self.blocks.parameters()).dtype)
         for block, lm_head in list(zip(self.blocks, self.lm_head_of_each, strict=True))[:heads]:
-            yield lm_head(block(hidden))
+            yield Projection(block(hidden), lm_head.weight)
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Add ``token_map``, [V_d] target ids, from which vLLM reads a truncated vocabulary."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from specforge_lk.drafts.model import VOCABULARY, HeadDraftModel, shifted
+from specforge_lk.overlap import Projection
 
 
 class MLPSpeculatorConfig(PretrainedConfig):
@@ -141,10 +142,10 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
         """Heads K."""
         return self.config.n_predict
 
-    def head_logits(
+    def head_projections(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
-    ) -> Iterator[torch.Tensor]:
-        """Return logits of every head, the tokens before being the true ones."""
+    ) -> Iterator[Projection]:
+        """Return states and LM head of every head, the tokens before being the true ones."""
         state = hidden.to(next(self.proj.parameters()).dtype)
         if self.config.scale_input:
             state = self.ln0(state) / math.sqrt(2)
@@ -152,7 +153,8 @@ class MLPSpeculatorPreTrainedModel(HeadDraftModel):
             embedded = self.emb[head](shifted(tokens, head))
             mixed = self.proj[head](state) + embedded * (self.embedding_weight / self.state_weight)
             state = nn.functional.gelu(self.ln[head](mixed))
-            yield self.head[head](state)
+            # No `get_parameter`: FSDP has a view of what it shards in a parameter's place.
+            yield Projection(state, cast(nn.Linear, self.head[head]).weight)
 
     def engine_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the published layout; d2t and t2d, which no engine reads, keep their names."""

@@ -16,6 +16,8 @@ from specforge.modeling.draft.base import Eagle3DraftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from specforge_lk.overlap import Projection
+
 #: Tensors that map a draft vocabulary to the target's, in every checkpoint of a draft.
 VOCABULARY: Final = ("t2d", "d2t")
 
@@ -70,7 +72,9 @@ class HeadDraftModel(PreTrainedModel, ABC):
     k = 0, 1, … predicts token t + 2 + k from h_t and tokens t + 1 … t + 1 + k, or some of these.
 
     A subclass has ``config.vocab_size`` and ``config.draft_vocab_size``; it implements
-    `head_logits`, and `tie_to_target` and `start_from` where it takes weights from the target.
+    `head_projections`, and `tie_to_target` and `start_from` where it takes weights from the target.
+    One whose logits are no product of states and a weight implements `head_logits` in its place,
+    and does without ``training.loss_fused_head``.
 
     Attributes:
         t2d: [V] bool, tokens of the draft vocabulary.
@@ -99,11 +103,10 @@ class HeadDraftModel(PreTrainedModel, ABC):
     def heads(self) -> int | None:
         """Draft positions of the draft; None where one module is used over and over."""
 
-    @abstractmethod
-    def head_logits(
+    def head_projections(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
-    ) -> Iterator[torch.Tensor]:
-        """Return teacher-forced logits of every draft position at every position.
+    ) -> Iterator[Projection]:
+        """Return what makes the teacher-forced logits of every draft position at every position.
 
         Args:
             hidden: [B, L, H] the target's last hidden states, after its final norm.
@@ -112,8 +115,25 @@ class HeadDraftModel(PreTrainedModel, ABC):
             heads: number of draft positions K.
 
         Yields:
-            K times [B, L, V_d].
+            K times the draft's states [B, L, H_d] and the weight [V_d, H_d] of an LM head without
+            bias.
+
+        Raises:
+            NotImplementedError: the draft implements `head_logits` alone.
         """
+        raise NotImplementedError(f"{type(self).__name__} implements no head_projections")
+
+    def head_logits(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
+    ) -> Iterator[torch.Tensor]:
+        """Return the logits of `head_projections`: K times [B, L, V_d]."""
+        for projection in self.head_projections(hidden, tokens, mask, heads):
+            yield nn.functional.linear(*projection)
+
+    @property
+    def projects(self) -> bool:
+        """Whether it implements `head_projections`."""
+        return type(self).head_projections is not HeadDraftModel.head_projections
 
     @property
     def tied_keys(self) -> frozenset[str]:

@@ -25,6 +25,7 @@ from transformers import AutoModel, DynamicCache, PreTrainedConfig
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights, shifted
 from specforge_lk.drafts.modules import float32_buffers_kept
 from specforge_lk.drafts.mtp_checkpoint import MTPConfig, decoder_config, read_module
+from specforge_lk.overlap import Projection
 
 #: Settings that say where a checkpoint is to be found.
 _OF_HUB: Final = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -147,10 +148,10 @@ class MTPDraftModel(HeadDraftModel):
         self._layer.eh_proj.weight[:, :size] = 0
         self._layer.eh_proj.weight[:, size:] = torch.eye(size)
 
-    def head_logits(
+    def head_projections(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
-    ) -> Iterator[torch.Tensor]:
-        """Return logits of every draft position, the tokens before being the true ones.
+    ) -> Iterator[Projection]:
+        """Return states and LM head of every draft position, the tokens before being the true ones.
 
         Every position is the start of a chain. A query of draft position k sees the first module's
         keys up to its start, which a serving engine has from the target, and its own chain's.
@@ -175,7 +176,7 @@ class MTPDraftModel(HeadDraftModel):
                 position_embeddings=self.rotary_emb(mixed, positions + head),
             )
             state = layer.shared_head.norm(output)
-            yield layer.shared_head.head(state)
+            yield Projection(state, layer.shared_head.head.weight)
             visible = torch.cat([visible, chain], dim=-1)
 
     def _as_attended(self, visible: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from specforge.core.target_distribution import TargetDistribution
+from specforge.core.target_distribution import DeferredTarget, TargetDistribution
+from specforge.losses.fused_head import FusedHead, fused_terms, window_rows
 from specforge.losses.reduction import (
     DraftLoss,
     HeadLoss,
+    draft_argmax,
     head_metrics,
     reduce_heads,
     target_shape,
@@ -21,6 +23,7 @@ from specforge.training.strategies.base import DraftTrainStrategy, StepContext, 
 from torch import nn
 
 from specforge_lk.drafts.model import HeadDraftModel, shifted
+from specforge_lk.losses.contract import Terms
 
 if TYPE_CHECKING:
     from specforge.modeling.target.target_head import TargetHead
@@ -44,6 +47,11 @@ class HeadModel(nn.Module):
         heads: draft positions K to train.
         loss: a registered loss.
         loss_data_parallel: average the loss over all ranks.
+        loss_fused_head: compute the loss without holding logits, the draft's or the target's.
+
+    Raises:
+        ValueError: ``loss_fused_head`` with a draft whose logits are no product of states and a
+            weight.
     """
 
     def __init__(
@@ -52,12 +60,19 @@ class HeadModel(nn.Module):
         heads: int,
         loss: DraftLoss,
         loss_data_parallel: bool = False,
+        loss_fused_head: bool = False,
     ) -> None:
         super().__init__()
+        if loss_fused_head and not draft_model.projects:
+            raise ValueError(
+                f"training.loss_fused_head: {type(draft_model).__name__} implements no "
+                "head_projections, so that its logits are held; remove the setting"
+            )
         self.draft_model = draft_model
         self.heads = heads
         self.loss = loss
         self.loss_data_parallel = loss_data_parallel
+        self.loss_fused_head = loss_fused_head
 
     def forward(
         self,
@@ -65,7 +80,7 @@ class HeadModel(nn.Module):
         tokens: torch.Tensor,
         attention_mask: torch.Tensor,
         following: torch.Tensor,
-        target: TargetDistribution,
+        target: TargetDistribution | DeferredTarget,
         decay: float,
     ) -> tuple[torch.Tensor, list[HeadLoss], list[torch.Tensor]]:
         """Return the loss, that of every draft position, and whether each agrees, [B, L].
@@ -77,25 +92,54 @@ class HeadModel(nn.Module):
             tokens: [B, L] the token following each position.
             attention_mask: [B, L].
             following: [B, L] whether that token is the response's.
-            target: [B, L] the target's distribution one position later.
+            target: [B, L] the target's distribution one position later; deferred where no logits
+                are held.
             decay: γ.
         """
-        length = tokens.shape[1]
         # The target's state at a position predicts the token after the one that follows it.
         labels = shifted(tokens, 1)
-        padded = target.with_labels(labels, self.draft_model.t2d).pad(self.heads)
+        target = target.with_labels(labels, self.draft_model.t2d)
+        masks = [supervised(following, head + 1) for head in range(self.heads)]
+        read = hidden, tokens, attention_mask, self.heads
+        if isinstance(target, DeferredTarget):
+            terms, correct = self._fused(target, masks, *read)
+        else:
+            terms, correct = self._held(target.pad(self.heads), masks, *read)
         group = training_group(self.loss_data_parallel)
-        token_ids = self.draft_model.token_ids()
-        terms, masks, correct = [], [], []
-        logits_of_heads = self.draft_model.head_logits(hidden, tokens, attention_mask, self.heads)
-        for head, logits in enumerate(logits_of_heads):
-            goal, head_mask = padded.window(head, length), supervised(following, head + 1)
-            terms.append(self.loss.terms(logits, goal, head_mask))
-            masks.append(head_mask)
-            correct.append(token_ids[logits.detach().argmax(-1)] == goal.token_ids)
         losses = reduce_heads(self.loss, terms, masks, group=group)
         total = sum(decay**head * loss.loss for head, loss in enumerate(losses))
         return total, losses, correct
+
+    def _held(
+        self, padded: TargetDistribution, masks: list[torch.Tensor], *read: Any
+    ) -> tuple[list[Terms], list[torch.Tensor]]:
+        """Return terms and agreement of every draft position, by its logits at every position."""
+        terms, correct = [], []
+        for head, logits in enumerate(self.draft_model.head_logits(*read)):
+            goal = padded.window(head, masks[head].shape[1])
+            terms.append(self.loss.terms(logits, goal, masks[head]))
+            correct.append(self._correct(logits, goal, terms[-1])["correct"])
+        return terms, correct
+
+    def _fused(
+        self, target: DeferredTarget, masks: list[torch.Tensor], *read: Any
+    ) -> tuple[list[Terms], list[torch.Tensor]]:
+        """Return the same, by logits of some supervised positions at a time."""
+        heads = [
+            FusedHead((projection,), mask, window_rows(mask, head, mask.shape[1]))
+            for head, (projection, mask) in enumerate(
+                zip(self.draft_model.head_projections(*read), masks, strict=True)
+            )
+        ]
+        terms, observed = fused_terms(self.loss, heads, target, observe=self._correct)
+        return terms, [vectors["correct"] for vectors in observed]
+
+    @torch.no_grad()
+    def _correct(
+        self, logits: torch.Tensor, target: TargetDistribution, terms: Mapping[str, torch.Tensor]
+    ) -> Terms:
+        likeliest = self.draft_model.token_ids()[draft_argmax(terms, logits)]
+        return {"correct": likeliest == target.token_ids}
 
 
 class HeadTrainStrategy(DraftTrainStrategy):
@@ -164,14 +208,17 @@ class HeadTrainStrategy(DraftTrainStrategy):
         return StepOutput(loss=total, metrics=metrics, ratio_metrics=ratios, must_be_finite=True)
 
     @torch.no_grad()
-    def _target(self, hidden: torch.Tensor) -> TargetDistribution:
+    def _target(self, hidden: torch.Tensor) -> TargetDistribution | DeferredTarget:
         model = _unwrapped(self.model)
         draft, shape = model.draft_model, target_shape(model.loss)
-        hidden = hidden.to(self.target_head.fc.weight.dtype)
-        if len(draft.d2t) == len(draft.t2d):
-            return TargetDistribution.from_logits(self.target_head(hidden), shape=shape)
         head = self.target_head
-        return TargetDistribution.from_hidden_states(hidden, head, draft.t2d, shape=shape)
+        hidden = hidden.to(head.fc.weight.dtype)
+        t2d = None if len(draft.d2t) == len(draft.t2d) else draft.t2d
+        if model.loss_fused_head:
+            return DeferredTarget.of_head(hidden, head, t2d, shape=shape)
+        if t2d is None:
+            return TargetDistribution.from_logits(head(hidden), shape=shape)
+        return TargetDistribution.from_hidden_states(hidden, head, t2d, shape=shape)
 
     def checkpoint_state_filter(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Return the draft's tensors, but for those that checkpoints omit."""

@@ -44,7 +44,13 @@ class DraftLoss(Protocol):
     """
 
     def terms(self, draft_logits: torch.Tensor, target: Target, mask: torch.Tensor) -> Terms:
-        """Return per-position terms, each [...], of draft logits [..., V_d] and mask [...]."""
+        """Return per-position terms, each [...], of draft logits [..., V_d] and mask [...].
+
+        No position's terms depend on another's. With ``training.loss_fused_head`` the logits of a
+        few positions at a time are all that there ever is: SpecForge calls this for each chunk,
+        and again in the backward pass. ``_draft_argmax``, the index of the largest logit, saves the
+        trainer a pass over them; other names that begin with "_" are the loss's own.
+        """
         ...
 
     def combine(self, terms: Terms, mean: Mean) -> Terms:

@@ -55,6 +55,8 @@ class OverlapLoss:
             "kl": kl,
             "alpha": overlap.alpha,
             "_log_alpha": overlap.log_alpha,
+            # The trainer's accuracy then takes no pass over the logits.
+            "_draft_argmax": overlap.draft_argmax,
             "coverage": coverage,
             "no_coverage": (overlap.log_coverage == -torch.inf).to(coverage.dtype),
         }

@@ -83,7 +83,9 @@ class _LinearOverlap(torch.autograd.Function):
         of_tokens = None
         if flat.tokens is not None:
             of_tokens = flat.mask.new_zeros(2, len(flat.mask), dtype=flat.dtype)
-        for index, h, y in _chunks(flat.mask, hidden, head, target, target_head):
+        # The only wait for a device: its rows are the backward pass's, too.
+        supervised = flat.mask.nonzero().squeeze(1)
+        for index, h, y in _chunks(supervised, hidden, head, target, target_head):
             z, chunk = F.linear(h, head), take(flat, index)
             of_chunk = kernels.forward(z, y, chunk)
             if of_tokens is not None:
@@ -91,7 +93,7 @@ class _LinearOverlap(torch.autograd.Function):
             del z, y
             for whole, part in zip(statistics, of_chunk, strict=True):
                 whole[index] = part
-        ctx.save_for_backward(hidden, head, target, target_head, *flat.vectors)
+        ctx.save_for_backward(hidden, head, target, target_head, supervised, *flat.vectors)
         ctx.settings, ctx.statistics, ctx.kernels = rows.settings, statistics, kernels
         terms = terms_of(statistics, rows, of_tokens)
         ctx.mark_non_differentiable(*without_gradient(terms))
@@ -101,7 +103,7 @@ class _LinearOverlap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        hidden, head, target, target_head, *vectors = ctx.saved_tensors
+        hidden, head, target, target_head, supervised, *vectors = ctx.saved_tensors
         rows = covered(RowInputs._make((*vectors, *ctx.settings)), ctx.statistics)
         of_terms = row_gradients(ctx.statistics, rows, gradients)
         grad_hidden = grad_head = None
@@ -112,7 +114,7 @@ class _LinearOverlap(torch.autograd.Function):
             grad_head = torch.zeros_like(head, dtype=rows.dtype)
         # Operands were cast in forward; without autocast the recomputed logits are identical.
         with torch.autocast(hidden.device.type, enabled=False):
-            for index, h, y in _chunks(rows.mask, hidden, head, target, target_head):
+            for index, h, y in _chunks(supervised, hidden, head, target, target_head):
                 z = F.linear(h, head)
                 of_chunk = take(rows, index), take(ctx.statistics, index), take(of_terms, index)
                 grad = ctx.kernels.backward(z, y, *of_chunk, out=z)
@@ -126,19 +128,19 @@ class _LinearOverlap(torch.autograd.Function):
 
 
 def _chunks(
-    mask: torch.Tensor,
+    supervised: torch.Tensor,
     hidden: torch.Tensor,
     head: torch.Tensor,
     target: torch.Tensor,
     target_head: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield indices of the rows in the mask, [n], with their draft hidden states and target logits.
+    """Yield some of the rows ``supervised`` at a time, [n], with what they are made of.
 
-    The hidden states are [n, H], the target logits [n, V].
+    These are draft hidden states, [n, H], and target logits, [n, V].
     """
     size = _chunk_rows(head)
     draft_rows, target_rows = _rows_of(hidden), _rows_of(target)
-    for index in mask.nonzero().squeeze(1).split(size):
+    for index in supervised.split(size):
         # Bind no locals: a chunk must be freed before the next one is computed.
         if target_head is None:
             yield index, draft_rows(index), target_rows(index)

@@ -42,6 +42,7 @@ class Case(NamedTuple):
         head: ``model.target_head_dtype``; None for unset.
         compact: the compact teacher.
         streamed: the collator of streamed samples.
+        fused: ``training.loss_fused_head``.
     """
 
     algorithm: str
@@ -49,6 +50,7 @@ class Case(NamedTuple):
     head: str | None
     compact: bool = False
     streamed: bool = False
+    fused: bool = False
 
 
 def runs(world: int) -> list[tuple[Case, str]]:
@@ -205,6 +207,7 @@ def _config(case: Case, root: Path) -> Any:
         "compact_teacher": case.compact,
         "compact_teacher_chunk_size": 100 if case.compact else None,
         "loss": "lk_lambda",
+        "loss_fused_head": case.fused,
         **training,
     }
     data = {"hidden_states_path": str(root)}
@@ -221,32 +224,46 @@ class Built(NamedTuple):
 
     def batch(self, case: Case, rank: int, name: str = "a") -> Any:
         """A rank's samples, and random numbers of its own to train on them."""
-        from specforge.runtime.contracts import TrainBatch
-
-        tensors = _batch(self.algorithm, case.algorithm, rank, case.streamed)
-        torch.manual_seed(1 + rank)
-        return TrainBatch([name], case.algorithm, tensors, {"target_repr": "hidden_state"})
+        return batch_of(self.algorithm, case, rank, name)
 
 
-def build(case: Case, sharding: str, root: Path) -> Built:
-    """The training model, wrapped."""
+def batch_of(algorithm: Any, case: Case, rank: int = 0, name: str = "a") -> Any:
+    """A rank's samples, and random numbers of its own to train on them."""
+    from specforge.runtime.contracts import TrainBatch
+
+    tensors = _batch(algorithm, case.algorithm, rank, case.streamed)
+    torch.manual_seed(1 + rank)
+    return TrainBatch([name], case.algorithm, tensors, {"target_repr": "hidden_state"})
+
+
+def assemble(case: Case, root: Path) -> tuple[Any, Any]:
+    """The algorithm and what `specforge train` makes of the case before it is wrapped."""
     from specforge.application import resolve_run
     from specforge.training.assembly import build_model_bundle
-    from specforge.training.backend import FSDPTrainingBackend, ParallelConfig
 
     config = _config(case, root)
     algorithm = resolve_run(config).algorithm
     torch.manual_seed(0)
-    bundle = build_model_bundle(config, algorithm=algorithm)
+    return algorithm, build_model_bundle(config, algorithm=algorithm)
+
+
+def strategy_of(algorithm: Any, bundle: Any, model: Any) -> Any:
+    """The training step of a model, wrapped or not."""
+    options = bundle.strategy_kwargs.options
+    return algorithm.providers.step.build(model, target_head=bundle.target_head, **options)
+
+
+def build(case: Case, sharding: str, root: Path) -> Built:
+    """The training model, wrapped."""
+    from specforge.training.backend import FSDPTrainingBackend, ParallelConfig
+
+    algorithm, bundle = assemble(case, root)
     model = bundle.model
     recorder = model.loss = Recorder(model.loss)
     parallel = ParallelConfig.from_distributed(sharding_strategy=sharding)
     backend = FSDPTrainingBackend(parallel, optimizer_factory=_Descent)
     wrapped = backend.prepare_model(model, optimizer_target=model.draft_model)
-    strategy = algorithm.providers.step.build(
-        wrapped, target_head=bundle.target_head, **bundle.strategy_kwargs.options
-    )
-    return Built(strategy, backend, algorithm, recorder)
+    return Built(strategy_of(algorithm, bundle, wrapped), backend, algorithm, recorder)
 
 
 class _Descent:
@@ -354,6 +371,30 @@ def unsupervised(algorithm: str, root: Path, rank: int) -> dict[str, torch.Tenso
     return {"loss": out.loss.detach()} | _gradients(built.strategy.trainable_module())
 
 
+def accumulated(case: Case, sharding: str, root: Path, rank: int) -> dict[str, torch.Tensor]:
+    """Gradients of a window of two micro-steps, in the second of which rank 1 has no position."""
+    built = build(case, sharding, root)
+    losses = []
+    for index in range(2):
+        batch = built.batch(case, rank)
+        if rank and index:
+            batch.tensors["loss_mask"].zero_()
+        out = built.strategy.forward_loss(batch)
+        built.backend.backward(out.loss, is_boundary=index == 1)
+        losses.append(out.loss.detach())
+    return {"loss": torch.stack(losses)} | _gradients(built.strategy.trainable_module())
+
+
+def windows() -> list[tuple[str, str]]:
+    """Algorithms with trained and with frozen heads, and how their windows are sharded."""
+    everywhere = ("eagle3", "mtp", "dflash")
+    return [
+        (name, sharding)
+        for name in ALGORITHMS
+        for sharding in (SHARDINGS if name in everywhere else ("SHARD_GRAD_OP",))
+    ]
+
+
 def _gradients(wrapped: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Whole gradients by the names of the draft's parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -387,6 +428,13 @@ def main(root: Path, rank: int, world: int) -> None:
         results["reads"] = {name: reads(name, root, rank) for name in ALGORITHMS}
     else:
         results["unsupervised"] = {name: unsupervised(name, root, rank) for name in ALGORITHMS}
+        results["accumulated"] = {
+            (name, sharding, fused): accumulated(
+                Case(name, "float32", "float32", fused=fused), sharding, root, rank
+            )
+            for name, sharding in windows()
+            for fused in (False, True)
+        }
         results["broken"] = {
             (name, sharding): broken(name, sharding, root, rank)
             for name in ALGORITHMS

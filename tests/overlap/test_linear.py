@@ -124,6 +124,17 @@ def test_positions_without_coverage(impl_case, small_chunks, impl):
     assert grad_head.isfinite().all()
 
 
+def test_rows_are_chosen_once(monkeypatch):
+    """A GPU waits for their number; the backward pass has it from the forward pass."""
+    case = make_case(torch.float32)
+    calls = []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda mask: calls.append(1) or nonzero(mask))
+    terms = linear_overlap(*case, mask=torch.ones(2, 9), impl="cpu")
+    terms.kl.sum().backward()
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_inputs_get_no_gradient(case, frozen):
     inputs = list(case[:2])

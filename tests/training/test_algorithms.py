@@ -87,6 +87,22 @@ def test_resumed_run_ends_with_the_same_weights(trained: Trained) -> None:
         assert torch.equal(weights[name], expected[name]), name
 
 
+def test_a_run_goes_on_without_holding_logits(trained: Trained) -> None:
+    """The next step is the one that it would have been, to rounding; the one after nearly."""
+    setup = trained.setup
+    resume = f"training.resume_from={setup.checkpoint('lk_lambda', EPOCH)}"
+    horizon = (f"training.total_steps={STEPS}", f"training.max_steps={EPOCH + 2}")
+    fused = setup.train("fused", LAMBDA, "training.loss_fused_head=true", resume, *horizon)
+    assert sorted(fused.steps) == [EPOCH + 1, EPOCH + 2]
+    for step, rel in ((EPOCH + 1, MEAN_ERROR), (EPOCH + 2, 1e-2)):
+        expected = trained.finished.steps[step]
+        assert fused.steps[step].keys() == expected.keys()
+        for name, value in expected.items():
+            if name.startswith("perf/"):
+                continue
+            assert fused.steps[step][name] == pytest.approx(value, rel=rel, abs=rel), name
+
+
 def test_checkpoint_resumes_with_its_own_loss_only(trained: Trained) -> None:
     setup = trained.setup
     resume = f"training.resume_from={setup.checkpoint('lk_lambda', EPOCH)}"

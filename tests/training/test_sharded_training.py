@@ -26,14 +26,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: A loss of one draft position, and one that sees the chain, for a truncated target.
-CASES = (("eagle3", "lk_lambda", {}), ("medusa", "lk_lambda", {}))
-CASES += (("eagle3", "tau", {"serving": "temperature=0.7,top_p=0.9"}),)
+#: Two of them without holding logits.
+CASES = (("eagle3", "lk_lambda", {}, False), ("medusa", "lk_lambda", {}, True))
+CASES += (("eagle3", "tau", {"serving": "temperature=0.7,top_p=0.9"}, True),)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]} {case[1]}")
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """SpecForge's default: bfloat16, SHARD_GRAD_OP, two ranks; the target's head in float32."""
-    algorithm, loss, options = request.param
+    algorithm, loss, options, fused = request.param
     half = "model.torch_dtype=bfloat16"
     setup = prepare_with_features(tmp_path_factory.mktemp("cli"), half, algorithm=algorithm)
     config = json.loads(setup.config.read_text())
@@ -42,6 +43,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     # One process alone would not shard.
     config["training"] |= {"batch_size": BATCH_SIZE // 2, "loss": loss}
     config["training"] |= {"loss_data_parallel": True, "loss_options": options}
+    config["training"]["loss_fused_head"] = fused
     config["deployment"] = {"trainer": {"nproc_per_node": 2}}
     setup.config.write_text(json.dumps(config))
     return setup

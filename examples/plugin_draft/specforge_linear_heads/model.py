@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from specforge_lk.drafts.model import HeadDraftModel, TargetWeights
+from specforge_lk.overlap import Projection
 
 
 class LinearHeadsConfig(PretrainedConfig):
@@ -70,10 +71,10 @@ class LinearHeadsModel(HeadDraftModel):
         for matrix in self.matrices.parameters():
             nn.init.zeros_(matrix)
 
-    def head_logits(
+    def head_projections(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int
-    ) -> Iterator[torch.Tensor]:
-        """Yield the logits [B, L, V_d] of every draft position; tokens play no part in them."""
+    ) -> Iterator[Projection]:
+        """Yield states [B, L, H] and LM head of every draft position; tokens play no part in it."""
         hidden = hidden.to(self.lm_head.weight.dtype)
         for matrix in self.matrices[:heads]:
-            yield self.lm_head(hidden + matrix(hidden))
+            yield Projection(hidden + matrix(hidden), self.lm_head.weight)
