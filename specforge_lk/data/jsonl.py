@@ -187,7 +187,7 @@ def _row(place: Place, line: bytes, whole_characters: bool) -> tuple[Place, dict
             + _TO_UTF8.format("LATIN1", path=place.path)
         ) from None
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, brackets
         reason = getattr(error, "msg", str(error))
         shown = _excerpt(text.strip())
@@ -217,6 +217,16 @@ def _row(place: Place, line: bytes, whole_characters: bool) -> tuple[Place, dict
             "takes it; write it out or remove it"
         )
     return place, row
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, of which no field replaces another of the same name."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice[:40]!r} occurs twice")
+    return found
 
 
 def _half_character(value: Any, name: str = "") -> tuple[str, str] | None:

@@ -69,6 +69,7 @@ def test_a_file_that_is_cut_or_otherwise_encoded_is_named_from_the_cli(
 
 #: What a line holds -> what the error has to say after file and line.
 LINES = {
+    "twice": (b'{"id": 1, "prompt": "a", "prompt": "b"}', "field 'prompt' occurs twice"),
     "latin": (b'{"id": "x", "prompt": "caf\xe9"}', "not UTF-8 .byte 0xe9 after .*LATIN1"),
     "surrogate": (
         b'{"id": "x", "prompt": "lone \\uD83D here"}',
