@@ -34,7 +34,7 @@ FORMULA, MEASURED, COUNTED = "formula", "measured", "counted"
 #: Rows of logits that ``training.loss_fused_head`` has at a time on an accelerator, where their
 #: vocabulary is not a small one.
 CHUNK_ROWS: Final = 1024
-#: SpecForge normalizes so many of a position's target logits at a time, on average.
+#: SpecForge shapes so many of a position's target logits at a time, on average.
 TARGET_CHUNK: Final = 32768
 #: Algorithms that keep the target's logits on the draft vocabulary also then.
 TARGET_HELD: Final = ("eagle3", "peagle")
@@ -49,9 +49,11 @@ class StepLogits:
         heads: K.
         kept: V_d.
         vocabulary: V.
-        element: bytes of a draft logit, and of a target logit before it is normalized.
+        element: bytes of a draft logit.
+        target_element: bytes of a target logit as the target's head makes it.
         target_held: whether the algorithm is one of `TARGET_HELD`.
         trained: parameters of LM heads that learn, each counted once.
+        shaped: whether a serving rule makes other target logits, in float32, of these.
         chunk: rows at a time.
     """
 
@@ -60,30 +62,41 @@ class StepLogits:
     kept: int
     vocabulary: int
     element: int
+    target_element: int
     target_held: bool
     trained: int = 0
+    shaped: bool = False
     chunk: int = CHUNK_ROWS
 
     @property
+    def kept_element(self) -> int:
+        """Bytes of a target logit on the draft vocabulary."""
+        return 4 if self.shaped else self.target_element
+
+    @property
     def held(self) -> int:
-        """Bytes: target logits in float32, draft logits of all heads, the gradient of one."""
-        return self.positions * self.kept * (4 + (self.heads + 1) * self.element)
+        """Bytes: target logits, draft logits of all heads, the gradient of one."""
+        of_draft = (self.heads + 1) * self.element
+        return self.positions * self.kept * (self.kept_element + of_draft)
 
     @property
     def fused(self) -> int:
         """Bytes of one chunk, of the LM heads' gradients in float32, and of a target that is held.
 
-        A chunk's peak is either its target, being normalized, or that, a copy of the rows that one
-        head is compared with, its logits and their gradient.
+        A chunk's peak is either its target's logits, with those on the draft vocabulary, or the
+        latter, a copy of the rows that one head is compared with, its logits and their gradient.
         """
-        normalizing = 0
+        making = 0
         if not self.target_held:
-            at_once = 8 * min(self.vocabulary, TARGET_CHUNK)
-            normalizing = self.vocabulary * self.element + 4 * self.kept + at_once
-        comparing = self.kept * (2 * 4 + 2 * self.element)
-        held = 4 * self.kept * self.positions if self.target_held else 0
+            making = self.vocabulary * self.target_element
+            if self.shaped:
+                making += 4 * self.kept + 8 * min(self.vocabulary, TARGET_CHUNK)
+            elif self.kept < self.vocabulary:
+                making += self.target_element * self.kept
+        comparing = self.kept * 2 * (self.kept_element + self.element)
+        held = self.kept_element * self.kept * self.positions if self.target_held else 0
         in_float32 = 4 * self.trained if self.element < 4 else 0
-        return held + self.chunk * max(normalizing, comparing) + in_float32
+        return held + self.chunk * max(making, comparing) + in_float32
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,8 @@ def _memory(run: Any, draft: Any) -> list[Line]:
         kept,
         vocabulary,
         element,
+        head_element,
+        shaped=bool(run.training.loss_options.get("serving")),
         target_held=run.training.strategy in TARGET_HELD,
         trained=_trained_heads(draft, kept),
     )
@@ -230,17 +245,17 @@ def _memory(run: Any, draft: Any) -> list[Line]:
             f"V {vocabulary} x {head_element} B (model.target_head_dtype), once for all heads",
         ),
         Line(
-            "of these, kept by the loss", kept * 4, "B/token", FORMULA,
-            f"V_d {kept} x 4 B, for the backward pass of all heads",
+            "of these, kept by the loss", kept * logits.kept_element, "B/token", FORMULA,
+            f"V_d {kept} x {logits.kept_element} B, for the backward pass of all heads",
         ),
         Line(
             "logits of a full micro-batch, held", logits.held, "B", FORMULA,
-            f"{positions} tokens, all supervised: float32 target, draft, gradient of one head",
+            f"{positions} tokens, all supervised: target, draft, gradient of one head",
         ),
         Line(
             "the same, training.loss_fused_head", logits.fused, "B", FORMULA,
             f"a chunk of {CHUNK_ROWS} rows"
-            + (", float32 target" if logits.target_held else "")
+            + (", the target" if logits.target_held else "")
             + (", float32 gradient of LM heads" if logits.trained and element < 4 else ""),
         ),
         Line(

@@ -166,6 +166,7 @@ def _step_logits(cell: step_memory.Cell) -> cost.StepLogits:
         kept=cell.vocabulary,
         vocabulary=cell.vocabulary * (1 + held),
         element=4,
+        target_element=4,
         target_held=held,
         chunk=fused_head._CPU_CHUNK_BYTES // (4 * cell.vocabulary),
     )
@@ -228,7 +229,8 @@ def test_sheet_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every second batch completes a step, across the ends of epochs, too.
     assert (lines["steps per epoch"], lines["steps in all"]) == (10_312.5, 103_125)
     assert lines["captured features per token"] == 4 * 4096 * 2 + 16
-    # Micro-batches of 4 x 2048, six draft positions, 32000 of 128256 tokens, bfloat16.
+    # Micro-batches of 4 x 2048, six draft positions, 32000 of 128256 tokens; the draft in
+    # bfloat16, the target's LM head in float32.
     assert lines["logits of a full micro-batch, held"] == 8192 * 32000 * (4 + 7 * 2)
     fused = 8192 * 32000 * 4 + 1024 * 32000 * 12 + 32000 * 4096 * 4
     assert lines["the same, training.loss_fused_head"] == fused

@@ -259,7 +259,7 @@ def computed_memory() -> str:
         ("mtp", 7, 0),
     ):
         logits = StepLogits(
-            size, heads, vocabulary, vocabulary, 2, algorithm in TARGET_HELD, trained
+            size, heads, vocabulary, vocabulary, 2, 2, algorithm in TARGET_HELD, trained
         )
         gigabytes = [f"{size / 1e9:.1f}" for size in (logits.held, logits.fused)]
         rows.append([_TITLES[algorithm], str(heads), *gigabytes])

@@ -40,7 +40,8 @@ class DraftLoss(Protocol):
     """A loss of one draft position, built from its options by SpecForge's loss registry.
 
     A loss for another serving rule than temperature 1 also has ``shape_target``, which makes the
-    logits of the target under that rule from its own, [..., V], on the full vocabulary.
+    logits of the target under that rule from its own, [..., V], on the full vocabulary. One that
+    takes the target to the draft vocabulary itself has ``restrict_target``.
     """
 
     def terms(self, draft_logits: torch.Tensor, target: Target, mask: torch.Tensor) -> Terms:

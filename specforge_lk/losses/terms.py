@@ -17,7 +17,7 @@ from specforge_lk.losses.contract import Mean, Target, Terms
 from specforge_lk.losses.greedy import likeliest, perturbed
 from specforge_lk.losses.options import LambdaSettings, ServingOptions
 from specforge_lk.losses.rule import ServingRule
-from specforge_lk.overlap import OverlapTerms, overlap_terms
+from specforge_lk.overlap import OverlapTerms, TargetTerms, overlap_terms, target_terms
 from specforge_lk.overlap.contract import LOGIT_FLOOR
 
 
@@ -25,8 +25,9 @@ from specforge_lk.overlap.contract import LOGIT_FLOOR
 class OverlapLoss:
     """Common part of the losses: the overlap terms under the names they have as metrics.
 
-    A loss for another serving rule than temperature 1 also has the method ``shape_target``, which
-    SpecForge looks for: logits [..., V] of the target's full vocabulary -> those under the rule.
+    SpecForge looks for two more methods: ``restrict_target``, and ``shape_target``, which a loss
+    for another serving rule than temperature 1 has: logits [..., V] of the target's full
+    vocabulary -> those under the rule.
     """
 
     options: ServingOptions
@@ -81,6 +82,15 @@ class OverlapLoss:
             if smooth.past is not None and rule.past is not None:
                 terms |= {"_past": smooth.past, "past": rule.past}
         return terms | self._chain_terms(draft_logits, target, mask, overlap)
+
+    def restrict_target(self, logits: torch.Tensor, kept: torch.Tensor | None) -> TargetTerms:
+        """Return the target on the draft vocabulary: one pass on a GPU, its logits never widened.
+
+        Args:
+            logits: of the full vocabulary, [n, V].
+            kept: tokens of the draft vocabulary, [V_d]; None for all.
+        """
+        return target_terms(logits, kept)
 
     def _overlap(self, z: torch.Tensor, target: Target, mask: torch.Tensor) -> OverlapTerms:
         return overlap_terms(

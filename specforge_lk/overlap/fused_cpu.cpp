@@ -443,7 +443,7 @@ void prefer_huge_pages(char* start, int64_t bytes) {
 
 }  // namespace
 
-// Both return false, having done nothing, if memory is short.
+// All return false, having done nothing, if memory is short.
 
 // statistics: [9, N] of contract.RowStatistics, zeros; argmax: [N], zeros, its draft_argmax.
 extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* statistics,
@@ -488,6 +488,38 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
                  read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, s, g, out);
         if (in->tokens && in->tokens[i] >= 0) out[in->tokens[i]] += g.log_q;
         if (!direct) write_row(row, in->z_dtype, V, out);
+    });
+}
+
+// Of the target `y` alone, all its N rows: log_z, the first index of the highest logit, and of the
+// tokens `kept` the logits in y's dtype, [N, count], and the log coverage. Without tokens none of
+// these two is written.
+extern "C" bool overlap_target(const Inputs* in, const int32_t* kept, int64_t count, char* logits,
+                               float* log_z, float* log_coverage, int64_t* argmax) {
+    return for_each_row(*in, [=](int64_t i, float* const* buffers) {
+        float* const exps = buffers[1];
+        const float* y = read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[0]);
+        const Normalizer target(y, in->V, exps);
+        argmax[i] = target.found.index(y, in->V);
+        log_z[i] = target.total == 0 ? INFINITY : target.log_sum();
+        if (!kept) return;
+        const int64_t size = in->y_dtype == FLOAT32 ? 4 : 2;
+        const char* const from = in->y + in->y_offsets[i] * size;
+        char* const to = logits + i * count * size;
+        double mass = 0;
+        for (int64_t k = 0; k < count; ++k) {
+            std::memcpy(to + k * size, from + kept[k] * size, size);
+            mass += exps[kept[k]];
+        }
+        mass *= Shift(target.top).factor;
+        double log_mass = std::log(mass) - std::log(target.total);
+        if (!(mass > TOO_LITTLE * target.total)) {  // floats are not enough, or nan
+            double top = FLOOR, sum = 0;
+            for (int64_t k = 0; k < count; ++k) top = std::fmax(top, y[kept[k]]);
+            for (int64_t k = 0; k < count; ++k) sum += std::exp(y[kept[k]] - top);
+            log_mass = top == FLOOR ? -INFINITY : top + std::log(sum) - target.log_sum();
+        }
+        log_coverage[i] = log_mass > 0 ? 0 : log_mass;
     });
 }
 

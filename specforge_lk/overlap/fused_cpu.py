@@ -95,6 +95,46 @@ def backward(
     return out
 
 
+def knows_target(logits: torch.Tensor) -> bool:
+    """Return whether `target` takes logits of this dtype."""
+    return _knows(logits)
+
+
+def target(
+    logits: torch.Tensor,
+    kept: torch.Tensor | None,
+    on_draft: torch.Tensor,
+    log_normalizer: torch.Tensor,
+    log_coverage: torch.Tensor,
+    token_ids: torch.Tensor,
+) -> None:
+    """Write the terms of a target's logits, [..., V]: see `target_terms.TargetKernel`."""
+    y = _readable(logits)
+    if kept is not None:
+        kept = kept.to(torch.int32).contiguous()
+        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < y.shape[-1]:
+            raise IndexError(f"kept has tokens outside of the target's vocabulary, {y.shape[-1]}")
+    offsets = row_offsets(y)
+    inputs = _Inputs(
+        y=y.data_ptr(),
+        y_offsets=offsets.data_ptr(),
+        n=len(offsets),
+        v=y.shape[-1],
+        y_dtype=_DTYPES[y.dtype],
+        threads=torch.get_num_threads(),
+    )
+    done = library().overlap_target(
+        ctypes.byref(inputs),
+        *((None, 0) if kept is None else (kept.data_ptr(), len(kept))),
+        *(t.data_ptr() for t in (on_draft, log_normalizer, log_coverage, token_ids)),
+    )
+    _check(done)
+    if kept is None:
+        log_coverage.copy_(
+            torch.where(log_normalizer == torch.inf, -torch.inf, 0.0 * log_normalizer)
+        )
+
+
 def _inputs(
     draft_logits: torch.Tensor, target_logits: torch.Tensor, rows: RowInputs
 ) -> tuple[_Inputs, tuple[torch.Tensor, ...]]:
@@ -163,6 +203,13 @@ def library() -> ctypes.CDLL:
     library.overlap_forward.restype = ctypes.c_bool
     library.overlap_backward.argtypes = [ctypes.POINTER(_Inputs), *[ctypes.c_void_p] * 3]
     library.overlap_backward.restype = ctypes.c_bool
+    library.overlap_target.argtypes = [
+        ctypes.POINTER(_Inputs),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        *[ctypes.c_void_p] * 4,
+    ]
+    library.overlap_target.restype = ctypes.c_bool
     return library
 
 

@@ -2,16 +2,18 @@
 
 `target_terms` is called with logits, `projected_target_terms` with hidden states, whose logits
 exist for a chunk of positions at a time and are multiplied once: those on the draft vocabulary are
-taken from them. "reference" is the definition in plain torch; "triton" reads every logit once.
+taken from them. "reference" is the definition in plain torch; "cpu" and "triton" read every logit
+once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
 import torch
 
+from specforge_lk.overlap import fused_cpu
 from specforge_lk.overlap.rows import matrices, rows_at_a_time
 
 #: Makes logits [n, V] of states [n, H]: an LM head with all that belongs to it.
@@ -77,13 +79,25 @@ class _Reference:
             out.log_coverage.copy_(torch.where(nothing, -torch.inf, log_coverage))
 
 
+class _Cpu:
+    """In C++; dtypes that it does not know are left to the definition."""
+
+    def fill(self, logits: torch.Tensor, kept: torch.Tensor | None, out: TargetTerms) -> None:
+        if fused_cpu.knows_target(logits):
+            fused_cpu.target(logits, kept, *out)
+        else:
+            _Reference().fill(logits, kept, out)
+
+
 def _triton() -> TargetKernel:
     from specforge_lk.overlap import triton_target
 
     return triton_target
 
 
-_KERNELS: Final = MappingProxyType({"reference": _Reference, "triton": _triton})
+_KERNELS: Final[Mapping[str, Callable[[], TargetKernel]]] = MappingProxyType(
+    {"reference": _Reference, "cpu": _Cpu, "triton": _triton}
+)
 
 
 @torch.no_grad()
@@ -96,7 +110,7 @@ def target_terms(
         logits: the target's on its full vocabulary, [..., V], any floating dtype and strides.
         kept: the tokens of the draft vocabulary in its order, integers [V_d] below V; None where
             that is the full vocabulary. int32 takes half of the reading that int64 does.
-        impl: "reference", "triton", or "auto" for the latter where there is a GPU and Triton.
+        impl: "reference", "cpu", "triton", or "auto" for the fastest that can run.
 
     Returns:
         ``TargetTerms``; its logits are ``logits`` themselves where ``kept`` is None.
@@ -156,7 +170,9 @@ def projected_target_terms(
 
 def _chosen(impl: str, device: torch.device) -> str:
     if impl == "auto":
-        return "triton" if device.type == "cuda" and find_spec("triton") else "reference"
+        if device.type == "cuda" and find_spec("triton"):
+            return "triton"
+        return "cpu" if device.type == "cpu" and fused_cpu.available() else "reference"
     if impl not in _KERNELS:
         raise ValueError(f"impl {impl!r} is unknown; choose one of auto, {', '.join(_KERNELS)}")
     return impl

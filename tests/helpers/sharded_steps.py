@@ -184,6 +184,10 @@ class Recorder:
             self.seen.append([value[mask.bool()].clone() for value in (*fields, perfect)])
         return self.loss.terms(logits, target, mask)
 
+    def restrict_target(self, logits: torch.Tensor, kept: torch.Tensor | None) -> Any:
+        """The loss's own."""
+        return self.loss.restrict_target(logits, kept)
+
     def combine(self, terms: dict, mean: Any) -> dict:
         """The loss's own."""
         return self.loss.combine(terms, mean)

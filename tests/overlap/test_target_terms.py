@@ -7,11 +7,13 @@ import torch
 from specforge.core.target_distribution import TargetDistribution
 from triton_interpreter import interpreted_triton
 
+from benchmarks.measure import peak_allocated
 from specforge_lk import overlap
-from specforge_lk.overlap import overlap_terms, projected_target_terms, target_terms
+from specforge_lk.losses import KL, KLOptions
+from specforge_lk.overlap import projected_target_terms, target_terms
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def impl(request, monkeypatch):
     """Each implementation in turn; Triton's kernel is interpreted, on CPU tensors."""
     if request.param == "triton":
@@ -120,21 +122,45 @@ def test_projected_in_chunks(impl, rows, restricted):
     assert none.logits.shape == (0, 5, 13 if restricted else 37)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_overlap_is_that_of_specforge_s_target(dtype):
-    """Which shifts logits and widens them to float32."""
-    logits, t2d = logits_of(4, 200, dtype=dtype, scale=8.0), torch.arange(200) % 4 == 1
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("restricted", [True, False])
+def test_a_loss_s_target_is_that_of_specforge(dtype, restricted):
+    """Which shifts logits and widens them to float32, where a loss has no `restrict_target`."""
+    logits = logits_of(4, 5, 200, dtype=dtype, scale=8.0)
+    t2d = torch.arange(200) % 4 == 1 if restricted else None
     theirs = TargetDistribution.from_logits(logits, t2d)
-    ours = target_terms(logits, t2d.nonzero().squeeze(1))
-    draft = logits_of(4, 50)
+    loss = KL(KLOptions())
+    ours = TargetDistribution.from_logits(logits, t2d, restrict=loss.restrict_target)
+    assert theirs.logits.dtype == torch.float32 and ours.logits.dtype == dtype
+    assert (ours.logits.data_ptr() == logits.data_ptr()) is not restricted
     assert torch.equal(ours.token_ids, theirs.token_ids)
-    found, expected = (
-        overlap_terms(draft, t.logits, t.log_normalizer, log_coverage=t.log_coverage)
-        for t in (ours, theirs)
+    draft = logits_of(4, 5, ours.logits.shape[-1])
+    found, expected = (_terms_and_gradient(loss, draft, t) for t in (ours, theirs))
+    for name in expected:
+        # Differences of logits and a normalizer near 25 are rounded to 1e-6 each.
+        torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+def test_a_target_in_half_precision_is_never_widened(restricted):
+    logits = logits_of(256, 8192, dtype=torch.bfloat16)
+    t2d = torch.arange(8192) % 4 == 1 if restricted else None
+    loss = KL(KLOptions())
+    theirs = peak_allocated(lambda: TargetDistribution.from_logits(logits, t2d))
+    ours = peak_allocated(
+        lambda: TargetDistribution.from_logits(logits, t2d, restrict=loss.restrict_target)
     )
-    for name in ("kl", "alpha", "log_alpha", "log_coverage"):
-        # A normalizer near 25 is rounded to 1e-6.
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=4e-6)
+    # Two copies in float32.
+    assert theirs >= 2 * 4 * logits.numel()
+    returned = 2 * logits.numel() // 4 if restricted else 0
+    assert ours - returned < theirs / 20
+
+
+def _terms_and_gradient(loss, draft, target):
+    draft = draft.clone().requires_grad_()
+    terms = loss.terms(draft, target, torch.ones(draft.shape[:-1], dtype=torch.bool))
+    total = (terms["kl"] + terms["alpha"]).sum()
+    return {**terms, "gradient": torch.autograd.grad(total, draft)[0]}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +168,7 @@ def test_the_overlap_is_that_of_specforge_s_target(dtype):
     [
         (torch.ones(37, dtype=torch.bool), {}, r"int32 or int64.*t2d.nonzero"),
         (torch.zeros(2, 2, dtype=torch.int64), {}, r"shape \[V_d\]"),
-        (None, {"impl": "fast"}, "auto, reference, triton"),
+        (None, {"impl": "fast"}, "auto, reference, cpu, triton"),
         (None, {"impl": "triton"}, r"GPU.*impl='reference'"),
     ],
 )

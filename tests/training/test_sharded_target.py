@@ -51,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             )
             for rank in range(world)
         ]
-        outputs = [process.communicate(timeout=300)[0] for process in ranks]
+        outputs = [process.communicate(timeout=600)[0] for process in ranks]
         for rank, process in enumerate(ranks):
             assert not process.returncode, outputs[rank][-4000:]
             found[world, rank] = torch.load(root / f"{world}-{rank}.pt")
@@ -100,11 +100,12 @@ def test_loss_sees_the_distribution_of_the_head(results: Results, algorithm: str
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_probabilities_sum_to_the_coverage(results: Results, algorithm: str) -> None:
+    """But for the rounding of a normalizer below 64, half a unit in its last place: 2e-6 of p."""
     for _, case, sharding, seen in of_algorithm(results, algorithm):
         p = (seen["logits"].double() - seen["log_normalizer"].double()[:, None]).exp()
         coverage = seen["log_coverage"].double().exp()
         assert coverage.max() <= 1
-        assert (p.sum(-1) - coverage).abs().max() < 1e-6, (case, sharding)
+        assert (p.sum(-1) - coverage).abs().max() < 3e-6, (case, sharding)
         if algorithm not in WHOLE_VOCABULARY:
             assert coverage.min() < 0.9
 
