@@ -43,7 +43,15 @@ ELSEWHERE: Final = {
     **{
         f"reports/{name}": f"experiments/results/{name}"
         for name in (
-            *("demo.md", "algorithms.md", "paper.md", "serving.md", "agreement.md", "gains.md"),
+            *(
+                "demo.md",
+                "algorithms.md",
+                "paper.md",
+                "serving.md",
+                "agreement.md",
+                "gains.md",
+                "gains_served.md",
+            ),
             *("demo.png", "algorithms.png", "paper.png", "gains.png"),
         )
     },

@@ -16,6 +16,8 @@ from typing import Any, Final
 from experiments.demo_summary import TITLES, measurements, preface, sentence, taus
 from experiments.gains.report import Setting, best_of, summary
 from experiments.gains.results import PATH, Results
+from experiments.gains.served import PATH as SERVED_PATH
+from experiments.gains.served import Served, in_short
 from experiments.runner import START
 from specforge_lk.evaluate.published import GAIN_BASELINE, PUBLISHED
 from specforge_lk.evaluate.report import Report, read_report
@@ -101,6 +103,16 @@ def _study_rows() -> list[list[str]]:
         title = f"gain of τ − 1, {size}: best at T = 1 (T = 0)"
         rows.append([title, "; ".join(gains), "`make gains`, on a CPU"])
     return rows
+
+
+def served() -> str:
+    """What vLLM counted with fine-tuned drafts, a sentence per rule."""
+    path = ROOT / SERVED_PATH
+    if not path.exists():
+        return _NOT_YET
+    return "\n".join(
+        f"- {line}." for line in in_short(Served.model_validate_json(path.read_text()))
+    )
 
 
 def _size(setting: Setting) -> str:

@@ -331,6 +331,7 @@ BLOCKS: Final[Mapping[str, Mapping[str, Callable[[], str]]]] = {
     "docs/results.md": {
         "demo": gains.demo,
         "study": gains.study,
+        "served": gains.served,
         "algorithms": algorithms,
         "paper": paper,
     },
