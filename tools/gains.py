@@ -91,17 +91,24 @@ def _demo_taus(report: Report, losses: Sequence[str], temperature: float) -> lis
 
 
 def _study_rows() -> list[list[str]]:
-    """Return rows of the table, one per size of the study: what gains most at T = 1."""
+    """Return rows of the table, one per part of the study: what gains most at T = 1.
+
+    The size that most architectures have comes first.
+    """
     rows = []
     found = [best for best in best_of(Results.read(ROOT / PATH)) if best.hot.share is not None]
-    for size, of in groupby(found, lambda best: _size(best.setting)):
-        gains = [
-            f"{best.setting.architecture} {best.title} {best.hot.share:+.0%}"
-            + (f" ({cold:+.0%})" if best.cold and (cold := best.cold.share) is not None else "")
-            for best in of
-        ]
-        title = f"gain of τ − 1, {size}: best at T = 1 (T = 0)"
-        rows.append([title, "; ".join(gains), "`make gains`, on a CPU"])
+    for _, of in groupby(found, lambda best: best.setting.part):
+        sizes: dict[str, list[str]] = {}
+        for best in of:
+            cold = best.cold.share if best.cold else None
+            sizes.setdefault(_size(best.setting), []).append(
+                f"{best.setting.architecture} {best.title} {best.hot.share:+.0%}"
+                + (f" ({cold:+.0%})" if cold is not None else "")
+            )
+        (first, gains), *others = sorted(sizes.items(), key=lambda size: -len(size[1]))
+        cell = "; ".join([*gains, *(f"{size}: {', '.join(of)}" for size, of in others)])
+        title = f"gain of τ − 1, {first}: best at T = 1 (T = 0)"
+        rows.append([title, cell, "`make gains`, on a CPU"])
     return rows
 
 
