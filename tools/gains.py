@@ -106,7 +106,7 @@ def _study_rows() -> list[list[str]]:
                 + (f" ({cold:+.0%})" if cold is not None else "")
             )
         (first, gains), *others = sorted(sizes.items(), key=lambda size: -len(size[1]))
-        cell = "; ".join([*gains, *(f"{size}: {', '.join(of)}" for size, of in others)])
+        cell = "; ".join([*gains, *(f"{size}: {', '.join(more)}" for size, more in others)])
         title = f"gain of τ − 1, {first}: best at T = 1 (T = 0)"
         rows.append([title, cell, "`make gains`, on a CPU"])
     return rows
