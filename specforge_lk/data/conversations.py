@@ -5,11 +5,11 @@
 | of a row | is read, or what becomes of it |
 |---|---|
 | messages | from `conversations` or `messages`, a list or its JSON, with `role` and `content`, or with `from` and `value`, after the system turn of a field `system`; roles in any order that the chat template takes; fields that mean the same and differ are refused |
-| content | text; parts of type `text` are joined, others refused; null only beside `tool_calls` |
-| `tools`, `tool_calls` | given to the chat template as engines do, arguments as objects, and so are `functions` and `function_call`; calls of an answer that the template does not show are refused |
+| content | text; parts of type `text` are joined, others refused; null only beside `tool_calls` or thoughts; rows and messages with images, audio or video are refused |
+| `tools`, `tool_calls` | given to the chat template as engines do, arguments as objects, and so are `functions` and `function_call`; calls of an answer that the template does not show are refused, and those that stand in the content, too, or whose arguments are no JSON that can be written again |
 | prompt of an answer | the chat template's tokens of all messages before it, with the generation prompt and `--chat-template-args`: those that a server is sent |
 | answer, supervised | `response_ids`, the sampled tokens of the last message; otherwise what the target said: the content as it stands, after what the template writes before it (gpt-oss: a channel), its tokens apart from the prompt's where the two would merge |
-| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer; one that the answer opens, too, unless it was cut there; what the prompt has is not said again; where the template shows them nowhere they are refused, since how the target said them is not known: they belong into the content, or are another model's and go |
+| thoughts | of `reasoning_content`, `reasoning` or `thinking` as the template shows them, or in the content; an empty thought that the template inserts is not supervised, and a thought that the prompt opens must be closed by the answer; one that the answer opens, too, unless it was cut there; what the prompt has is not said again; thoughts that a finished answer ends with, and those beside the messages, are refused; where the template shows them nowhere they are refused, since how the target said them is not known: they belong into the content, or are another model's and go |
 | end of an answer | the first of the generation config's `eos_token_id`, the tokenizer's, or the template's end of a turn; it is supervised, and nothing after it |
 | `finished: false`, or a `finish_reason` (`done_reason`, `stop_reason`) such as "length", "abort" or a stop string | no end is supervised; reasons that are not known are refused |
 | several answers | one sample as long as every prompt continues it; a new sample where the template changes earlier turns |
@@ -35,8 +35,15 @@ from typing import Any
 
 from specforge_lk.data import thoughts
 from specforge_lk.data.chat_template import ChatTemplate, as_option
-from specforge_lk.data.messages import THOUGHTS, Message, agreed, ended, messages_in, tools_in
-from specforge_lk.data.rows import MalformedRow
+from specforge_lk.data.messages import (
+    THOUGHTS,
+    Message,
+    answer_ended,
+    messages_in,
+    sampled_ids,
+)
+from specforge_lk.data.rows import MalformedRow, agreed
+from specforge_lk.data.tool_calls import marked, tools_in
 
 #: Stands for an answer, to see what the chat template writes around one.
 _MARK = "xqzAnswerzqx"
@@ -134,7 +141,7 @@ class Chat:
         """
         check_recorded(row, self.arguments)
         messages, tools = messages_in(row), tools_in(row)
-        sampled = _sampled_ids(row)
+        sampled = sampled_ids(row)
         answers = _answers(messages, sampled is not None)
         if not answers:
             roles = ", ".join(message["role"] for message in messages)
@@ -163,7 +170,7 @@ class Chat:
         for index in answers:
             prompt = self.prompt_ids(messages[:index], tools)
             if index < len(messages) - 1 or sampled is None:
-                finished = _finished(row if index == last else {}, messages[index])
+                finished = answer_ended(row if index == last else {}, messages[index])
                 response = self._said(messages[: index + 1], tools, prompt, finished)
             else:
                 response = self._until_end(sampled)
@@ -309,18 +316,32 @@ class Chat:
         said = shown[len(prompt) :]
         if not thought:
             said = thoughts.EMPTY.sub("", said, count=1)
-        names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
-        for what, text in [
-            ("thoughts", thought),
-            ("content", message["content"]),
-            *(("tool calls", name) for name in names),
-        ]:
-            if text.strip() not in said:
+        calls = message.get("tool_calls", ())
+        probe, parts = marked(named, _MARK, THOUGHTS)
+        probed = self._template.text([*earlier, probe], tools)
+        for what, text, mark in parts:
+            # Some rows have the thoughts in the content as well.
+            within = what == "thoughts" and thoughts.WHOLE.search(message["content"])
+            if text.strip() not in said or not (within or mark in probed):
                 raise MalformedRow(
                     f"the chat template shows no {what} of an answer ({text.strip()[:40]!r}); "
                     + remedy
                 )
-        if not finished and thought and not message["content"] and not names:
+        if calls and message["content"].strip():
+            bare = {k: v for k, v in message.items() if k not in THOUGHTS} | {"content": ""}
+            alone = self._template.text([*earlier, bare], tools)[len(prompt) :]
+            alone = thoughts.EMPTY.sub("", alone.removesuffix(frame.after), count=1)
+            if (once := _VAGUE.sub("", alone)) and once in _VAGUE.sub("", message["content"]):
+                raise MalformedRow(
+                    "an answer has its tool calls twice, in its content and in tool_calls; "
+                    "remove those of the one or the other"
+                )
+        if finished and thought and not message["content"] and not calls:
+            raise MalformedRow(
+                "an answer has thoughts and nothing else, so it is not known whether the target "
+                "ended them; put what it said into its content, or give the row finished false"
+            )
+        if not finished and thought and not message["content"] and not calls:
             # The target was cut while it thought: it said no end of that.
             return said[: said.rindex(thought.strip()) + len(thought.strip())], False
         ended = bool(frame.after) and said.endswith(frame.after)
@@ -365,29 +386,6 @@ def _answers(messages: Sequence[Message], sampled: bool) -> list[int]:
     )
     found = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return [i for i in found if i > asked or (sampled and 0 < i == len(messages) - 1)]
-
-
-def _finished(row: Mapping[str, Any], answer: Message) -> bool:
-    """Return whether an answer ends, as its row or the engine's reason says."""
-    said = row.get("finished")
-    if said is not None and not isinstance(said, bool):
-        raise MalformedRow(f"its field finished must be true or false, got {said!r}")
-    found = [reason for reason in (said, ended(answer), ended(row)) if reason is not None]
-    return found[0] if found else True
-
-
-def _sampled_ids(row: Mapping[str, Any]) -> list[int] | None:
-    """Return the field ``response_ids``.
-
-    Raises:
-        MalformedRow: it is no list of token ids.
-    """
-    ids = row.get("response_ids")
-    if ids is None:
-        return None
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise MalformedRow(f"its field response_ids must be token ids, got {str(ids)[:40]!r}")
-    return list(ids)
 
 
 def response_text(tokenizer: Any, ids: list[int], finished: bool) -> str:

@@ -187,7 +187,7 @@ def _row(place: Place, line: bytes, whole_characters: bool) -> tuple[Place, dict
             + _TO_UTF8.format("LATIN1", path=place.path)
         ) from None
     try:
-        row = json.loads(text, object_pairs_hook=_distinct)
+        row = json.loads(text, object_pairs_hook=distinct_fields)
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, brackets
         reason = getattr(error, "msg", str(error))
         shown = _excerpt(text.strip())
@@ -219,7 +219,7 @@ def _row(place: Place, line: bytes, whole_characters: bool) -> tuple[Place, dict
     return place, row
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object, of which no field replaces another of the same name."""
     found = dict(pairs)
     if len(found) != len(pairs):

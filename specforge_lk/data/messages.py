@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from specforge_lk.data.rows import MalformedRow, fields_of
+from specforge_lk.data.rows import MalformedRow, agreed, fields_of
+from specforge_lk.data.tool_calls import CALL, read_calls
 
 #: One chat message, ``{"role": ..., "content": ...}`` and whatever else chat templates read.
 Message = dict[str, Any]
@@ -24,12 +25,10 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _FIELDS = ("conversations", "messages")
 #: Fields that hold a system turn beside the messages.
 _SYSTEM = ("system", "system_prompt")
-#: Role of LLaMA-Factory's turns that are a call, as JSON in their content.
-_CALL = "function_call"
 #: Names that other layouts have for the roles.
 _ROLES = {
     **{"human": "user", "gpt": "assistant", "observation": "tool"},
-    **{"function": "tool", _CALL: "assistant"},
+    **{"function": "tool", CALL: "assistant"},
 }
 #: Roles that a message may name in the field ``from``.
 _SPEAKERS = {*_ROLES, *_ROLES.values(), "system", "developer"}
@@ -52,21 +51,8 @@ _ENDED = {
 _THINKS = re.compile(r"think|thought|reasoning", re.IGNORECASE)
 #: Types of parts of a content that hold text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
-
-_Held = TypeVar("_Held")
-
-
-def agreed(found: Mapping[str, _Held | None]) -> _Held | None:
-    """Return what fields that mean the same hold; None where none holds anything.
-
-    Raises:
-        MalformedRow: they differ.
-    """
-    given = [(name, value) for name, value in found.items() if value is not None]
-    for name, value in given[1:]:
-        if value != given[0][1]:
-            raise MalformedRow(f"its fields {given[0][0]!r} and {name!r} differ; remove one")
-    return given[0][1] if given else None
+#: Fields of a row or message with what stands in the prompt beside text.
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def messages_in(row: Mapping[str, Any]) -> list[Message]:
@@ -89,8 +75,10 @@ def messages_in(row: Mapping[str, Any]) -> list[Message]:
             f"it has no messages in a field 'conversations'; its fields are {fields_of(row)}; "
             "rename the one that holds a list of role and content"
         )
-    read = agreed({name: read_messages(value, name) for name, value in found.items()})
-    return with_system(row, as_trained(row, read or []))
+    check_media(row, "its field ")
+    read = agreed({name: read_messages(value, name) for name, value in found.items()}) or []
+    _check_thoughts_beside(row, read)
+    return with_system(row, as_trained(row, read))
 
 
 def as_trained(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -139,6 +127,33 @@ def _ended(name: str, reason: Any) -> bool | None:
     return said
 
 
+def answer_ended(row: Mapping[str, Any], answer: Message) -> bool:
+    """Return whether an answer ends, as its row or the engine's reason says.
+
+    Raises:
+        MalformedRow: they say what is not known.
+    """
+    said = row.get("finished")
+    if said is not None and not isinstance(said, bool):
+        raise MalformedRow(f"its field finished must be true or false, got {said!r}")
+    found = [reason for reason in (said, ended(answer), ended(row)) if reason is not None]
+    return found[0] if found else True
+
+
+def sampled_ids(row: Mapping[str, Any]) -> list[int] | None:
+    """Return the field ``response_ids``.
+
+    Raises:
+        MalformedRow: it is no list of token ids.
+    """
+    ids = row.get("response_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise MalformedRow(f"its field response_ids must be token ids, got {str(ids)[:40]!r}")
+    return list(ids)
+
+
 def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Return messages after the system turn that a row has in a field of its own, if any.
 
@@ -166,35 +181,6 @@ def _is_chat(value: Any) -> bool:
         and bool(value)
         and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in value[:1])
     )
-
-
-def tools_in(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools that a row's prompt offers, a list or its JSON; None without any.
-
-    OpenAI's older ``functions`` are read as well.
-
-    Raises:
-        MalformedRow: the field ``tools`` is no list of objects.
-    """
-    functions = _objects(row, "functions")
-    wrapped = functions and [{"type": "function", "function": one} for one in functions]
-    return agreed({"tools": _objects(row, "tools"), "functions": wrapped})
-
-
-def _objects(row: Mapping[str, Any], field: str) -> list[dict[str, Any]] | None:
-    found = row.get(field)
-    if isinstance(found, str) and found:
-        try:
-            found = json.loads(found)
-        except (ValueError, RecursionError):
-            raise MalformedRow(f"its field {field!r} is no JSON: {found[:40]!r}") from None
-    if not found:
-        return None
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise MalformedRow(
-            f"its field {field!r} must be a list of objects, got {str(found)[:40]!r}"
-        )
-    return found
 
 
 def read_messages(found: Any, field: str) -> list[Message]:
@@ -238,13 +224,16 @@ def read_message(found: Any, name: str) -> Message:
     speaker = _speaker(rest, name)
     role = _ROLES.get(speaker, speaker)
     content = agreed({f"{name}.{key}": rest.pop(key, None) for key in ("content", "value")})
-    if speaker == _CALL:
-        rest[_CALL], content = content, None
-    calls = _calls(rest, name)
+    if speaker == CALL:
+        rest[CALL], content = content, None
+    calls = read_calls(rest, name)
     if calls and role != "assistant":
         raise MalformedRow(f"{name} is the {role}'s and has tool calls; only an assistant's may")
     marks = {key: rest.pop(key) for key in (*_TRAINED, *_TRAINED_PARTS) if key in rest}
-    message = {"role": role, "content": _text(content, name, bool(calls)), **rest}
+    check_media(rest, f"{name}.")
+    # What engines return of an answer that is a call alone, or was cut while the target thought.
+    alone = bool(calls) or (role == "assistant" and any(map(rest.get, THOUGHTS)))
+    message = {"role": role, "content": _text(content, name, alone), **rest}
     if role == "assistant":
         _check_thoughts(message, name)
         _check_masks(message, name)
@@ -318,11 +307,39 @@ def _check_thoughts(message: Message, name: str) -> None:
     agreed({f"{name}.{key}": message.get(key) or None for key in THOUGHTS})
 
 
-def _text(content: Any, name: str, with_calls: bool) -> str:
-    """Return a content as text: parts joined, nothing where there are tool calls alone."""
+def _check_thoughts_beside(row: Mapping[str, Any], messages: list[Message]) -> None:
+    """Refuse thoughts beside the messages; a word, such as "on", is a setting of them."""
+    said = [str(m[key]) for m in messages for key in ("content", *THOUGHTS) if m.get(key)]
+    for key in THOUGHTS:
+        text = row.get(key)
+        if isinstance(text, str) and len(text.split()) > 1:
+            if any(text.strip() in one for one in said):
+                continue
+            raise MalformedRow(
+                f"its field {key} is beside the messages, and not read; put it into the answer as "
+                f"{THOUGHTS[0]} if the target said it, or remove it"
+            )
+
+
+def check_media(held: Mapping[str, Any], name: str) -> None:
+    """Refuse images and the like, which the target saw and no tokens are made of.
+
+    Raises:
+        MalformedRow: a row or message has some.
+    """
+    for key in _MEDIA:
+        if held.get(key):
+            raise MalformedRow(
+                f"{name}{key} is not read, so the target would see another prompt than it was "
+                "asked; remove the row, or that field if the messages are all there was"
+            )
+
+
+def _text(content: Any, name: str, alone: bool) -> str:
+    """Return a content as text: parts joined, nothing where calls or thoughts stand alone."""
     if isinstance(content, str):
         return content
-    if content is None and with_calls:
+    if content is None and alone:
         return ""
     if isinstance(content, list):
         return "".join(_part(part, f"{name}.content[{i}]") for i, part in enumerate(content))
@@ -342,56 +359,17 @@ def _part(part: Any, name: str) -> str:
     return part["text"]
 
 
-def _calls(rest: Message, name: str) -> list[dict[str, Any]]:
-    """Take out tool calls, with their arguments as objects, as engines give them to templates."""
-    found: dict[str, Any] = {}
-    for key in ("tool_calls", _CALL):
-        value, where = rest.pop(key, None), f"{name}.{key}"
-        if isinstance(value, str) and value:
-            value = _json(value, where)
-        if not value:
-            continue
-        if key == _CALL:  # without what says its type; OpenAI's is one, LLaMA-Factory's may be more
-            bare = value if isinstance(value, list) else [value]
-            value = [{"type": "function", "function": call} for call in bare]
-        if not isinstance(value, list):
-            raise MalformedRow(f"{where} must be a list, got {str(value)[:40]!r}")
-        found[where] = [_call(call, f"{where}[{index}]") for index, call in enumerate(value)]
-    return agreed(found) or []
-
-
-def _call(call: Any, name: str) -> dict[str, Any]:
-    inner = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise MalformedRow(f"{name} has no function.name")
-    arguments = inner.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", f"{name}.function.arguments")
-    if not isinstance(arguments, dict | None):
-        raise MalformedRow(
-            f"{name}.function.arguments is no JSON object: {str(inner['arguments'])[:40]!r}"
-        )
-    inner = {**inner, "arguments": {} if arguments is None else arguments}
-    return {**call, "function": inner} if "function" in call else inner
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise MalformedRow(f"{name} is no JSON object: {text[:40]!r}") from None
-
-
 __all__ = [
     "THOUGHTS",
     "Message",
-    "agreed",
+    "answer_ended",
     "as_trained",
+    "check_media",
     "ended",
     "messages_in",
     "read_message",
     "read_messages",
-    "tools_in",
+    "sampled_ids",
     "unpacked",
     "with_system",
 ]

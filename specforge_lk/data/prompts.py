@@ -9,8 +9,9 @@ from typing import Any
 
 from specforge_lk.data.conversations import check_recorded
 from specforge_lk.data.jsonl import Place, numbered_rows
-from specforge_lk.data.messages import agreed, messages_in, tools_in, with_system
-from specforge_lk.data.rows import LeftOut, MalformedRow, fields_of, row_id, usable_rows
+from specforge_lk.data.messages import check_media, messages_in, with_system
+from specforge_lk.data.rows import LeftOut, MalformedRow, agreed, fields_of, row_id, usable_rows
+from specforge_lk.data.tool_calls import tools_in
 
 #: Fields that hold a chat.
 _CHATS = {"messages", "conversations"}
@@ -68,6 +69,7 @@ def read_prompts(
 
 
 def _prompt(row: dict[str, Any], key: str) -> dict[str, Any]:
+    check_media(row, "its field ")
     tools = tools_in(row)
     more = {} if tools is None else {"tools": tools}
     text = row.get("prompt")

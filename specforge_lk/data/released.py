@@ -23,14 +23,15 @@ from specforge_lk.data.messages import (
     THOUGHTS,
     Message,
     as_trained,
+    check_media,
     ended,
     read_message,
     read_messages,
-    tools_in,
     unpacked,
     with_system,
 )
 from specforge_lk.data.rows import LeftOut, MalformedRow, fields_of, row_id, usable_rows
+from specforge_lk.data.tool_calls import tools_in
 
 #: Rows between two writes to disk: the most that a crash can cost.
 WRITE_EVERY = 500
@@ -158,6 +159,7 @@ class Layout:
             raise MalformedRow(
                 f"it has no id; its fields are {fields_of(row)}; give every row an id of its own"
             )
+        check_media(row, "its field ")
         messages = _messages(row)
         tools = tools_in(row)
         more = {} if tools is None else {"tools": tools}

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from specforge_lk.data.conversations import Chat
 from specforge_lk.data.jsonl import LineFile, numbered_rows
-from specforge_lk.data.messages import Message, read_messages, tools_in
+from specforge_lk.data.messages import Message, read_messages
 from specforge_lk.data.rows import MalformedRow
+from specforge_lk.data.tool_calls import tools_in
 from specforge_lk.serving import Sampling
 
 #: A row ``{"id", "prompt"}`` or ``{"id", "messages"}``.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from specforge_lk.data.jsonl import MOST_LEFT_OUT, Malformed, Place, RowError
 
 _Made = TypeVar("_Made")
+_Held = TypeVar("_Held")
 #: Most fields of a row that a message names.
 _NAMED = 8
 
@@ -66,6 +67,19 @@ class LeftOut(Malformed):
             )
 
 
+def agreed(found: Mapping[str, _Held | None]) -> _Held | None:
+    """Return what fields that mean the same hold; None where none holds anything.
+
+    Raises:
+        MalformedRow: they differ.
+    """
+    given = [(name, value) for name, value in found.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise MalformedRow(f"its fields {given[0][0]!r} and {name!r} differ; remove one")
+    return given[0][1] if given else None
+
+
 def row_id(row: Mapping[str, Any]) -> str | None:
     """Return the id of a row as text; None where it has none.
 
@@ -112,4 +126,4 @@ def usable_rows(
             yield place, row, made
 
 
-__all__ = ["LeftOut", "MalformedRow", "fields_of", "row_id", "usable_rows"]
+__all__ = ["LeftOut", "MalformedRow", "agreed", "fields_of", "row_id", "usable_rows"]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from specforge_lk.data.conversations import Chat, response_text
-from specforge_lk.data.messages import tools_in
 from specforge_lk.data.responses import (
     Prompt,
     Request,
@@ -25,6 +24,7 @@ from specforge_lk.data.responses import (
     prompt_ids_of,
 )
 from specforge_lk.data.rows import MalformedRow
+from specforge_lk.data.tool_calls import tools_in
 from specforge_lk.decode.sampling import check_finite, distribution
 from specforge_lk.serving import Sampling
 from specforge_lk.target import eos_ids

@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from specforge_lk.data.messages import Message, tools_in
+from specforge_lk.data.messages import Message
 from specforge_lk.data.responses import Prompt, Request, conversation_row, messages_of
+from specforge_lk.data.tool_calls import tools_in
 from specforge_lk.serving import Sampling
 
 _T = TypeVar("_T")

@@ -89,7 +89,7 @@ READ = {
         ],
     ),
     "cut in a thought": (
-        *(QWEN3, IM, chat(HI, says("", reasoning="hm\n"), finish_reason="length")),
+        *(QWEN3, IM, chat(HI, says(None, reasoning="hm\n"), finish_reason="length")),
         [["<think>\nhm"]],
     ),
     "cut in a thought, in the content": (

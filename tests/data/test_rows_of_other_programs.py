@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_families import CHATML, DEEPSEEK, LLAMA3
+from chat_families import CHATML, DEEPSEEK, HARMONY, LLAMA3, QWEN3
 from chat_rows import (
     AS_TEXT,
     CALL,
@@ -21,6 +21,7 @@ from chat_rows import (
 )
 
 IM, EOT = ("<|im_end|>",), ("<|eot_id|>", "<|eom_id|>")
+SAME = {"name": "f", "arguments": {"x": 1}}
 LEGACY = {"name": "f", "arguments": '{"x": 1}'}
 SHOWN = '{"name": "f", "parameters": {"x": 1}}<|eom_id|>'
 BRIEF = {"role": "system", "content": "brief"}
@@ -57,6 +58,7 @@ READ = {
         ),
         (chat(HI, {**YES, "thinking_tokens": 7}), "yes", ""),
         (chat(HI, YES, weight=1.0, loss=1.7, train="split"), "yes", ""),
+        (chat(HI, YES, images=[], reasoning="on", thinking="yes"), "yes", ""),
     ],
     LLAMA3: [
         (chat(HI, says(None, function_call=LEGACY)), SHOWN, ""),
@@ -203,11 +205,48 @@ REFUSED = {
         *(CHATML, chat(HI, YES, chat_template_kwargs="x")),
         "its field 'chat_template_kwargs' must be an object such as",
     ),
+    "a call whose name the template writes anyway": (
+        *(HARMONY, chat(HI, says("", tool_calls=[CALL]))),
+        "the chat template shows no tool calls of an answer ('f')",
+    ),
+    "a call in the content, too": (
+        *(QWEN3, chat(HI, says(f"<tool_call>{json.dumps(SAME)}</tool_call>", tool_calls=[CALL]))),
+        "an answer has its tool calls twice",
+    ),
+    "thoughts that an answer ends with": (
+        *(QWEN3, chat(HI, says(None, reasoning="hm"))),
+        "an answer has thoughts and nothing else",
+    ),
+    "arguments under another name": (
+        *(LLAMA3, chat(HI, says("", tool_calls=[{"name": "f", "parameters": {"x": 1}}]))),
+        "tool_calls[0].function.parameters is not read; rename it to arguments",
+    ),
+    "arguments of which one is twice": (
+        *(LLAMA3, chat(HI, says("", function_call={**LEGACY, "arguments": '{"x":1,"x":2}'}))),
+        "arguments is no JSON object: '{\"x\":1,\"x\":2}' (field 'x' occurs twice)",
+    ),
+    "arguments beyond any number": (
+        *(LLAMA3, chat(HI, says("", function_call={**LEGACY, "arguments": '{"x":1e400}'}))),
+        "(1e400 is no number of JSON)",
+    ),
+    "thoughts beside the messages": (
+        *(CHATML, chat(HI, YES, reasoning_content="hm, so")),
+        "its field reasoning_content is beside the messages, and not read",
+    ),
+    "an image of a row": (CHATML, chat(HI, YES, images=["a.png"]), "its field images is not read"),
+    "an image of a message": (
+        *(CHATML, chat({**HI, "image": "a.png"}, YES)),
+        "conversations[0].image is not read",
+    ),
     "an empty answer": (CHATML, chat(HI, says("")), "an answer of 1 tokens, end included, is too"),
 }
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, DEEPSEEK], ids=["chatml", "llama3", "r1"])
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, LLAMA3, DEEPSEEK, QWEN3, HARMONY],
+    ids=["chatml", "llama3", "r1", "qwen3", "harmony"],
+)
 def test_other_rows_are_named(template: str, tmp_path: Path):
     run = streamed(tmp_path, template)
     good = chat(HI, says("hm\n</think>\n\nyes")) if template is DEEPSEEK else GOOD
@@ -235,6 +274,7 @@ def test_a_longest_length_without_room_is_named(tmp_path: Path):
 PROMPTS = [
     ({"prompt": "a", "messages": [asks("b")]}, "its fields 'prompt' and 'messages' differ"),
     ({"prompt": "a", "conversations": [HI, YES]}, "its fields 'prompt' and 'messages' differ"),
+    ({"prompt": "a", "images": ["a.png"]}, "its field images is not read"),
     ({"prompt": [HI]}, "its field 'prompt' is a list; rename it to 'messages'"),
     ({"prompt": "a", "system": 7}, "its field 'system' must be text, got '7'"),
     ({"prompt": "a", "functions": "f"}, "its field 'functions' is no JSON: 'f'"),
@@ -275,6 +315,7 @@ RELEASED = [
     ({"id": "0"}, "an earlier row has its id, too"),
     ({"finish_reason": "moon"}, "its field finish_reason is 'moon'"),
     ({"weight": 2}, "its field weight must be 0 or 1"),
+    ({"image": "a.png"}, "its field image is not read"),
 ]
 
 
