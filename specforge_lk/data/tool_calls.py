@@ -125,7 +125,8 @@ def marked(
     Returns:
         The marked answer, and of every part what it is, its text, and its mark.
     """
-    probe, parts = dict(message), []
+    probe = dict(message)
+    parts: list[tuple[str, str, str]] = []
 
     def put(what: str, text: str) -> str:
         parts.append((what, text, f"{mark}{len(parts)}z"))
