@@ -39,7 +39,7 @@ WRITE_EVERY = 500
 #: Suffix of a single file that the package `datasets` reads -> its loader.
 _LOADERS = {".parquet": "parquet", ".json": "json"}
 #: Fields of a completion of which one has to be there.
-_NEEDED = ("content", "tool_calls", "function_call", "value")
+_NEEDED = ("content", "tool_calls", "function_call", "value", *THOUGHTS)
 #: What of a completion is kept: what chat templates read, and whether it is trained on.
 _SAID = ("role", "content", "tool_calls", *THOUGHTS, "weight")
 

@@ -217,3 +217,15 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         result = invoke(*arguments)
         assert result.exit_code == 1 and message in result.output, result.output
         assert isinstance(result.exception, SystemExit), result.exception
+
+
+def test_a_completion_that_was_cut_in_its_thoughts_is_kept(tmp_path: Path):
+    said = {"role": "assistant", "content": None, "reasoning": "hm"}
+    asked = [{"role": "user", "content": "hi"}]
+    row = {"id": 1, "conversation": asked, "generated_message": said, "finish_reason": "length"}
+    source, out = tmp_path / "set.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    result = CliRunner().invoke(app, ["data", "--source", str(source), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert written["conversations"][-1] == {**said, "content": ""} and not written["finished"]
