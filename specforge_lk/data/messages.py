@@ -47,6 +47,8 @@ _ENDED = {
     **dict.fromkeys(("length", "max_tokens", "stop_sequence"), False),
     **dict.fromkeys(("abort", "error", "content_filter"), False),
 }
+#: Fields that say it in a word, and what they hold where an answer was cut.
+_CUT = {"truncated": True, "is_truncated": True, "is_finished": False}
 #: Names of fields that hold thoughts, by whatever program.
 _THINKS = re.compile(r"think|thought|reasoning", re.IGNORECASE)
 #: Types of parts of a content that hold text.
@@ -100,12 +102,13 @@ def ended(row: Mapping[str, Any]) -> bool | None:
     """Return whether the target ended an answer itself; None where its reasons do not say.
 
     Args:
-        row: a row or message with the field ``finish_reason``, ``done_reason`` or ``stop_reason``.
+        row: a row or message with a field of `_REASONS` or `_CUT`.
 
     Raises:
         MalformedRow: the reason is not known.
     """
     found = [_ended(name, row[name]) for name in _REASONS if row.get(name) is not None]
+    found += [False for name, cut in _CUT.items() if row.get(name) is cut]
     known = [said for said in found if said is not None]
     return all(known) if known else None
 

@@ -97,6 +97,9 @@ REASONS = [
     ({"finish_reason": "stop", "stop_reason": "###"}, False),
     ({"stop_reason": "end_turn"}, True),
     ({"stop_reason": "max_tokens"}, False),
+    ({"truncated": True}, False),
+    ({"truncated": False}, True),
+    ({"is_finished": False}, False),
     ({"done_reason": "length"}, False),
 ]
 
