@@ -97,7 +97,7 @@ def main(
             console.print(f"\n[bold]{draft.name}[/], T = {temperature:g}, {sampling} drafting")
             report.comparisons.append(check.compare(draft, temperature, sampling))
             write(continued(report, path), path)
-        if draft.algorithm == "mlp_speculator":
+        if draft.method is None:
             console.print(f"\n[bold]{draft.name}[/], loaded into vLLM's class")
             report.speculator = check.speculator(draft)
     if server:
