@@ -121,7 +121,10 @@ class HeadDraftModel(PreTrainedModel, ABC):
         Raises:
             NotImplementedError: the draft implements `head_logits` alone.
         """
-        raise NotImplementedError(f"{type(self).__name__} implements no head_projections")
+        raise NotImplementedError(
+            f"{type(self).__name__} implements neither head_projections nor head_logits; "
+            "give it one of them"
+        )
 
     def head_logits(
         self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, heads: int

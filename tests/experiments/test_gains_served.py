@@ -8,7 +8,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from experiments.gains.served import Counted, Served, gain, main, table
+from experiments.gains.served import Counted, Served, gain, in_short, main, table
 
 
 def counted(objective: str, rounds: list[int]) -> Counted:
@@ -36,7 +36,12 @@ def test_difference_is_paired():
 
 def test_report_says_what_was_counted_and_computed():
     base, same = counted("kl", [30, 40]), counted("tv", [30, 40])
-    text = table(Served(settings={"new tokens": 61}, versions={}, counted=[base, same]))
+    report = Served(settings={"new tokens": 61}, versions={}, counted=[base, same])
+    text = table(report)
+    assert in_short(report) == [
+        "`temperature=1`: with `tv` in place of `kl`, vLLM takes 70 rounds for 120 tokens in place "
+        "of 70 for 120, τ +0.000 [+0.000, +0.000]"
+    ]
     assert "| `temperature=1` | `kl` | 120 | 70 | 70.5 ± 1.5 | 1.7143 |  |  |" in text
     assert "| 1.7143 | +0.0000 [+0.0000, +0.0000] | +0.0% |" in text
 

@@ -178,6 +178,13 @@ def test_a_proposer_of_ours_is_named_with_its_draft():
     assert "additional_config" not in served["medusa"].engine_options
 
 
+def test_what_is_loaded_into_the_class_of_vllm_has_the_whole_vocabulary():
+    """The class takes no other; the recipe's draft, of a truncated one, is served by ours."""
+    (loaded,) = (draft for draft in DRAFTS if draft.method is None)
+    assert loaded.algorithm == "mlp_speculator" and not loaded.runs
+    assert loaded.changes["draft_vocab_size"] == 49152
+
+
 @pytest.mark.parametrize("value", ["eagle3", "eagle3=absent"])
 def test_a_given_draft_that_is_not_one_is_named(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
