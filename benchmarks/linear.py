@@ -70,19 +70,13 @@ class Inputs:
         self.hidden = (target + 0.5 * drawn(*target.shape)).requires_grad_()
         self.head = target_head.clone().requires_grad_()
 
-    def unfused(self) -> OverlapTerms:
-        logits = F.linear(self.hidden, self.head)
+    def unfused(self, head: torch.Tensor) -> OverlapTerms:
+        logits = F.linear(self.hidden, head)
         return overlap_terms(logits, self.y, self.log_normalizer, log_coverage=self.log_coverage)
 
-    def fused(self) -> OverlapTerms:
-        return self._fused(self.y)
-
-    def fused_target(self) -> OverlapTerms:
-        return self._fused(self.projection)
-
-    def _fused(self, target: torch.Tensor | Projection) -> OverlapTerms:
+    def fused(self, head: torch.Tensor, target: torch.Tensor | Projection) -> OverlapTerms:
         return linear_overlap(
-            self.hidden, self.head, target, self.log_normalizer, log_coverage=self.log_coverage
+            self.hidden, head, target, self.log_normalizer, log_coverage=self.log_coverage
         )
 
     def step(self, loss: str, overlap: Callable[[], OverlapTerms]) -> None:
@@ -107,10 +101,13 @@ def run(
 
 
 def _measure(inputs: Inputs, budget: float) -> dict[str, dict[str, Any]]:
+    frozen = inputs.head.detach()
     overlaps = {
-        "unfused": inputs.unfused,
-        "fused": inputs.fused,
-        "fused with target head": inputs.fused_target,
+        "unfused": partial(inputs.unfused, inputs.head),
+        "fused": partial(inputs.fused, inputs.head, inputs.y),
+        "fused with target head": partial(inputs.fused, inputs.head, inputs.projection),
+        "unfused, frozen head": partial(inputs.unfused, frozen),
+        "fused, frozen head": partial(inputs.fused, frozen, inputs.y),
     }
     steps = {
         f"{overlap} {loss}": partial(inputs.step, loss, overlaps[overlap])

@@ -122,6 +122,10 @@ def test_summary_takes_ratios_of_medians(tmp_path):
     assert found["lk_lambda over kl, time"] == (pytest.approx(1.0), True, 1)
     assert found["lk_lambda over specforge kl, time"] == (pytest.approx(0.5), True, 1)
     assert found["memory beyond gradient over one [N, V_d] tensor, allocator"][:2] == (0.5, False)
+    # Of all cells: half of them, and nine in ten, are no slower.
+    assert found["lk_lambda over kl, time, in the median cell"] == (pytest.approx(1.0), True, 1)
+    of_ten = "lk_alpha over kl, time, in nine cells of ten"
+    assert found[of_ten] == (pytest.approx(1.2), False, 1)
     # 4 times the positions took 5 times as long.
     over_tokens = found["time per element over N, largest over smallest, float32"]
     assert over_tokens == (pytest.approx(1.25), False, 1)
