@@ -127,6 +127,37 @@ inline Floats from_float16(Shorts) { __builtin_trap(); }
 inline Shorts to_float16(Floats) { __builtin_trap(); }
 #endif
 
+template <int DTYPE>
+void widen(const uint16_t* from, int64_t V, float* to) {
+    Shorts x = {};
+    // The size of a copy is a constant where it is an instruction, not a call.
+    const auto widened = [&] { return DTYPE == BFLOAT16 ? from_bfloat16(x) : from_float16(x); };
+    int64_t i = 0;
+    for (; i + LANES <= V; i += LANES) {
+        std::memcpy(&x, from + i, sizeof x);
+        store(to + i, widened());
+    }
+    if (i == V) return;
+    std::memcpy(&x, from + i, (V - i) * sizeof(uint16_t));
+    store(to + i, widened());
+}
+
+template <int DTYPE>
+void narrow(const float* from, int64_t V, char* to) {
+    const auto narrowed = [&](int64_t i) {
+        const Floats x = load(from + i);
+        return DTYPE == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+    };
+    int64_t i = 0;
+    for (; i + LANES <= V; i += LANES) {
+        const Shorts x = narrowed(i);
+        std::memcpy(to + i * sizeof(uint16_t), &x, sizeof x);
+    }
+    if (i == V) return;
+    const Shorts x = narrowed(i);
+    std::memcpy(to + i * sizeof(uint16_t), &x, (V - i) * sizeof(uint16_t));
+}
+
 // Logits of one row as floats, V rounded up to whole vectors with the floor: such tokens have
 // probability 0 and change no sum. `buffer` is used where the row cannot be read in place.
 const float* read_row(const char* logits, int dtype, int64_t offset, int64_t V, float* buffer) {
@@ -137,27 +168,34 @@ const float* read_row(const char* logits, int dtype, int64_t offset, int64_t V, 
         std::memcpy(buffer, row, V * sizeof(float));
     } else {
         const uint16_t* row = reinterpret_cast<const uint16_t*>(logits) + offset;
-        Shorts x;
-        for (int64_t i = 0; i < V; i += LANES) {
-            std::memcpy(&x, row + i, (i < whole ? LANES : V - whole) * sizeof(uint16_t));
-            store(buffer + i, dtype == BFLOAT16 ? from_bfloat16(x) : from_float16(x));
-        }
+        dtype == BFLOAT16 ? widen<BFLOAT16>(row, V, buffer) : widen<FLOAT16>(row, V, buffer);
     }
     for (int64_t i = V; i < whole + LANES; ++i) buffer[i] = FLOOR;
     return buffer;
 }
 
 void write_row(char* to, int dtype, int64_t V, const float* row) {
-    if (dtype == FLOAT32) {
+    if (dtype == FLOAT32)
         std::memcpy(to, row, V * sizeof(float));
-        return;
-    }
-    for (int64_t i = 0; i < V; i += LANES) {
-        const Floats x = load(row + i);
-        const Shorts rounded = dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
-        std::memcpy(to + 2 * i, &rounded, 2 * std::min<int64_t>(V - i, LANES));
-    }
+    else
+        dtype == BFLOAT16 ? narrow<BFLOAT16>(row, V, to) : narrow<FLOAT16>(row, V, to);
 }
+
+// A row that is read after this one. Memory is the slower part of the work on a row: the next one is
+// asked for while the arithmetic goes on. Address 0, where there is no such row, is asked for in vain, which is
+// harmless.
+struct Ahead {
+    uintptr_t row = 0;
+    int64_t size = 0;  // bytes of an element
+
+    void fetch(int64_t i) const {
+        __builtin_prefetch(reinterpret_cast<const void*>(row + i * size), 0, 2);
+    }
+};
+
+struct Next {
+    Ahead z, y;
+};
 
 // ----------------------------------------------------------------------------- one row
 
@@ -219,7 +257,7 @@ void forward_careful(const float* z, const float* y, int64_t V, Statistics& s) {
 }
 
 void backward_careful(const float* z, const float* y, int64_t V, const Statistics& s,
-                      const Gradients& g, float* grad) {
+                      const Gradients& g, const Next&, float* grad) {
     const double t = threshold(s);
     for (int64_t i = 0; i < V; ++i) {
         const double zi = z[i] < FLOOR ? FLOOR : z[i], yi = y[i] < FLOOR ? FLOOR : y[i];
@@ -254,7 +292,8 @@ struct Highest {
 
 // exps[i] = exp(z[i] - shift) up to the Shift's factor; returns their sum with it. Finds the
 // highest logit on the way: one operation more to a vector.
-double exponentials(const float* z, int64_t V, const Shift& shift, float* exps, Highest& found) {
+double exponentials(const float* z, int64_t V, const Shift& shift, float* exps, Highest& found,
+                    const Ahead& ahead) {
     double total = 0;
     found = Highest{};
     for (int64_t block = 0; block < V; block += BLOCK) {
@@ -262,6 +301,7 @@ double exponentials(const float* z, int64_t V, const Shift& shift, float* exps, 
         for (int64_t i = block; i < std::min(V, block + BLOCK); i += LANES) {
             const Floats zi = load(z + i), e = shift.bounded_exp(zi);
             store(exps + i, e);
+            ahead.fetch(i);
             part += e;
             tops = max(zi, tops);
         }
@@ -275,7 +315,7 @@ double exponentials(const float* z, int64_t V, const Shift& shift, float* exps, 
 // the sum of p log(p / q) would make nan.
 template <bool FULL>
 void overlap(const float* z, const float* y, int64_t V, const float* exps, double scale,
-             Statistics& s) {
+             const Ahead& ahead, Statistics& s) {
     const float t = threshold(s);
     const Shift normalizer(s.log_z);
     double p_sum = 0, p_below = 0, q_below = 0, q_tied = 0, kl = 0, reverse = 0;
@@ -285,6 +325,7 @@ void overlap(const float* z, const float* y, int64_t V, const float* exps, doubl
             const Floats yi = load(y + i), zi = load(z + i), q = load(exps + i);
             const Floats r = FULL ? (floored(yi) - floored(zi)) - t : (yi - zi) - t;
             const Floats p = normalizer.bounded_exp(yi);
+            ahead.fetch(i);
             all += p;
             kls += p * r;
             qs += r > 0.0f ? q : Floats{};
@@ -315,14 +356,14 @@ struct Normalizer {
     double total;
     Highest found;
 
-    Normalizer(const float* x, int64_t V, float* exps) {
+    Normalizer(const float* x, int64_t V, float* exps, const Ahead& ahead = {}) {
         Floats tops = splat(FLOOR);
         for (int64_t i = 0; i < std::min(V, BLOCK); i += LANES) tops = max(load(x + i), tops);
         top = highest(tops);
-        total = exponentials(x, V, Shift(top), exps, found);
+        total = exponentials(x, V, Shift(top), exps, found, ahead);
         if (!(total < 1e30)) {
             top = found.logit;
-            total = exponentials(x, V, Shift(top), exps, found);
+            total = exponentials(x, V, Shift(top), exps, found, Ahead());
         }
     }
     double log_sum() const { return top + std::log(total); }
@@ -331,14 +372,14 @@ struct Normalizer {
 // z and y hold V logits and then the floor up to a whole vector; `exps` has room for as many.
 // log_z may be none. Returns the first index of the highest draft logit.
 int64_t forward_row(const float* z, const float* y, int64_t V, const float* log_z, bool reverse_kl,
-                    float* exps, Statistics& s) {
+                    float* exps, const Next& next, Statistics& s) {
     if (log_z) {
         s.log_z = *log_z;
     } else {
         const Normalizer target(y, V, exps);
         s.log_z = target.total == 0 ? INFINITY : target.log_sum();
     }
-    const Normalizer draft(z, V, exps);
+    const Normalizer draft(z, V, exps, next.z);
     const int64_t argmax = draft.found.index(z, V);
     if (draft.total == 0 || s.log_z == INFINITY) {
         s.draft_shift = FLOOR;
@@ -351,15 +392,15 @@ int64_t forward_row(const float* z, const float* y, int64_t V, const float* log_
     s.draft_shift = log_sum;
     s.draft_log_sum = log_sum - s.draft_shift;
     const double scale = Shift(draft.top).factor / draft.total;
-    if (!reverse_kl) overlap<false>(z, y, V, exps, scale, s);
-    if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, exps, scale, s);
+    if (!reverse_kl) overlap<false>(z, y, V, exps, scale, next.y, s);
+    if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, exps, scale, Ahead(), s);
     if (needs_care(s)) forward_careful(z, y, V, s);
     return argmax;
 }
 
 template <bool REVERSE>
 void backward_row(const float* z, const float* y, int64_t V, const Statistics& s,
-                  const Gradients& g, float* grad) {
+                  const Gradients& g, const Next& next, float* grad) {
     const float t = threshold(s);
     const Shift draft(s.draft_shift), normalizer(s.log_z);
     const double scale = std::exp(-double(s.draft_log_sum)) * draft.factor;
@@ -377,6 +418,8 @@ void backward_row(const float* z, const float* y, int64_t V, const Statistics& s
         Floats factor = r > t ? below : above;
         factor = r == t ? tied : factor;
         if (REVERSE) factor -= of_reverse * (r - t);
+        next.z.fetch(i);
+        next.y.fetch(i);
         store(grad + i, draft.exp(zi) * factor - normalizer.bounded_exp(yi) * of_p);
     }
 }
@@ -395,6 +438,14 @@ struct Inputs {
     int64_t N, V;
     int32_t z_dtype, y_dtype, threads;
 };
+
+Next after(const Inputs& in, int64_t i) {
+    // Longer rows than this and the next ones do not fit in a cache together.
+    if (i + 1 == in.N || !in.mask[i + 1] || in.V > 1 << 16) return {};
+    const int64_t z = in.z_dtype == FLOAT32 ? 4 : 2, y = in.y_dtype == FLOAT32 ? 4 : 2;
+    return {{uintptr_t(in.z + in.z_offsets[i + 1] * z), z},
+            {uintptr_t(in.y + in.y_offsets[i + 1] * y), y}};
+}
 
 // Calls work(row, buffers) for every row on several threads; buffers hold a row each. A thread
 // takes rows of several huge pages at a time: two that touch a new page together both clear it.
@@ -454,7 +505,7 @@ extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* sta
         const int64_t at =
             forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
                         read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
-                        in->log_z ? in->log_z + i : nullptr, reverse_kl, buffers[2], s);
+                        in->log_z ? in->log_z + i : nullptr, reverse_kl, buffers[2], after(*in, i), s);
         if (s.target_log_sum != -INFINITY) argmax[i] = at;
         float values[TERMS];
         std::memcpy(values, &s, sizeof s);
@@ -485,7 +536,7 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
         const bool direct = in->z_dtype == FLOAT32 && V % LANES == 0;
         float* const out = direct ? reinterpret_cast<float*>(row) : buffers[2];
         backward(read_row(in->z, in->z_dtype, in->z_offsets[i], V, buffers[0]),
-                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, s, g, out);
+                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, s, g, after(*in, i), out);
         if (in->tokens && in->tokens[i] >= 0) out[in->tokens[i]] += g.log_q;
         if (!direct) write_row(row, in->z_dtype, V, out);
     });
