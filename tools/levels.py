@@ -17,7 +17,8 @@ from tools.wheels import SPECFORGE, wheel
 ROOT = Path(__file__).parent.parent
 SERIES = load_series(PACKAGE)
 
-#: The probe of each fix; the fixes come first in the series, in this order.
+#: The probes of the first fixes, which come first in the series, in this order; 0016 and 0017 have
+#: tests alone.
 FIXES = (
     "without_triton",
     "target_head_files",

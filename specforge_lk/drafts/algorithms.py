@@ -227,7 +227,7 @@ def _build_collator() -> Any:
 
 
 def _build_server_collator() -> Any:
-    # As offline: the last position has no label (patch 0008).
+    # As offline: the last position has no label (patch 0010).
     from specforge.algorithms.eagle3.data import build_server_collator
 
     return build_server_collator()

@@ -41,7 +41,7 @@ _OLD_EXPLANATION = (
     "τ is pooled over drafted tokens (K · accepted / drafted + 1) on sampled benchmarks, and "
     "the exact expectation 1 + mean Σ_k Π_{i≤k} α_i over chain starts, teacher-forced, on "
     "held-out responses. α per head is Σ min(p, q), the target distribution p not "
-    "renormalised, averaged where the head was reached (benchmarks) or over all chain starts "
+    "renormalized, averaged where the head was reached (benchmarks) or over all chain starts "
     "(held-out); coverage is the target's probability "
     "mass on the draft vocabulary. Intervals are bootstrap intervals over prompts "
     "(conversations)."

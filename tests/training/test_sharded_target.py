@@ -83,7 +83,7 @@ def definition(case: Case, rank: int) -> torch.Tensor:
 def test_loss_sees_the_distribution_of_the_head(results: Results, algorithm: str) -> None:
     """Log p of the definition, and for a perfect draft the definition's acceptance rate.
 
-    A logit and a normaliser are rounded once, to half a unit in the last place of numbers below 64:
+    A logit and a normalizer are rounded once, to half a unit in the last place of numbers below 64:
     2e-6 each. What is left of the 1e-5 is for the sum under the logarithm.
     """
     for rank, case, sharding, seen in of_algorithm(results, algorithm):

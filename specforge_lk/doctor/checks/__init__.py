@@ -45,7 +45,7 @@ class Check:
 #: All checks, in the order of reports. A new one is a row.
 CHECKS: Final[tuple[Check, ...]] = (
     Check("captured layers", states.layers, concerns=states.reads_layers),
-    Check("captured layers, off by one", states.neighbours, (HELD_OUT,), states.reads_layers),
+    Check("captured layers, off by one", states.neighbors, (HELD_OUT,), states.reads_layers),
     Check("dtype of the features", states.features_dtype, (HELD_OUT, FEATURES)),
     Check(
         "vocabulary mapping",

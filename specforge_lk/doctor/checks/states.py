@@ -79,7 +79,7 @@ def layers(case: Case) -> Sequence[Finding]:
     return found
 
 
-def neighbours(case: Case) -> Sequence[Finding]:
+def neighbors(case: Case) -> Sequence[Finding]:
     """Measure the draft with all layers one lower and one higher."""
     assert case.bench is not None
     served = tuple(case.bench.load(case.served).capture_layers)
