@@ -98,6 +98,9 @@ def upstream() -> str:
     where = f"SpecForge's repository at {commit[:7]} of {date}"
     patched = ", ".join(f"`{path}`" for path in plain["of these patched"])
     applied = count - len(plain["conflicts"])
+    refused = " and ".join(name.partition("-")[0] for name in plain["conflicts"])
+    if refused:
+        refused = f" Not {refused}, whose context has lines that only the release has."
     return (
         f"SpecForge's own tests, of {where}, on a CPU with the package of the release:\n\n"
         + markdown_table(["", *outcomes], rows)
@@ -107,5 +110,5 @@ def upstream() -> str:
         f"The package of that commit is not quite the release: {len(plain['unlike the wheel'])} "
         f"source files differ, and the series changes {len(plain['of these patched'])} of them "
         f"({patched}). {applied} of {count} patches apply to it in order, without fuzz or "
-        "three-way merge."
+        f"three-way merge.{refused}"
     )
