@@ -57,6 +57,7 @@ def pristine_wheel(request) -> Callable[[str], Path]:
 
     def get(requirement: str) -> Path:
         name, _, version = requirement.partition("==")
+        name = name.replace("-", "_")
         variable = f"{name.upper()}_WHEEL"
         given = Path(os.environ.get(variable, ""))
         if given.name.startswith(f"{name}-{version}-"):

@@ -98,9 +98,17 @@ def upstream() -> str:
     where = f"SpecForge's repository at {commit[:7]} of {date}"
     patched = ", ".join(f"`{path}`" for path in plain["of these patched"])
     applied = count - len(plain["conflicts"])
-    refused = " and ".join(name.partition("-")[0] for name in plain["conflicts"])
+    refused, needing = (
+        ", ".join(
+            name.partition("-")[0]
+            for name, reason in plain["conflicts"].items()
+            if reason.startswith("needs ") is dependent
+        )
+        for dependent in (False, True)
+    )
     if refused:
-        refused = f" Not {refused}, whose context has lines that only the release has."
+        refused = f" Not {refused}, whose context has lines that only the release has"
+        refused += f", and what needs it: {needing}." if needing else "."
     return (
         f"SpecForge's own tests, of {where}, on a CPU with the package of the release:\n\n"
         + markdown_table(["", *outcomes], rows)

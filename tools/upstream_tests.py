@@ -40,6 +40,7 @@ from specforge_lk.patching import (
     load_series,
     series_root,
 )
+from tools.cover_letter import number, with_needs
 from tools.wheels import SPECFORGE, wheel
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +173,10 @@ def _plain(repository: Path, commit: str) -> dict[str, Any]:
         touched = {path for patch in SERIES.patches for path in patch.changes}
         conflicts = {}
         for patch in SERIES.patches:
+            refused = {number(other) for other in SERIES.patches if other.name in conflicts}
+            if needed := sorted(refused & with_needs({number(patch)})):
+                conflicts[patch.name] = f"needs {', '.join(needed)}"
+                continue
             try:
                 git_apply(root, patch)
             except PatchFailedError as failure:

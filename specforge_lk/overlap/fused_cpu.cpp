@@ -181,11 +181,13 @@ void write_row(char* to, int dtype, int64_t V, const float* row) {
         dtype == BFLOAT16 ? narrow<BFLOAT16>(row, V, to) : narrow<FLOAT16>(row, V, to);
 }
 
-// A row that is read after this one. Memory is the slower part of the work on a row: the next one is
-// asked for while the arithmetic goes on. Address 0, where there is no such row, is asked for in vain, which is
-// harmless.
+constexpr char NOWHERE = 0;
+
+// A row that is read after this one. Memory is the slower part of the work on a row: the next one
+// is asked for while the arithmetic goes on. Where there is none, one byte is asked for again and
+// again, which costs nothing; an address that is not mapped would cost a walk of the page tables.
 struct Ahead {
-    uintptr_t row = 0;
+    uintptr_t row = uintptr_t(&NOWHERE);
     int64_t size = 0;  // bytes of an element
 
     void fetch(int64_t i) const {
@@ -393,7 +395,8 @@ int64_t forward_row(const float* z, const float* y, int64_t V, const float* log_
     s.draft_log_sum = log_sum - s.draft_shift;
     const double scale = Shift(draft.top).factor / draft.total;
     if (!reverse_kl) overlap<false>(z, y, V, exps, scale, next.y, s);
-    if (reverse_kl || !std::isfinite(s.kl)) overlap<true>(z, y, V, exps, scale, Ahead(), s);
+    if (reverse_kl || !std::isfinite(s.kl))
+        overlap<true>(z, y, V, exps, scale, reverse_kl ? next.y : Ahead(), s);
     if (needs_care(s)) forward_careful(z, y, V, s);
     return argmax;
 }
@@ -505,7 +508,8 @@ extern "C" bool overlap_forward(const Inputs* in, int32_t reverse_kl, float* sta
         const int64_t at =
             forward_row(read_row(in->z, in->z_dtype, in->z_offsets[i], in->V, buffers[0]),
                         read_row(in->y, in->y_dtype, in->y_offsets[i], in->V, buffers[1]), in->V,
-                        in->log_z ? in->log_z + i : nullptr, reverse_kl, buffers[2], after(*in, i), s);
+                        in->log_z ? in->log_z + i : nullptr, reverse_kl, buffers[2],
+                        after(*in, i), s);
         if (s.target_log_sum != -INFINITY) argmax[i] = at;
         float values[TERMS];
         std::memcpy(values, &s, sizeof s);
@@ -536,7 +540,8 @@ extern "C" bool overlap_backward(const Inputs* in, const float* statistics,
         const bool direct = in->z_dtype == FLOAT32 && V % LANES == 0;
         float* const out = direct ? reinterpret_cast<float*>(row) : buffers[2];
         backward(read_row(in->z, in->z_dtype, in->z_offsets[i], V, buffers[0]),
-                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, s, g, after(*in, i), out);
+                 read_row(in->y, in->y_dtype, in->y_offsets[i], V, buffers[1]), V, s, g,
+                 after(*in, i), out);
         if (in->tokens && in->tokens[i] >= 0) out[in->tokens[i]] += g.log_q;
         if (!direct) write_row(row, in->z_dtype, V, out);
     });

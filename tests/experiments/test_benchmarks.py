@@ -123,13 +123,23 @@ def test_summary_takes_ratios_of_medians(tmp_path):
     assert found["lk_lambda over specforge kl, time"] == (pytest.approx(0.5), True, 1)
     assert found["memory beyond gradient over one [N, V_d] tensor, allocator"][:2] == (0.5, False)
     # Of all cells: half of them, and nine in ten, are no slower.
-    assert found["lk_lambda over kl, time, in the median cell"] == (pytest.approx(1.0), True, 1)
+    assert found["lk_lambda over kl, time, in half of the cells"] == (pytest.approx(1.0), True, 1)
     of_ten = "lk_alpha over kl, time, in nine cells of ten"
     assert found[of_ten] == (pytest.approx(1.2), False, 1)
     # 4 times the positions took 5 times as long.
     over_tokens = found["time per element over N, largest over smallest, float32"]
     assert over_tokens == (pytest.approx(1.25), False, 1)
     assert "lk_alpha over kl, time" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_share_of_the_cells_keeps_to_a_value():
+    values = {operation.Cell(n, 1, "float32", 1.0): float(n) for n in range(10, 0, -1)}
+    for share, expected in ((0.5, 5.0), (0.9, 9.0), (1.0, 10.0)):
+        assert criteria._of_cells("", 9.0, values, share).measured == expected
+    assert criteria._of_cells("", 9.0, {}, 0.9).met is None
+    # 10^7 logits are not yet many.
+    large, small = (operation.Cell(n, 10**4, "float32", 1.0) for n in (1001, 1000))
+    assert criteria._large({large: 1.0, small: 2.0}) == {large: 1.0}
 
 
 def test_quick_accuracy_meets_the_criteria(tmp_path):
